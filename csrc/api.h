@@ -1,0 +1,69 @@
+// SPDX-License-Identifier: Apache-2.0
+// The waist: the plain structs that everything above (bindings) and below (cpu/, cuda/) agree on.
+//
+// Four operations, closed under differentiation. Write F for the whole stack of layers and directions:
+//   forward   out  = F(p)
+//   backward  dp   = J(p)^T g           g: gradients of the results
+//   jvp       tout = J(p) v             v: tangents of the arguments
+//   hvp       tdp  = d/ds [ J(p + s v)^T (g + s t) ] at s = 0
+// `Arguments` holds what goes in (p), and so also its tangents (v) and its gradients (dp); `Results` holds what
+// comes out, and so also its tangents (tout) and gradients (g, t). A null pointer means: not given (zero), or not wanted.
+//
+// Shapes: T steps, E weight sets, B rows, I inputs, H units, L layers, D directions, G gates. Strides count elements;
+// any stride may be 0 or negative on what is read; what is written must not overlap itself.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace fusedrnn {
+
+enum class CellKind : int32_t { rnn_tanh, rnn_relu, lstm, gru, gru_reset_before };
+enum class Dtype : int32_t { f32, f64, bf16, f16 };
+
+// data[i0*stride[0] + i1*stride[1] + ...]
+template <int Rank>
+struct Array {
+  void* data = nullptr;
+  int64_t stride[Rank] = {};
+};
+
+struct Sizes {
+  int64_t T = 0, E = 1, B = 0, I = 0, H = 0;
+  int32_t L = 1, D = 1;
+};
+
+struct Problem {
+  CellKind cell = CellKind::lstm;
+  Dtype dtype = Dtype::f32;
+  Sizes sizes;
+  bool reverse = false;           // D == 1 only: walk from the last step to the first
+  bool reset_to_initial = false;  // a reset goes back to h0, c0 instead of zero
+  bool recompute = false;         // tape without gates: rebuilt in backward
+  double clip_cell = 0;           // |c| <= clip_cell after every step; 0 = off (LSTM only)
+  double clip_grad = 0;           // |dh|, |dc| <= clip_grad at every step of backward; 0 = off
+  double dropout = 0;             // on the output of every layer but the last, only while training
+  uint64_t seed = 0;              // of the dropout mask: the same seed gives the same mask on every backend
+  Array<2> lengths;               // int64 (E,B); null = T for every row
+  Array<3> reset;                 // uint8 (T,E,B): row b begins a new sequence at step t
+};
+
+// One layer in one direction. W (E, G*H, I_l), R (E, G*H, H), bW, bR (E, G*H); I_l = I, then D*H.
+struct Params {
+  Array<3> W, R;
+  Array<2> bW, bR;
+};
+
+struct Arguments {
+  Array<4> x;               // (T,E,B,I)
+  Array<4> h0, c0;          // (L*D,E,B,H)
+  Params* params = nullptr;  // [L*D], layer-major, forward direction first
+};
+
+struct Results {
+  Array<4> y;       // (T,E,B,D*H): zero past a row's length
+  Array<4> hn, cn;  // (L*D,E,B,H)
+  Array<5> cells;   // (L,T,E,B,D*H): c of every layer (LSTM) or h (the others); zero past a row's length
+};
+
+}  // namespace fusedrnn

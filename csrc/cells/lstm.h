@@ -1,0 +1,47 @@
+// SPDX-License-Identifier: Apache-2.0
+// LSTM, one unit, one step (Hochreiter & Schmidhuber 1997, forget gate of Gers 2000; gate order of PyTorch and cuDNN).
+//   a = x W^T + bW + h' R^T + bR;  i, f, o = sigmoid(a_i, a_f, a_o);  g = tanh(a_g)
+//   c = clip(f c' + i g);  h = o tanh(c)
+// V is a number: a SIMD vector, a Dual of one, or a CUDA float. sigmoid, tanh, clamp and inside are found by V's namespace;
+// whoever includes this defines FUSEDRNN_INLINE (static, forced inline, __device__ under nvcc).
+#pragma once
+
+namespace fusedrnn::cells {
+
+struct Lstm {
+  static constexpr int gates = 4;  // row blocks of W and R
+  static constexpr int sums = 4;   // pre-activations the engine hands over, per unit
+  static constexpr int kept = 4;   // values on the tape beside c and h: i, f, g, o
+  static constexpr bool cell_state = true;
+  static constexpr bool two_products = false;
+  static constexpr int x_sum[4] = {0, 1, 2, 3};  // gate -> sum that takes its row of x W^T + bW
+  static constexpr int h_sum[4] = {0, 1, 2, 3};  // gate -> sum that takes its row of h' R^T + bR
+
+  template <class V, class S>
+  FUSEDRNN_INLINE void forward(const V* a, const V&, const V& c_prev, S clip, V* k,
+                                                            V& h, V& c) {
+    k[0] = sigmoid(a[0]);
+    k[1] = sigmoid(a[1]);
+    k[2] = tanh(a[2]);
+    k[3] = sigmoid(a[3]);
+    c = clamp(k[1] * c_prev + k[0] * k[2], clip);
+    h = k[3] * tanh(c);
+  }
+
+  // dh, dc: gradients of this step's h and c. da: of the sums. dh_prev: what reaches h' past the product (none here).
+  template <class V, class S>
+  FUSEDRNN_INLINE void backward(const V* k, const V&, const V&, const V& c_prev,
+                                                             const V& c, S clip, const V& dh, const V& dc_in, V* da,
+                                                             V& dh_prev, V& dc_prev) {
+    const V tc = tanh(c);
+    const V dc = inside(dc_in + dh * k[3] * (1 - tc * tc), c, clip);
+    da[0] = dc * k[2] * k[0] * (1 - k[0]);
+    da[1] = dc * c_prev * k[1] * (1 - k[1]);
+    da[2] = dc * k[0] * (1 - k[2] * k[2]);
+    da[3] = dh * tc * k[3] * (1 - k[3]);
+    dc_prev = dc * k[1];
+    dh_prev = dh * 0;
+  }
+};
+
+}  // namespace fusedrnn::cells

@@ -1,0 +1,38 @@
+// SPDX-License-Identifier: Apache-2.0
+// Vanilla RNN, one unit, one step (Elman 1990).   h = act(x W^T + bW + h' R^T + bR),   act = tanh or relu
+// V is a number: a SIMD vector, a Dual of one, or a CUDA float. tanh, relu and positive are found by V's namespace;
+// whoever includes this defines FUSEDRNN_INLINE (static, forced inline, __device__ under nvcc).
+#pragma once
+
+namespace fusedrnn::cells {
+
+template <bool Relu>
+struct Rnn {
+  static constexpr int gates = 1;
+  static constexpr int sums = 1;
+  static constexpr int kept = 0;  // h itself tells the slope
+  static constexpr bool cell_state = false;
+  static constexpr bool two_products = false;
+  static constexpr int x_sum[1] = {0};
+  static constexpr int h_sum[1] = {0};
+
+  template <class V, class S>
+  FUSEDRNN_INLINE void forward(const V* a, const V&, const V&, S, V*, V& h, V&) {
+    if constexpr (Relu)
+      h = relu(a[0]);
+    else
+      h = tanh(a[0]);
+  }
+
+  template <class V, class S>
+  FUSEDRNN_INLINE void backward(const V*, const V&, const V& h, const V&, const V&, S, const V& dh, const V&, V* da,
+                                V& dh_prev, V&) {
+    if constexpr (Relu)
+      da[0] = positive(dh, h);  // dh where h > 0, else 0
+    else
+      da[0] = dh * (1 - h * h);
+    dh_prev = dh * 0;
+  }
+};
+
+}  // namespace fusedrnn::cells
