@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gradient clipping, in place, with the meaning of torch.nn.utils: by global norm, by value, by each array's own norm.
+
+`grads` is an array, or any nesting of dicts, lists and tuples of arrays (None entries are skipped), so what `backward`
+returns can be passed as it is. Everything passed counts: leave out `x` and `state` where only the weights shall count.
+Arrays may be non-contiguous. Sums are float64. Nothing is written before every check has passed.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+__all__ = ["clip_each_norm_", "clip_grad_norm_", "clip_grad_value_"]
+
+BLOCK = 16384  # elements of float64 that stay in the first caches between conversion and sum
+
+
+def clip_grad_norm_(grads: Any, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> float:
+    """Scale all gradients together so that their common norm is at most `max_norm`; returns the norm before.
+
+    `norm_type` is any p > 0 or inf. With `error_if_nonfinite` an infinite or NaN norm raises and nothing is changed.
+    """
+    arrays = [array for _, array in leaves("clip_grad_norm_", grads)]
+    check_norm("clip_grad_norm_", max_norm, norm_type)
+    total = norm_of(arrays, norm_type)
+    if error_if_nonfinite:
+        refuse_nonfinite("clip_grad_norm_", "all gradients together", total)
+    scale(arrays, total, max_norm)
+    return total
+
+
+def clip_each_norm_(grads: Any, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> Any:
+    """Scale every array by itself so that its own norm is at most `max_norm`; returns the norms, nested as `grads`."""
+    pairs = list(leaves("clip_each_norm_", grads))
+    check_norm("clip_each_norm_", max_norm, norm_type)
+    norms = [norm_of([array], norm_type) for _, array in pairs]
+    if error_if_nonfinite:
+        for (name, _), norm in zip(pairs, norms, strict=True):
+            refuse_nonfinite("clip_each_norm_", name, norm)
+    for (_, array), norm in zip(pairs, norms, strict=True):
+        scale([array], norm, max_norm)
+    return like(grads, iter(norms))
+
+
+def clip_grad_value_(grads: Any, clip_value: float) -> None:
+    """Clamp every element to [-clip_value, clip_value]; NaN stays NaN."""
+    arrays = [array for _, array in leaves("clip_grad_value_", grads)]
+    if not clip_value >= 0:
+        raise ValueError(f"clip_grad_value_: clip_value is {clip_value}; expected a number >= 0")
+    for array in arrays:
+        np.clip(array, -clip_value, clip_value, out=array)
+
+
+def norm_of(arrays: Sequence[np.ndarray], norm_type: float) -> float:
+    if norm_type == np.inf:
+        largest = 0.0
+        for array in arrays:
+            if array.size:
+                # not np.abs(array).max(): that would copy the whole array. NaN passes through both.
+                largest = float(np.maximum(largest, np.maximum(array.max(), -array.min())))
+        return largest
+    total = 0.0
+    for array in arrays:
+        # nditer hands out 1-D float64 blocks of any strided array without copying more than one block at a time
+        blocks = np.nditer(
+            array,
+            flags=["external_loop", "buffered", "zerosize_ok"],
+            op_dtypes=[np.float64],
+            order="K",
+            buffersize=BLOCK,
+        )
+        for block in blocks:
+            total += float(block @ block) if norm_type == 2 else float((np.abs(block) ** norm_type).sum())
+    return float(np.sqrt(total)) if norm_type == 2 else total ** (1.0 / norm_type)
+
+
+def scale(arrays: Sequence[np.ndarray], norm: float, max_norm: float) -> None:
+    factor = max_norm / (norm + 1e-6)  # 1e-6 as torch.nn.utils has it
+    if factor >= 1:
+        return
+    with np.errstate(invalid="ignore"):  # a NaN norm gives NaN gradients, an infinite one 0 * inf: as torch.nn.utils
+        for array in arrays:
+            np.multiply(array, array.dtype.type(factor), out=array)
+
+
+def leaves(function: str, grads: Any, name: str = "grads") -> Iterator[tuple[str, np.ndarray]]:
+    if grads is None:
+        return
+    if isinstance(grads, Mapping):
+        for key, value in grads.items():
+            yield from leaves(function, value, f"{name}[{key!r}]")
+    elif isinstance(grads, list | tuple):
+        for index, value in enumerate(grads):
+            yield from leaves(function, value, f"{name}[{index}]")
+    elif not isinstance(grads, np.ndarray):
+        raise TypeError(
+            f"{function}: {name} is a {type(grads).__name__}; expected a NumPy array, or a dict, list or tuple of them"
+        )
+    elif grads.dtype not in (np.float32, np.float64):
+        raise TypeError(f"{function}: {name} has dtype {grads.dtype}; expected float32 or float64")
+    elif not grads.flags.writeable:
+        raise ValueError(f"{function}: {name} is read-only; clipping works in place, pass a writeable array")
+    else:
+        yield name, grads
+
+
+def like(grads: Any, values: Iterator[float]) -> Any:
+    if grads is None:
+        return None
+    if isinstance(grads, Mapping):
+        return {key: like(value, values) for key, value in grads.items()}
+    if isinstance(grads, list | tuple):
+        return type(grads)(like(value, values) for value in grads)
+    return next(values)
+
+
+def check_norm(function: str, max_norm: float, norm_type: float) -> None:
+    if not max_norm >= 0:
+        raise ValueError(f"{function}: max_norm is {max_norm}; expected a number >= 0")
+    if not norm_type > 0:
+        raise ValueError(f"{function}: norm_type is {norm_type}; expected a number > 0, or inf")
+
+
+def refuse_nonfinite(function: str, what: str, norm: float) -> None:
+    if not np.isfinite(norm):
+        raise FloatingPointError(
+            f"{function}: the norm of {what} is {norm}; expected a finite number. Nothing was changed. "
+            "Skip this update, or pass error_if_nonfinite=False to scale anyway"
+        )
