@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The compiled half: C++ kernels behind NumPy arrays. Only backends/native.py imports this.
+
+Nothing here trusts its caller: a wrong type raises TypeError, a wrong shape, size, layout or range ValueError, before
+anything is written. The long explanations (what to pass instead) are the front door's business, see check.py.
+
+Layout. Arrays are canonical (see Problem, Arguments, Results in backends/__init__.py), float32 or float64, all of one
+dtype, aligned, in native byte order, with strides that are whole elements: any such strides, 0 and negative included,
+on what is read; what is written must be writable and must not overlap itself (gradients of weights may have stride 0 on
+E: the sum over E is written). Entries may be None where csrc/api.h says that null has a meaning.
+
+Threads. Large calls release the GIL; arrays are kept alive meanwhile. Any number of Python threads may call at once.
+"""
+
+from collections.abc import Sequence
+from typing import Any, final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fusedrnn.backends import Arguments, Problem, Results
+
+_Array = NDArray[Any]
+
+version: str
+compiler: str
+isas_built: list[str]  # from the plainest to the widest
+isas_found: list[str]  # those of isas_built that this machine can run
+
+def isa() -> str: ...
+def set_isa(name: str) -> None: ...  # ValueError where it is not in isas_found; not while another thread computes
+def get_num_threads() -> int: ...  # of a call made now from this Python thread: OpenMP's own setting
+def set_num_threads(n: int) -> None: ...  # for all Python threads; threadpoolctl's later limits win
+
+def tape_elements(problem: Problem) -> int: ...
+def forward(problem: Problem, p: Arguments, out: Results, tape: _Array | None = None) -> None: ...
+def backward(problem: Problem, p: Arguments, tape: _Array, g: Results, dp: Arguments) -> None: ...
+def jvp(problem: Problem, p: Arguments, v: Arguments, tout: Results) -> None: ...
+def hvp(problem: Problem, p: Arguments, v: Arguments, g: Results, t: Results, tdp: Arguments) -> None: ...
+
+# Over all elements of all arrays (each its own dtype, any strides): (sum |a|^p)^(1/p), summed in float64 in one pass;
+# p = inf: the largest |a|. NaN gives NaN.
+def global_norm(arrays: Sequence[_Array], norm_type: float = 2.0) -> float: ...
+def scale_(arrays: Sequence[_Array], factor: float) -> None: ...  # factor is rounded to each array's dtype
+def clip_value_(arrays: Sequence[_Array], limit: float) -> None: ...  # clamp to [-limit, limit]; NaN stays NaN
+
+@final
+class Lane:
+    """The short way from a layer object to the kernels: no Python between the call and C++ (about 1 us around them).
+
+    One Lane per layer; it keeps what never changes and nothing of the weights, which are read anew at every call.
+    A Lane answers the plain case and returns None for everything else, having written nothing; then the caller takes
+    the full route (ops), which also words the errors. So layers.py reads:
+
+        class LSTM:
+            def __init__(...):  self._lane = native.Lane("lstm", num_layers, directions, batch_first, clip_cell or 0.0)
+            def __call__(self, x, state=None, lengths=None, reset=None, return_cells=False):
+                if self._lane is not None and lengths is None and reset is None and not (self.training or return_cells):
+                    result = self._lane.forward(x, state, self.parameters)
+                    if result is not None:
+                        return result
+                ... the full route ...
+            def step(self, x, state=None):
+                result = self._lane.step(x, state, self.parameters)
+                if result is not None:
+                    return result
+                ... the full route with T = 1 ...
+
+    The plain case: every array is a numpy.ndarray (no subclass) of one dtype, float32 or float64, aligned, with any
+    strides; `params` is a dict under PyTorch's names (weight_ih_l0, ...; biases may be missing, both or none) or a flat
+    list or tuple in PyTorch's order; weights are 2-D; sizes fit each other and none is 0; no lengths, resets, dropout,
+    tape or cells. Leave the Lane out of pickles and copies and make a new one: it holds nothing of value.
+    """
+
+    def __new__(
+        cls,
+        cell: str,  # as Problem.cell
+        num_layers: int = 1,
+        num_directions: int = 1,
+        batch_first: bool = False,
+        clip_cell: float = 0.0,
+    ) -> Lane: ...
+    # x (T,B,I), (B,T,I) if batch_first, or (T,I); state None, h, or (h, c) for "lstm", shaped as torch.nn's.
+    # Returns (y, h) or (y, (h, c)) in new arrays.
+    def forward(self, x: object, state: object, params: object, /) -> tuple[_Array, Any] | None: ...
+    # x (B,I) or (I,); state None (zeros), h, or (h, c), each (L,B,H) or (L,H). Returns (y, h) or (y, (h, c)), y (B,H) or (H,),
+    # in arrays that belong to the Lane: the next call but one overwrites them. Pass the returned state to the next call.
+    # Nothing is allocated while batch size and dtype stay. One direction only. None also while another thread is inside.
+    def step(self, x: object, state: object, params: object, /) -> tuple[_Array, Any] | None: ...

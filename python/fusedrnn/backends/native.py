@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The compiled backend. The only importer of _core: everything else asks here."""
+
+from fusedrnn._core import (
+    Lane,
+    backward,
+    clip_value_,
+    compiler,
+    forward,
+    get_num_threads,
+    global_norm,
+    hvp,
+    isa,
+    isas_built,
+    isas_found,
+    jvp,
+    scale_,
+    set_isa,
+    set_num_threads,
+    tape_elements,
+    version,
+)
+
+__all__ = [
+    "Lane",
+    "backward",
+    "clip_value_",
+    "compiler",
+    "forward",
+    "get_num_threads",
+    "global_norm",
+    "hvp",
+    "isa",
+    "isas_built",
+    "isas_found",
+    "jvp",
+    "scale_",
+    "set_isa",
+    "set_num_threads",
+    "tape_elements",
+    "version",
+]
