@@ -1,0 +1,49 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the CPU core offers to the bindings. Arguments are taken as checked: nothing here looks for user errors.
+// Workspace is allocated before anything is written, so std::bad_alloc leaves every output untouched.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "../api.h"
+
+namespace fusedrnn::cpu {
+
+// Size of the tape in elements of the problem's dtype.
+size_t tape_elements(const Problem& problem);
+
+// `threads` is an upper bound (>= 1); small work uses fewer. The bits of the results do not depend on it.
+void forward(const Problem& problem, const Arguments& p, const Results& out, void* tape, int threads);
+void backward(const Problem& problem, const Arguments& p, const void* tape, const Results& g, const Arguments& dp,
+              int threads);
+void jvp(const Problem& problem, const Arguments& p, const Arguments& v, const Results& tout, int threads);
+void hvp(const Problem& problem, const Arguments& p, const Arguments& v, const Results& g, const Results& t,
+         const Arguments& tdp, int threads);
+
+// A rough count of floating-point operations of one call: the bindings release the GIL where this is large.
+double work(const Problem& problem);
+
+// OpenMP's own setting for the calling thread (omp_get_max_threads): OMP_NUM_THREADS and threadpoolctl act on it.
+int get_num_threads();
+void set_num_threads(int threads);
+
+// Instruction sets, weakest first: "baseline", "avx2", "avx512" or "baseline", "neon". The best one found is used unless
+// FUSEDRNN_ISA names another or set_isa does. set_isa is false, and changes nothing, where the name is not in isas_found().
+std::vector<const char*> isas_built();
+std::vector<const char*> isas_found();
+const char* isa();
+bool set_isa(const char* name);
+
+// Clipping, in place, over contiguous arrays (f32 or f64).
+struct Span {
+  void* data;
+  int64_t size;
+  Dtype dtype;
+};
+double global_norm(const Span* spans, size_t count, double norm_type);  // float64 sums; 2, 1 and infinity
+void scale(const Span* spans, size_t count, double factor);
+void clip_value(const Span* spans, size_t count, double limit);  // to [-limit, limit]; NaN stays NaN
+
+}  // namespace fusedrnn::cpu
