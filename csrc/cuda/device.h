@@ -1,0 +1,281 @@
+// SPDX-License-Identifier: Apache-2.0
+// The primitives that kernels are written in, for the GPU. Kernels know no threadIdx, no __shared__, no asm, no half type: so the
+// same kernel source also runs over the CPU twin of this file (tests/csrc/device_cpu.h), where a block's threads are cooperative tasks.
+// A translation unit includes one of the two, then math.h, then kernels. A kernel is a functor:
+//   struct K { Args a; static constexpr int kThreads; static int shared_bytes(); FUSEDRNN_DEVICE void operator()() const; };
+// Rules that both sides keep: collectives are called by all threads they name, in the same order; nothing spins outside
+// `poll16` and `mbar_wait`; shared memory comes from `Shared` only, taken in the same order by all threads.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+#define FUSEDRNN_DEVICE __device__ __forceinline__
+#define FUSEDRNN_INLINE static __device__ __forceinline__
+#define FUSEDRNN_UNROLL _Pragma("unroll")
+
+namespace fusedrnn::dev {
+
+using u8 = uint8_t;
+using u16 = uint16_t;
+using u32 = uint32_t;
+using u64 = uint64_t;
+
+struct alignas(16) U4 {
+  u32 w[4];
+};
+
+// What a word of a hand-off buffer holds until it is written. No published word may be equal to it: `store` of every
+// tag type below canonicalises NaN, and so keeps off it.
+constexpr u32 kEmpty = 0xFFFFFFFFu;
+
+// ---- numbers ------------------------------------------------------------------------------------------------------
+// Storage: how an element lies in memory. kPer: elements in 16 bytes. load / store convert; store rounds to nearest even and
+// turns every NaN into one with its top bit clear. operand: what a matrix product gets to see of a stored value.
+struct F16 {
+  using Storage = u16;
+  static constexpr int kPer = 8;
+  static FUSEDRNN_DEVICE float load(Storage v) { return __half2float(__ushort_as_half(v)); }
+  static FUSEDRNN_DEVICE Storage store(float v) { return __half_as_ushort(__float2half_rn(v)); }
+  static FUSEDRNN_DEVICE Storage operand(Storage v) { return v; }
+};
+struct BF16 {
+  using Storage = u16;
+  static constexpr int kPer = 8;
+  static FUSEDRNN_DEVICE float load(Storage v) { return __uint_as_float(static_cast<u32>(v) << 16); }
+  static FUSEDRNN_DEVICE Storage store(float v) { return __bfloat16_as_ushort(__float2bfloat16_rn(v)); }
+  static FUSEDRNN_DEVICE Storage operand(Storage v) { return v; }
+};
+struct TF32 {  // float32 in memory, 10 bits of fraction inside a product
+  using Storage = float;
+  static constexpr int kPer = 4;
+  static FUSEDRNN_DEVICE float load(Storage v) { return v; }
+  static FUSEDRNN_DEVICE Storage store(float v) { return v != v ? __uint_as_float(0x7FC00000u) : v; }
+  static FUSEDRNN_DEVICE Storage operand(Storage v) {
+    u32 r;
+    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(r) : "f"(v));
+    return store(__uint_as_float(r));
+  }
+};
+
+FUSEDRNN_DEVICE float ex2(float x) {  // 2^x, 2 ulp; flushes denormals
+  float r;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+  return r;
+}
+FUSEDRNN_DEVICE float rcp(float x) {  // 1/x, 1 ulp; rcp(inf) = 0
+  float r;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+  return r;
+}
+
+// ---- who am I -----------------------------------------------------------------------------------------------------
+FUSEDRNN_DEVICE int tid() { return static_cast<int>(threadIdx.x); }
+FUSEDRNN_DEVICE int threads() { return static_cast<int>(blockDim.x); }
+FUSEDRNN_DEVICE int block() { return static_cast<int>(blockIdx.x); }
+FUSEDRNN_DEVICE int blocks() { return static_cast<int>(gridDim.x); }
+FUSEDRNN_DEVICE int cluster_rank() {  // 0 without clusters; clusters hold consecutive blocks
+#if __CUDA_ARCH__ >= 900
+  u32 r;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
+  return static_cast<int>(r);
+#else
+  return 0;
+#endif
+}
+
+// ---- barriers -----------------------------------------------------------------------------------------------------
+FUSEDRNN_DEVICE void sync_block() { __syncthreads(); }
+FUSEDRNN_DEVICE void sync_warp() { __syncwarp(); }
+FUSEDRNN_DEVICE void sync_named(int id, int n) {  // id 1..15; n threads, whole warps
+  asm volatile("barrier.cta.sync %0, %1;" ::"r"(id), "r"(n) : "memory");
+}
+FUSEDRNN_DEVICE void sync_cluster() {  // all threads of all blocks of the cluster
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+#else
+  __syncthreads();
+#endif
+}
+
+// ---- warp ---------------------------------------------------------------------------------------------------------
+FUSEDRNN_DEVICE float shfl_xor(float v, int mask) { return __shfl_xor_sync(0xFFFFFFFFu, v, mask); }
+
+// d += A B. A (16 x 16, 16-bit; 16 x 8, TF32) and B (the same depth, 8 columns) in the layout of mma.sync; g = lane / 4, q = lane % 4:
+//   16-bit: a[r] = A[g + 8*(r%2)][8*(r/2) + 2q + {0,1}]   b[r] = B[8*r + 2q + {0,1}][g]
+//   TF32:   a[r] = A[g + 8*(r%2)][4*(r/2) + q]            b[r] = B[4*r + q][g]
+//   d[0], d[1] = D[g][2q + {0,1}];  d[2], d[3] = D[g + 8][2q + {0,1}]
+template <class T>
+FUSEDRNN_DEVICE void mma(float (&d)[4], const U4& a, u32 b0, u32 b1);
+template <>
+FUSEDRNN_DEVICE void mma<F16>(float (&d)[4], const U4& a, u32 b0, u32 b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a.w[0]), "r"(a.w[1]), "r"(a.w[2]), "r"(a.w[3]), "r"(b0), "r"(b1));
+}
+template <>
+FUSEDRNN_DEVICE void mma<BF16>(float (&d)[4], const U4& a, u32 b0, u32 b1) {
+  asm(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a.w[0]), "r"(a.w[1]), "r"(a.w[2]), "r"(a.w[3]), "r"(b0), "r"(b1));
+}
+template <>
+FUSEDRNN_DEVICE void mma<TF32>(float (&d)[4], const U4& a, u32 b0, u32 b1) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a.w[0]), "r"(a.w[1]), "r"(a.w[2]), "r"(a.w[3]), "r"(b0), "r"(b1));
+}
+
+// ---- memory -------------------------------------------------------------------------------------------------------
+// Arrays in the block's shared memory, one behind the other, each on a 128-byte boundary.
+class Shared {
+ public:
+  template <class T>
+  FUSEDRNN_DEVICE T* take(int n) {
+    extern __shared__ __align__(128) u8 base[];
+    T* p = reinterpret_cast<T*>(base + used_);
+    used_ += (n * static_cast<int>(sizeof(T)) + 127) / 128 * 128;
+    return p;
+  }
+
+ private:
+  int used_ = 0;
+};
+// What `take` uses for n elements: the sum of these is the launch's shared memory.
+template <class T>
+constexpr int shared_size(int n) {
+  return (n * static_cast<int>(sizeof(T)) + 127) / 128 * 128;
+}
+
+FUSEDRNN_DEVICE U4 ldg16(const void* p) {  // read-only for the whole launch, 16-byte aligned
+  const uint4 v = __ldg(static_cast<const uint4*>(p));
+  return U4{{v.x, v.y, v.z, v.w}};
+}
+
+// Global to shared, 16 bytes each, both aligned. What a thread has copied is there for it after cp_async_wait, for others after
+// a barrier behind that.
+FUSEDRNN_DEVICE void cp_async16(void* shared, const void* global) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<u32>(__cvta_generic_to_shared(shared))),
+               "l"(global)
+               : "memory");
+#else
+  *static_cast<uint4*>(shared) = *static_cast<const uint4*>(global);
+#endif
+}
+FUSEDRNN_DEVICE void cp_async_commit() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+template <int N>
+FUSEDRNN_DEVICE void cp_async_wait() {  // until at most the N groups committed last are still under way
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+#endif
+}
+
+// ---- hand-off inside a cluster ------------------------------------------------------------------------------------
+// The same variable in another block's shared memory. It can be pushed to, never read.
+template <class T>
+class Peer {
+ public:
+  FUSEDRNN_DEVICE explicit Peer(u32 address) : address_(address) {}
+  FUSEDRNN_DEVICE u32 address() const { return address_; }
+
+ private:
+  u32 address_;
+};
+template <class T>
+FUSEDRNN_DEVICE Peer<T> peer(T* shared, int rank) {
+  u32 r = static_cast<u32>(__cvta_generic_to_shared(shared));
+#if __CUDA_ARCH__ >= 900
+  asm("mapa.shared::cluster.u32 %0, %0, %1;" : "+r"(r) : "r"(rank));
+#endif
+  return Peer<T>(r);
+}
+// Writes 16 bytes there and takes 16 off what the barrier over there still expects in its phase.
+FUSEDRNN_DEVICE void st_async(Peer<U4> to, const U4& v, Peer<u64> bar) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.u32 [%0], {%1,%2,%3,%4}, [%5];" ::"r"(to.address()),
+      "r"(v.w[0]), "r"(v.w[1]), "r"(v.w[2]), "r"(v.w[3]), "r"(bar.address())
+      : "memory");
+#endif
+}
+FUSEDRNN_DEVICE void mbar_init(u64* bar, int arrivals) {  // one thread; the block or cluster synchronises behind it
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;\n\tfence.mbarrier_init.release.cluster;" ::"r"(
+                   static_cast<u32>(__cvta_generic_to_shared(bar))),
+               "r"(arrivals)
+               : "memory");
+#endif
+}
+FUSEDRNN_DEVICE void mbar_arrive_expect(u64* bar, int bytes) {  // one arrival, and so many bytes more in this phase
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
+                   static_cast<u32>(__cvta_generic_to_shared(bar))),
+               "r"(bytes)
+               : "memory");
+#endif
+}
+constexpr u32 kPatience = 1u << 21;  // tries before a wait is given up: a second or so, never reached by a sound kernel
+// Until phase `parity` of the barrier is complete. A wait that is given up sets `late`, and with `late` set nothing waits.
+FUSEDRNN_DEVICE void mbar_wait(u64* bar, u32 parity, bool& late) {
+#if __CUDA_ARCH__ >= 900
+  const u32 address = static_cast<u32>(__cvta_generic_to_shared(bar));
+  for (u32 tries = 0; !late; ++tries) {
+    u32 done;
+    asm volatile(
+        "{\n\t.reg .pred p;\n\tmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n\tselp.u32 %0, 1, 0, p;\n\t}"
+        : "=r"(done)
+        : "r"(address), "r"(parity)
+        : "memory");
+    if (done) break;
+    if (tries == kPatience) late = true;
+  }
+#endif
+}
+
+// ---- hand-off through global memory: the data is the message -------------------------------------------------------
+FUSEDRNN_DEVICE void publish16(void* global, const U4& v) {
+#if __CUDA_ARCH__ >= 700
+  asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1,%2,%3,%4};" ::"l"(global), "r"(v.w[0]), "r"(v.w[1]), "r"(v.w[2]),
+               "r"(v.w[3])
+               : "memory");
+#endif
+}
+FUSEDRNN_DEVICE U4 ld_relaxed16(const void* global) {
+  U4 v;
+  asm volatile("ld.relaxed.gpu.global.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3])
+               : "l"(global)
+               : "memory");
+  return v;
+}
+// v[i] = 16 bytes at base + i * stride bytes, for i < N with bit i of `wanted` set (the others are left alone), as soon as none
+// of its four words is kEmpty any more. All loads are under way together. `late` as in mbar_wait.
+template <int N>
+FUSEDRNN_DEVICE void poll16(U4 (&v)[N], const void* base, int stride, u32 wanted, bool& late) {
+  static_assert(N <= 32);
+  const u8* p = static_cast<const u8*>(base);
+  FUSEDRNN_UNROLL
+  for (int i = 0; i < N; ++i)
+    if (wanted >> i & 1) v[i] = ld_relaxed16(p + static_cast<int64_t>(i) * stride);
+  for (u32 tries = 0; !late; ++tries) {
+    bool again = false;
+    FUSEDRNN_UNROLL
+    for (int i = 0; i < N; ++i)
+      if ((wanted >> i & 1) && (v[i].w[0] == kEmpty || v[i].w[1] == kEmpty || v[i].w[2] == kEmpty || v[i].w[3] == kEmpty)) {
+        v[i] = ld_relaxed16(p + static_cast<int64_t>(i) * stride);
+        again = true;
+      }
+    if (!again) break;
+    if (tries == kPatience) late = true;
+  }
+}
+
+}  // namespace fusedrnn::dev
