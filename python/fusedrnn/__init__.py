@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fused RNN, LSTM and GRU kernels for NumPy arrays: forward, backward, and what torch.nn's cannot do.
+
+    layer = fusedrnn.LSTM(input_size, hidden_size)          torch.nn's names and shapes
+    y, state = layer(x)                                     x (T,B,I) float32 or float64
+    grads = layer.backward(dy)                              a dict of arrays
+
+The functions beneath are `fusedrnn.lstm`, `gru`, `rnn` and their `..._backward`. Nothing heavy is imported here.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from . import backends, clip, ops, params, tbptt
+    from .config import get_num_threads, set_backend, set_num_threads
+    from .info import info
+    from .layers import GRU, LSTM, RNN
+    from .ops import gru, gru_backward, lstm, lstm_backward, rnn, rnn_backward
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "ops": ("lstm", "gru", "rnn", "lstm_backward", "gru_backward", "rnn_backward"),
+    "layers": ("LSTM", "GRU", "RNN"),
+    "config": ("set_backend", "set_num_threads", "get_num_threads"),
+    "info": ("info",),
+}
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+_MODULES = ("backends", "clip", "ops", "params", "tbptt")
+
+__all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
+    "backends",
+    "clip",
+    "get_num_threads",
+    "gru",
+    "gru_backward",
+    "info",
+    "lstm",
+    "lstm_backward",
+    "ops",
+    "params",
+    "rnn",
+    "rnn_backward",
+    "set_backend",
+    "set_num_threads",
+    "tbptt",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    elif name in _MODULES:
+        value = importlib.import_module(f".{name}", __name__)
+    else:
+        raise AttributeError(f"module 'fusedrnn' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The backends, what they all take (the mirror of csrc/api.h), and which one runs.
+
+Every backend is a module with the same five functions on canonical arrays of one dtype, any strides:
+
+    tape_elements(problem) -> int
+    forward(problem, p, out, tape)            out  = F(p)
+    backward(problem, p, tape, g, dp)         dp   = J(p)^T g
+    jvp(problem, p, v, tout)                  tout = J(p) v
+    hvp(problem, p, v, g, t, tdp)             tdp  = d/ds [J(p + s v)^T (g + s t)] at s = 0
+
+Arrays are written, not added to. None means: not given (zero), or not wanted. Where an array that is written has
+stride 0 on an E axis longer than 1, the sum over E is written.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from .. import config
+
+NAMES = ("native", "numba", "reference")
+
+Params = tuple[Any, Any, Any, Any]  # W (E,G*H,I_l), R (E,G*H,H), bW (E,G*H), bR (E,G*H); the biases may be None
+
+
+@dataclass(slots=True)
+class Problem:
+    """Which cell, what sizes, which options."""
+
+    cell: str
+    T: int
+    E: int
+    B: int
+    I: int  # noqa: E741
+    H: int
+    L: int = 1
+    D: int = 1
+    reverse: bool = False
+    reset_to_initial: bool = False
+    recompute: bool = False
+    clip_cell: float = 0.0
+    clip_grad: float = 0.0
+    dropout: float = 0.0
+    seed: int = 0
+    lengths: np.ndarray | None = None  # int64 (E,B)
+    reset: np.ndarray | None = None  # bool or uint8 (T,E,B)
+
+
+@dataclass(slots=True)
+class Arguments:
+    """What goes in; and so also its tangents and its gradients."""
+
+    x: Any = None  # (T,E,B,I)
+    h0: Any = None  # (L*D,E,B,H)
+    c0: Any = None
+    params: list[Params] = field(default_factory=list)  # [L*D], layer-major, forward direction first
+
+
+@dataclass(slots=True)
+class Results:
+    """What comes out; and so also its tangents and gradients."""
+
+    y: Any = None  # (T,E,B,D*H)
+    hn: Any = None  # (L*D,E,B,H)
+    cn: Any = None
+    cells: Any = None  # (L,T,E,B,D*H)
+
+
+class Backend(Protocol):
+    """What `choose` returns."""
+
+    __name__: str
+
+    def tape_elements(self, problem: Problem) -> int: ...
+    def forward(self, problem: Problem, p: Arguments, out: Results, tape: Any) -> None: ...
+    def backward(self, problem: Problem, p: Arguments, tape: Any, g: Results, dp: Arguments) -> None: ...
+    def jvp(self, problem: Problem, p: Arguments, v: Arguments, tout: Results) -> None: ...
+    def hvp(
+        self, problem: Problem, p: Arguments, v: Arguments, g: Results, t: Results, tdp: Arguments
+    ) -> None: ...
+
+
+_loaded: dict[str, Any] = {}
+_missing: dict[str, str] = {}
+_log = logging.getLogger("fusedrnn")
+
+
+def _load(name: str) -> Any:
+    """The backend's module, or None with the reason in `_missing`."""
+    if name not in _loaded and name not in _missing:
+        try:
+            _loaded[name] = importlib.import_module(f".{name}", __name__)
+        except ImportError as error:
+            _missing[name] = str(error)
+    return _loaded.get(name)
+
+
+def missing(name: str) -> str | None:
+    """Why a backend cannot run here, or None if it can.
+
+    >>> fusedrnn.backends.missing("reference") is None
+    True
+    """
+    return None if _load(name) else _missing[name]
+
+
+def available() -> list[str]:
+    """The backends that can run here, best first.
+
+    >>> "reference" in fusedrnn.backends.available()
+    True
+    """
+    return [name for name in NAMES if _load(name)]
+
+
+def choose(name: str | None = None) -> Backend:
+    """The backend to run: `name`, else `fusedrnn.set_backend`'s, else FUSEDRNN_BACKEND's, else the best that is there.
+
+    >>> fusedrnn.backends.choose("reference").__name__
+    'fusedrnn.backends.reference'
+    """
+    name = name or config.backend
+    chosen: Any = None
+    if name is None:
+        chosen = next(filter(None, map(_load, NAMES)))
+    elif name not in NAMES:
+        raise ValueError(f"fusedrnn: backend is {name!r}; expected one of {', '.join(NAMES)}.")
+    else:
+        chosen = _load(name)
+        if chosen is None:
+            others = ", ".join(available())
+            raise ImportError(
+                f"fusedrnn: backend {name!r} cannot run here: {_missing[name]}. Available: {others}. "
+                "`python -m fusedrnn info` tells more."
+            )
+    if not config.announced:
+        config.announced = True
+        _log.info("running on the %s backend", chosen.__name__.rpartition(".")[2])
+        if _missing.get("native") and name is None:
+            _log.warning("the compiled extension is missing (%s): slower", _missing["native"])
+    result: Backend = chosen
+    return result

@@ -1,0 +1,312 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The judge: NumPy, float64 whatever comes in, every feature of csrc/README.md, as plain as it gets.
+
+It shares no code with the kernels, only the formulas of fusedrnn.cells with the numba backend. It needs no tape:
+backward runs forward again. Derivatives of forward and backward come from complex numbers: evaluated at p + i s v
+with a tiny s, the imaginary part is s times the tangent, exact to float64's rounding because nothing is subtracted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..cells import CELLS, Cell, dropout
+from ..cells.number import clamp
+from . import Arguments, Problem, Results
+
+_STEP = 1e-40  # its square vanishes beside 1, and products with tiny tangents do not underflow
+
+
+def tape_elements(problem: Problem) -> int:
+    """Nothing is kept."""
+    return 0
+
+
+def forward(problem: Problem, p: Arguments, out: Results, tape: Any) -> None:
+    """Fill out's arrays."""
+    _store_results(out, _forward(problem, _wide_arguments(p))[0])
+
+
+def backward(problem: Problem, p: Arguments, tape: Any, g: Results, dp: Arguments) -> None:
+    """Fill dp's arrays with the gradients."""
+    _store_arguments(dp, _backward(problem, _wide_arguments(p), _wide_results(g)))
+
+
+def jvp(problem: Problem, p: Arguments, v: Arguments, tout: Results) -> None:
+    """Fill tout's arrays with the tangents of the results."""
+    _store_results(tout, _forward(problem, _wide_arguments(p, v))[0], tangent=True)
+
+
+def hvp(problem: Problem, p: Arguments, v: Arguments, g: Results, t: Results, tdp: Arguments) -> None:
+    """Fill tdp's arrays with the tangents of the gradients."""
+    _store_arguments(tdp, _backward(problem, _wide_arguments(p, v), _wide_results(g, t)), tangent=True)
+
+
+# Numbers in and out.
+
+
+def _wide(a: Any, tangent: Any, dual: bool) -> Any:
+    if a is None and tangent is None:
+        return None
+    if not dual:
+        return np.asarray(a, np.float64)
+    value = np.zeros(np.shape(tangent if a is None else a), np.complex128)
+    if a is not None:
+        value.real = a
+    if tangent is not None:
+        value.imag = np.asarray(tangent, np.float64) * _STEP
+    return value
+
+
+def _wide_arguments(p: Arguments, v: Arguments | None = None) -> Arguments:
+    dual = v is not None
+    tangents = v or Arguments()
+    return Arguments(
+        _wide(p.x, tangents.x, dual),
+        _wide(p.h0, tangents.h0, dual),
+        _wide(p.c0, tangents.c0, dual),
+        [
+            (
+                _wide(W, vW, dual),
+                _wide(R, vR, dual),
+                _wide(bW, vbW, dual),
+                _wide(bR, vbR, dual),
+            )
+            for (W, R, bW, bR), (vW, vR, vbW, vbR) in zip(
+                p.params, tangents.params or [(None,) * 4] * len(p.params), strict=True
+            )
+        ],
+    )
+
+
+def _wide_results(g: Results, t: Results | None = None) -> Results:
+    dual = t is not None
+    tangents = t or Results()
+    return Results(*(_wide(getattr(g, name), getattr(tangents, name), dual) for name in ("y", "hn", "cn", "cells")))
+
+
+def _store(to: Any, value: Any, e_axis: int, tangent: bool) -> None:
+    if to is None:
+        return
+    if tangent:
+        value = value.imag / _STEP
+    if to.shape[e_axis] > 1 and to.strides[e_axis] == 0:
+        value = value.sum(axis=e_axis, keepdims=True)
+        to = to[(slice(None),) * e_axis + (slice(1),)]
+    to[...] = value
+
+
+def _store_results(to: Results, value: Results, tangent: bool = False) -> None:
+    for name, e_axis in (("y", 1), ("hn", 1), ("cn", 1), ("cells", 2)):
+        _store(getattr(to, name), getattr(value, name), e_axis, tangent)
+
+
+def _store_arguments(to: Arguments, value: Arguments, tangent: bool = False) -> None:
+    for name in ("x", "h0", "c0"):
+        _store(getattr(to, name), getattr(value, name), 1, tangent)
+    for arrays, values in zip(to.params, value.params, strict=False):
+        for array, array_value in zip(arrays, values, strict=True):
+            _store(array, array_value, 0, tangent)
+
+
+# The walk over time.
+
+
+@dataclass
+class _Kept:
+    """What one layer in one direction keeps for its backward pass."""
+
+    x: Any  # (T,E,B,I_l), 0 past a row's length
+    steps: list[Any]  # per step: kept gates, h_prev, h, c_prev, c, r h' (two products)
+
+
+def _order(problem: Problem, backwards: bool) -> range:
+    return range(problem.T - 1, -1, -1) if backwards else range(problem.T)
+
+
+def _active(problem: Problem) -> Any:
+    """(T,E,B,1): whether a row still runs at step t."""
+    if problem.lengths is None:
+        return np.ones((problem.T, problem.E, problem.B, 1), bool)
+    return (np.arange(problem.T)[:, None, None] < np.asarray(problem.lengths))[..., None]
+
+
+def _restart(problem: Problem, active: Any, backwards: bool) -> Any:
+    """(T,E,B,1): whether a row's state starts anew before its step t, in the order of the walk."""
+    restart = np.zeros_like(active)
+    if problem.reset is not None:
+        boundary = (np.asarray(problem.reset) != 0)[..., None] & active
+        if backwards:
+            restart[:-1] = boundary[1:]
+        else:
+            restart = boundary
+    return restart
+
+
+def _blocks(a: Any, gates: int) -> Any:
+    """(...,G*H) as G arrays (...,H)."""
+    return np.split(a, gates, axis=-1)
+
+
+def _product(x: Any, W: Any, b: Any) -> Any:
+    """x (...,E,B,I), W (E,G*H,I), b (E,G*H) or None: x W^T + b, (...,E,B,G*H)."""
+    a = x @ W.swapaxes(-1, -2)
+    return a if b is None else a + b[:, None, :]
+
+
+def _outer(da: Any, x: Any) -> Any:
+    """da (T,E,B,G*H), x (T,E,B,I): the gradient of W in x W^T, (E,G*H,I)."""
+    T, E, B, GH = da.shape
+    left = da.transpose(1, 3, 0, 2).reshape(E, GH, T * B)
+    right = x.transpose(1, 0, 2, 3).reshape(E, T * B, x.shape[-1])
+    return left @ right
+
+
+def _walk(problem: Problem, cell: Cell, x: Any, params: Any, h0: Any, c0: Any, backwards: bool) -> Any:
+    """One layer, one direction: y (T,E,B,H), cells (T,E,B,H), hn, cn, and what backward needs."""
+    W, R, bW, bR = params
+    active = _active(problem)
+    restart = _restart(problem, active, backwards)
+    x = np.where(active, x, 0)  # so that padding, NaN included, reaches nothing
+    sums = [0.0] * cell.sums
+    for block, s in zip(_blocks(_product(x, W, bW), cell.gates), cell.x_sum, strict=True):
+        sums[s] = sums[s] + block
+    first_h, first_c = (h0, c0) if problem.reset_to_initial else (0.0, 0.0)
+    y = np.zeros((*x.shape[:3], problem.H), x.dtype)
+    cells = np.zeros_like(y)
+    steps: list[Any] = [None] * problem.T
+    h, c = h0, c0
+    for t in _order(problem, backwards):
+        h_prev = np.where(restart[t], first_h, h)
+        c_prev = np.where(restart[t], first_c, c)
+        a = [s if isinstance(s, float) else s[t] for s in sums]
+        if cell.gate is not None:
+            H = problem.H
+            for s, block in enumerate(_blocks(_product(h_prev, R[:, : 2 * H], None if bR is None else bR[:, : 2 * H]), 2)):
+                a[s] = a[s] + block
+            r, z, rh = cell.gate(a[0], a[1], h_prev)
+            n, h_new = cell.forward(a[2] + _product(rh, R[:, 2 * H :], None if bR is None else bR[:, 2 * H :]), z, h_prev)
+            kept, c_new = (r, z, n), c_prev
+        else:
+            rh = None
+            for block, s in zip(_blocks(_product(h_prev, R, bR), cell.gates), cell.h_sum, strict=True):
+                a[s] = a[s] + block
+            kept, h_new, c_new = cell.forward(a, h_prev, c_prev, problem.clip_cell)
+        steps[t] = (kept, h_prev, h_new, c_prev, c_new, rh)
+        h = np.where(active[t], h_new, h)
+        c = np.where(active[t], c_new, c)
+        y[t] = np.where(active[t], h, 0)
+        cells[t] = np.where(active[t], c if cell.cell_state else h, 0)
+    return y, cells, h, c, _Kept(x, steps)
+
+
+def _walk_back(
+    problem: Problem, cell: Cell, kept: _Kept, params: Any, dy: Any, dcells: Any, dhn: Any, dcn: Any, backwards: bool
+) -> Any:
+    """The other way: dx (T,E,B,I_l), dh0, dc0 and the gradients of W, R, bW, bR."""
+    W, R, _, _ = params
+    H = problem.H
+    active = _active(problem)
+    restart = _restart(problem, active, backwards)
+    kind = dy.dtype
+    rows = (problem.T, problem.E, problem.B)
+    da_x = np.zeros((*rows, cell.gates * H), kind)
+    da_h = np.zeros_like(da_x)
+    h_prevs = np.zeros((*rows, H), kind)
+    rhs = np.zeros_like(h_prevs)
+    dh0, dc0 = np.zeros_like(dhn), np.zeros_like(dcn)
+    dh_next, dc_next = dhn, dcn
+    for t in reversed(_order(problem, backwards)):
+        gates, h_prev, h, c_prev, c, rh = kept.steps[t]
+        dh, dc = dh_next + dy[t], dc_next
+        if cell.cell_state:
+            dc = dc + dcells[t]
+        else:
+            dh = dh + dcells[t]
+        dh, dc = clamp(dh, problem.clip_grad), clamp(dc, problem.clip_grad)
+        if cell.backward_gate is not None:
+            r, z, n = gates
+            da_z, da_n, dh_prev = cell.backward(z, n, h_prev, dh)
+            da_r, past = cell.backward_gate(r, h_prev, da_n @ R[:, 2 * H :])
+            dh_prev = dh_prev + past + np.concatenate([da_r, da_z], -1) @ R[:, : 2 * H]
+            da, dc_prev = (da_r, da_z, da_n), dc
+            rhs[t] = np.where(active[t], rh, 0)
+        else:
+            da, dh_prev, dc_prev = cell.backward(gates, h_prev, h, c_prev, c, problem.clip_cell, dh, dc)
+            dh_prev = dh_prev + np.concatenate([da[s] for s in cell.h_sum], -1) @ R
+        da_x[t] = np.where(active[t], np.concatenate([da[s] for s in cell.x_sum], -1), 0)
+        da_h[t] = np.where(active[t], np.concatenate([da[s] for s in cell.h_sum], -1), 0)
+        h_prevs[t] = np.where(active[t], h_prev, 0)
+        if problem.reset_to_initial:
+            dh0 = dh0 + np.where(restart[t], dh_prev, 0)
+            dc0 = dc0 + np.where(restart[t], dc_prev, 0)
+        dh_next = np.where(active[t], np.where(restart[t], 0, dh_prev), dh_next)
+        dc_next = np.where(active[t], np.where(restart[t], 0, dc_prev), dc_next)
+    dR = _outer(da_h, h_prevs)
+    if cell.two_products:
+        dR[:, 2 * H :] = _outer(da_h[..., 2 * H :], rhs)
+    gradients = (_outer(da_x, kept.x), dR, da_x.sum((0, 2)), da_h.sum((0, 2)))
+    return da_x @ W, dh0 + dh_next, dc0 + dc_next, gradients
+
+
+# The stack of layers and directions.
+
+
+def _backwards(problem: Problem, d: int) -> bool:
+    return problem.reverse or d == 1
+
+
+def _state(problem: Problem, given: Any, like: Any) -> Any:
+    shape = (problem.L * problem.D, problem.E, problem.B, problem.H)
+    return np.zeros(shape, like.dtype) if given is None else given
+
+
+def _forward(problem: Problem, p: Arguments) -> tuple[Results, list[_Kept]]:
+    cell = CELLS[problem.cell]
+    h0, c0 = _state(problem, p.h0, p.x), _state(problem, p.c0, p.x)
+    hn, cn = np.empty_like(h0), np.empty_like(c0)
+    kept: list[_Kept] = []
+    all_cells = []
+    y = p.x
+    for layer in range(problem.L):
+        if layer > 0 and problem.dropout > 0:
+            y = y * dropout.scale(y.shape, problem.dropout, problem.seed, layer - 1)
+        ys, cells = [], []
+        for d in range(problem.D):
+            n = layer * problem.D + d
+            walked = _walk(problem, cell, y, p.params[n], h0[n], c0[n], _backwards(problem, d))
+            ys.append(walked[0])
+            cells.append(walked[1])
+            hn[n], cn[n] = walked[2], walked[3]
+            kept.append(walked[4])
+        y = np.concatenate(ys, -1)
+        all_cells.append(np.concatenate(cells, -1))
+    return Results(y, hn, cn, np.stack(all_cells)), kept
+
+
+def _backward(problem: Problem, p: Arguments, g: Results) -> Arguments:
+    cell = CELLS[problem.cell]
+    kept = _forward(problem, p)[1]
+    dhn, dcn = _state(problem, g.hn, p.x), _state(problem, g.cn, p.x)
+    dh0, dc0 = np.empty_like(dhn), np.empty_like(dcn)
+    shape = (problem.T, problem.E, problem.B, problem.D * problem.H)
+    dy = np.zeros(shape, p.x.dtype) if g.y is None else g.y
+    params: list[Any] = [None] * len(p.params)
+    for layer in reversed(range(problem.L)):
+        dcells = np.zeros(shape, p.x.dtype) if g.cells is None else g.cells[layer]
+        dx = 0.0
+        for d in range(problem.D):
+            n = layer * problem.D + d
+            part = slice(d * problem.H, (d + 1) * problem.H)
+            walked = _walk_back(
+                problem, cell, kept[n], p.params[n], dy[..., part], dcells[..., part], dhn[n], dcn[n], _backwards(problem, d)
+            )
+            dx = dx + walked[0]
+            dh0[n], dc0[n], params[n] = walked[1], walked[2], walked[3]
+        dy = dx
+        if layer > 0 and problem.dropout > 0:
+            dy = dy * dropout.scale(dy.shape, problem.dropout, problem.seed, layer - 1)
+    return Arguments(dy, dh0, dc0, params)

@@ -1,0 +1,11 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The cells' formulas, once and readable: NumPy runs them as the reference, Numba compiles them as the fallback."""
+
+from __future__ import annotations
+
+from .cell import Cell
+from .gru import GRU, GRU_RESET_BEFORE
+from .lstm import LSTM
+from .rnn import RNN_RELU, RNN_TANH
+
+CELLS: dict[str, Cell] = {cell.name: cell for cell in (RNN_TANH, RNN_RELU, LSTM, GRU, GRU_RESET_BEFORE)}

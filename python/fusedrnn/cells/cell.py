@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the engines know of a cell: how many gates, which sums they feed, and the functions of one unit and one step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One row of the registry. The functions take and return numbers: floats when compiled, arrays in NumPy.
+
+    `forward(a, h_prev, c_prev, clip) -> kept, h, c` and
+    `backward(kept, h_prev, h, c_prev, c, clip, dh, dc) -> da, dh_prev, dc_prev`, where `a` are the sums of products,
+    `kept` is what the tape holds beside h and c, and `dh_prev` is what reaches h' past the products.
+    A cell of two products a step (see gru.py) has `gate` and `backward_gate` beside them, and other arguments.
+    """
+
+    name: str
+    gates: int  # row blocks of W and R
+    sums: int  # pre-activations, per unit
+    kept: int  # values on the tape beside c and h
+    cell_state: bool  # has c
+    x_sum: tuple[int, ...]  # gate -> the sum that takes its rows of x W^T + bW
+    h_sum: tuple[int, ...]  # gate -> the sum that takes its rows of h' R^T + bR
+    forward: Callable[..., Any]
+    backward: Callable[..., Any]
+    gate: Callable[..., Any] | None = None
+    backward_gate: Callable[..., Any] | None = None
+
+    @property
+    def two_products(self) -> bool:
+        """Whether the second product needs what the first one's gates say."""
+        return self.gate is not None
