@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The primitives that kernels are written in, for the GPU. Kernels know no threadIdx, no __shared__, no asm, no half type: so the
 // same kernel source also runs over the CPU twin of this file (tests/csrc/device_cpu.h), where a block's threads are cooperative tasks.
-// A translation unit includes one of the two, then math.h, then kernels. A kernel is a functor:
+// A translation unit includes one of the two, then gates.h, then kernels. A kernel is a functor:
 //   struct K { Args a; static constexpr int kThreads; static int shared_bytes(); FUSEDRNN_DEVICE void operator()() const; };
 // Rules that both sides keep: collectives are called by all threads they name, in the same order; nothing spins outside
 // `poll16` and `mbar_wait`; shared memory comes from `Shared` only, taken in the same order by all threads.
@@ -60,6 +60,7 @@ struct TF32 {  // float32 in memory, 10 bits of fraction inside a product
   }
 };
 
+FUSEDRNN_DEVICE u32 bits(float v) { return __float_as_uint(v); }
 FUSEDRNN_DEVICE float ex2(float x) {  // 2^x, 2 ulp; flushes denormals
   float r;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
