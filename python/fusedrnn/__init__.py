@@ -14,9 +14,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import backends, clip, ops, params, tbptt
+    from . import backends, clip, ops, params, report, tbptt
     from .config import get_num_threads, set_backend, set_num_threads
-    from .info import info
+    from .report import info
     from .layers import GRU, LSTM, RNN
     from .ops import gru, gru_backward, lstm, lstm_backward, rnn, rnn_backward
 
@@ -26,10 +26,10 @@ _HOMES = {
     "ops": ("lstm", "gru", "rnn", "lstm_backward", "gru_backward", "rnn_backward"),
     "layers": ("LSTM", "GRU", "RNN"),
     "config": ("set_backend", "set_num_threads", "get_num_threads"),
-    "info": ("info",),
+    "report": ("info",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
-_MODULES = ("backends", "clip", "ops", "params", "tbptt")
+_MODULES = ("backends", "clip", "ops", "params", "report", "tbptt")
 
 __all__ = [
     "GRU",
@@ -45,6 +45,7 @@ __all__ = [
     "lstm_backward",
     "ops",
     "params",
+    "report",
     "rnn",
     "rnn_backward",
     "set_backend",

@@ -32,11 +32,10 @@ def get_num_threads() -> int:
     >>> fusedrnn.get_num_threads() >= 1
     True
     """
-    try:
-        from . import _core
-    except ImportError:
-        return 1
-    return _core.get_num_threads()
+    from . import backends
+
+    native = backends.load("native")
+    return native.get_num_threads() if native else 1
 
 
 def set_num_threads(n: int) -> None:
@@ -48,8 +47,8 @@ def set_num_threads(n: int) -> None:
     """
     if isinstance(n, bool) or not isinstance(n, int) or n < 1:
         raise ValueError(f"fusedrnn: n is {n!r}; expected an integer >= 1 (threads).")
-    try:
-        from . import _core
-    except ImportError:
-        return
-    _core.set_num_threads(n)
+    from . import backends
+
+    native = backends.load("native")
+    if native:
+        native.set_num_threads(n)

@@ -91,8 +91,8 @@ _missing: dict[str, str] = {}
 _log = logging.getLogger("fusedrnn")
 
 
-def _load(name: str) -> Any:
-    """The backend's module, or None with the reason in `_missing`."""
+def load(name: str) -> Any:
+    """The backend's module, or None if it cannot run here; then `missing` says why."""
     if name not in _loaded and name not in _missing:
         try:
             _loaded[name] = importlib.import_module(f".{name}", __name__)
@@ -107,7 +107,7 @@ def missing(name: str) -> str | None:
     >>> fusedrnn.backends.missing("reference") is None
     True
     """
-    return None if _load(name) else _missing[name]
+    return None if load(name) else _missing[name]
 
 
 def available() -> list[str]:
@@ -116,7 +116,7 @@ def available() -> list[str]:
     >>> "reference" in fusedrnn.backends.available()
     True
     """
-    return [name for name in NAMES if _load(name)]
+    return [name for name in NAMES if load(name)]
 
 
 def choose(name: str | None = None) -> Backend:
@@ -128,11 +128,11 @@ def choose(name: str | None = None) -> Backend:
     name = name or config.backend
     chosen: Any = None
     if name is None:
-        chosen = next(filter(None, map(_load, NAMES)))
+        chosen = next(filter(None, map(load, NAMES)))
     elif name not in NAMES:
         raise ValueError(f"fusedrnn: backend is {name!r}; expected one of {', '.join(NAMES)}.")
     else:
-        chosen = _load(name)
+        chosen = load(name)
         if chosen is None:
             others = ", ".join(available())
             raise ImportError(

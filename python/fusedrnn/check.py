@@ -1,0 +1,349 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Argument checks: everything is looked at, shapes and dtypes only, before anything is written.
+
+Every message says which operation and argument, what came, what was expected, why, and how to mend it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import numpy as np
+
+from . import arrays
+from . import params as parameters
+from .backends import Problem
+from .cells import CELLS, Cell
+
+_FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
+_WEIGHT_AXES = dict(zip(parameters.KINDS, (arrays.WEIGHT_IH, arrays.WEIGHT_HH, arrays.BIAS, arrays.BIAS), strict=True))
+
+
+def fail(op: str, name: str, got: str, expected: str, fix: str = "", error: type[Exception] = ValueError) -> NoReturn:
+    """Raise the error, worded as all errors are."""
+    raise error(f"{op}: {name} {got}; expected {expected}." + (f" {fix}" if fix else ""))
+
+
+@dataclass(slots=True)
+class Call:
+    """A checked call: the problem, and how the user's arrays lie."""
+
+    op: str
+    cell: Cell
+    problem: Problem
+    dtype: np.dtype[Any]
+    names: list[str]  # of the parameters, flat
+    params: list[np.ndarray]
+    batch_first: bool
+    unbatched: bool
+    sets: bool  # whether results have an E axis
+    x_axes: str
+    y_axes: str
+    state_axes: str
+    sources: dict[str, str]  # size letter -> the argument that it was read from
+
+    @property
+    def cells_axes(self) -> str:
+        """How `cells` lies."""
+        return "L" + self.y_axes
+
+    def sizes(self) -> dict[str, int]:
+        """Every axis letter's size."""
+        p = self.problem
+        return {"T": p.T, "E": p.E, "B": p.B, "I": p.I, "H": p.H, "L": p.L, "J": p.D * p.H, "S": p.L * p.D} | {
+            "G": self.cell.gates * p.H
+        }
+
+    def shape(self, axes: str) -> tuple[int, ...]:
+        """The shape of an array that lies as `axes`."""
+        sizes = self.sizes()
+        return tuple(sizes[a] for a in axes)
+
+    def letters(self, axes: str) -> str:
+        """The same in letters, for messages: (4*H, H)."""
+        p = self.problem
+        words = {"G": f"{self.cell.gates}*H" if self.cell.gates > 1 else "H", "J": f"{p.D}*H" if p.D > 1 else "H"}
+        words["S"] = f"{p.D}*L" if p.D > 1 else "L"
+        parts = [words.get(a, a) for a in axes]
+        return f"({', '.join(parts)}{',' if len(parts) == 1 else ''})"
+
+    def expect(self, name: str, array: np.ndarray, axes: str, fix: str = "", layer: int = 0) -> None:
+        """Fail unless the array has the shape that `axes` says."""
+        sizes = self.sizes()
+        letters = self.letters(axes)
+        if layer > 0 and "I" in axes:  # what layers above the first take in
+            sizes["I"] = sizes["J"]
+            letters = letters.replace("I", "2*H" if self.problem.D > 1 else "H")
+        expected = tuple(sizes[a] for a in axes)
+        if array.shape == expected:
+            return
+        used = [a for a in "TEBIHL" if a in letters]
+        where = ", ".join(f"{a}={sizes[a]}" + (f" from {self.sources[a]}" if a in self.sources else "") for a in used)
+        if not fix and array.ndim == 2 and array.shape[::-1] == expected:
+            fix = "Did you pass its transpose?"
+        fail(self.op, name, f"has shape {array.shape}", f"{expected} = {letters} with {where}", fix)
+
+
+def is_array(op: str, name: str, value: Any) -> np.ndarray:
+    """The value, if it is a plain NumPy array."""
+    if not isinstance(value, np.ndarray):
+        fix = f"Pass numpy.asarray({name.split('[')[0]}, dtype=numpy.float32)."
+        fail(op, name, f"is {arrays.kind(value)}", "a NumPy array", fix, TypeError)
+    if isinstance(value, np.ma.MaskedArray):
+        fix = "Masks are not read: pass lengths for padding, and .filled() arrays."
+        fail(op, name, "is a masked array", "a plain NumPy array", fix, TypeError)
+    return value
+
+
+def is_float(op: str, name: str, value: Any, dtype: Any = None, like: str = "x") -> np.ndarray:
+    """The value, if it is a NumPy array of `dtype` (any float we compute in, if None) that kernels can read in place."""
+    array = is_array(op, name, value)
+    if dtype is None and array.dtype not in _FLOATS:
+        fix = f"Convert it: {name}.astype(numpy.float32)."
+        fail(op, name, f"has dtype {_dtype(array)}", "float32 or float64 in native byte order", fix, TypeError)
+    if dtype is not None and array.dtype != dtype:
+        fix = f"Kernels compute in one type: convert one of them, e.g. {name}.astype(numpy.{dtype})."
+        fail(op, name, f"has dtype {_dtype(array)}", f"{dtype}, the dtype of {like}", fix, TypeError)
+    if not array.flags.aligned or any(s % array.itemsize for s in array.strides):
+        fix = f"Pass {name}.copy()."
+        fail(op, name, f"is not aligned (strides {array.strides} bytes)", f"whole elements of {array.itemsize} bytes", fix)
+    return array
+
+
+def _dtype(array: np.ndarray) -> str:
+    return f"{array.dtype}" + ("" if array.dtype.isnative else " in foreign byte order")
+
+
+def integer(op: str, name: str, value: Any, low: int, high: int | None = None) -> int:
+    """The value, if it is an integer in [low, high]."""
+    expected = f"an integer >= {low}" if high is None else f"an integer in [{low}, {high}]"
+    if isinstance(value, bool | np.bool_) or not isinstance(value, int | np.integer):
+        fail(op, name, f"is {value!r}", expected, error=TypeError)
+    if value < low or (high is not None and value > high):
+        fail(op, name, f"is {value}", expected)
+    return int(value)
+
+
+def number(op: str, name: str, value: Any) -> float:
+    """The value, if it is a real number."""
+    if isinstance(value, bool | np.bool_) or not isinstance(value, int | float | np.integer | np.floating):
+        fail(op, name, f"is {value!r}", "a number", error=TypeError)
+    return float(value)
+
+
+def limit(op: str, name: str, value: Any) -> float:
+    """A clipping limit: 0 for None (off), else a positive finite number."""
+    if value is None:
+        return 0.0
+    result = number(op, name, value)
+    if not 0 < result < np.inf:
+        fail(op, name, f"is {value!r}", "a finite number > 0, or None for no clipping")
+    return result
+
+
+def probability(op: str, name: str, value: Any) -> float:
+    """A dropout probability."""
+    result = number(op, name, value)
+    if not 0 <= result <= 1:
+        fail(op, name, f"is {value!r}", "a probability in [0, 1]")
+    return result
+
+
+def state_parts(op: str, name: str, cell: Cell, state: Any) -> tuple[Any, Any]:
+    """A state as (h, c); c is None for cells that have none. None stays (None, None)."""
+    if state is None:
+        return None, None
+    if not cell.cell_state:
+        if isinstance(state, tuple | list):
+            fail(op, name, f"is {arrays.kind(state)}", "one array h", f"Only the LSTM has c: pass {name}[0].", TypeError)
+        return state, None
+    if not isinstance(state, tuple | list) or len(state) != 2:
+        fail(op, name, f"is {arrays.kind(state)}", "a pair (h, c)", "The LSTM's state has two parts.", TypeError)
+    return state[0], state[1]
+
+
+def call(
+    op: str,
+    cell_name: str,
+    x: Any,
+    state: Any,
+    params: Any,
+    *,
+    num_layers: int,
+    bidirectional: bool,
+    reverse: bool,
+    batch_first: bool,
+    lengths: Any,
+    reset: Any,
+    reset_to: str,
+    dropout: float,
+    seed: int,
+    clip_cell: float | None,
+    clip_grad: float | None,
+    recompute: bool,
+) -> tuple[Call, np.ndarray | None, np.ndarray | None]:
+    """Check a forward call. Returns it with the state's two parts, as the user gave them."""
+    cell = CELLS[cell_name]
+    L = integer(op, "num_layers", num_layers, 1)
+    D = 2 if bidirectional else 1
+    if reverse and bidirectional:
+        fail(op, "reverse", "is True beside bidirectional=True", "one of the two", "bidirectional has both directions.")
+    if reset_to not in ("zero", "initial"):
+        fail(op, "reset_to", f"is {reset_to!r}", '"zero" or "initial"')
+    x = is_float(op, "x", x)
+    if x.ndim not in (2, 3, 4):
+        order = "(B,T,I)" if batch_first else "(T,B,I)"
+        fail(op, "x", f"has shape {x.shape}", f"{order}, or (T,I) without a batch, or four axes with E weight sets")
+    h0, c0 = state_parts(op, "state", cell, state)
+    names, flat = _flatten(op, params, L, D)
+    for name, array in zip(names, flat, strict=True):
+        is_float(op, name, array, x.dtype)
+        if array.ndim - len(weight_axes(name)) not in (0, -1):
+            expected = f"{len(weight_axes(name)) - 1} axes, or {len(weight_axes(name))} with weight sets E"
+            fail(op, name, f"has shape {array.shape}", expected)
+    if h0 is not None:
+        is_float(op, "state" if c0 is None else "state[0]", h0, x.dtype)
+    if c0 is not None:
+        is_float(op, "state[1]", c0, x.dtype)
+
+    unbatched = x.ndim == 2
+    x_axes = arrays.data_axes(arrays.X, batch_first, unbatched, x.ndim == 4)
+    found = dict(zip(x_axes, x.shape, strict=True))
+    sources = dict.fromkeys(x_axes, "x")
+    found.setdefault("B", 1)
+    found["H"] = flat[1].shape[-1]
+    sources["H"] = names[1]
+    if h0 is not None and h0.ndim >= 2:
+        found["H"], sources["H"] = h0.shape[-1], "state"
+    lengths = None if lengths is None else _lengths(op, lengths)
+    reset = None if reset is None else _reset(op, reset)
+
+    # The E axis: wherever an array has one axis more than it must.
+    state_rank = 2 if unbatched else 3
+    may_have_sets = [("x", x, 3)] + [(n, a, len(weight_axes(n)) - 1) for n, a in zip(names, flat, strict=True)]
+    may_have_sets += [("state", a, state_rank) for a in (h0, c0) if a is not None]
+    may_have_sets += [("lengths", lengths, state_rank - 2)] if lengths is not None else []
+    may_have_sets += [("reset", reset, state_rank - 1)] if reset is not None else []
+    for name, array, rank in may_have_sets:
+        if array.ndim == rank + 1 and "E" not in found:
+            lies = x_axes if name == "x" else _with_sets(name, batch_first, unbatched)
+            found["E"], sources["E"] = array.shape[lies.index("E")], name
+    sets = "E" in found
+    found.setdefault("E", 1)
+    for letter, fix in (("I", "x has no features."), ("H", ""), ("E", "")):
+        if found[letter] < 1:
+            fail(op, sources[letter], f"has {letter}={found[letter]}", f"{letter} >= 1", fix)
+
+    problem = Problem(
+        cell_name,
+        T=found["T"],
+        E=found["E"],
+        B=found["B"],
+        I=found["I"],
+        H=found["H"],
+        L=L,
+        D=D,
+        reverse=bool(reverse),
+        reset_to_initial=reset_to == "initial",
+        recompute=bool(recompute),
+        clip_cell=limit(op, "clip_cell", clip_cell),
+        clip_grad=limit(op, "clip_grad", clip_grad),
+        dropout=probability(op, "dropout", dropout),
+        seed=integer(op, "seed", seed, 0, 2**64 - 1),
+    )
+    result = Call(
+        op,
+        cell,
+        problem,
+        x.dtype,
+        names,
+        flat,
+        bool(batch_first),
+        unbatched,
+        sets,
+        x_axes,
+        y_axes=arrays.data_axes(arrays.Y, batch_first, unbatched, sets),
+        state_axes=arrays.data_axes(arrays.STATE, False, unbatched, sets),
+        sources=sources,
+    )
+    for n, (name, array) in enumerate(zip(names, flat, strict=True)):
+        axes = weight_axes(name)
+        layer = n // (D * (len(names) // (L * D)))
+        result.expect(name, array, axes if array.ndim == len(axes) else axes[1:], layer=layer)
+    for name, part in (("state" if c0 is None else "state[0]", h0), ("state[1]", c0)):
+        if part is not None:
+            axes = arrays.data_axes(arrays.STATE, False, unbatched, sets)
+            shared = axes.replace("E", "")
+            fix = "States lie as (layers * directions, B, H), also with batch_first." if batch_first else ""
+            result.expect(name, part, shared if part.ndim == len(shared) else axes, fix)
+    if lengths is not None:
+        problem.lengths = _placed(result, "lengths", lengths, arrays.LENGTHS)
+        if lengths.size and (lengths.min() < 0 or lengths.max() > problem.T):
+            got = f"lie in [{lengths.min()}, {lengths.max()}]"
+            fail(op, "lengths", got, f"0 <= lengths <= T={problem.T}", "Lengths count time steps of x.")
+    if reset is not None:
+        problem.reset = _placed(result, "reset", reset, arrays.RESET)
+    return result, h0, c0
+
+
+def weight_axes(name: str) -> str:
+    """The canonical axes of a parameter."""
+    return _WEIGHT_AXES[name.partition("_l")[0]]
+
+
+def _with_sets(name: str, batch_first: bool, unbatched: bool) -> str:
+    """How an argument lies when it has an E axis."""
+    if name == "state":
+        return arrays.data_axes(arrays.STATE, False, unbatched, True)
+    if name in ("lengths", "reset"):
+        return arrays.data_axes(getattr(arrays, name.upper()), batch_first, unbatched, True)
+    return weight_axes(name)
+
+
+def _placed(result: Call, name: str, array: np.ndarray, canonical: str) -> Any:
+    """lengths or reset as its canonical view, its shape checked."""
+    full = arrays.data_axes(canonical, result.batch_first, result.unbatched, result.sets)
+    shared = full.replace("E", "")
+    axes = shared if array.ndim == len(shared) else full
+    result.expect(name, array, axes)
+    return arrays.view(array, axes, canonical, result.problem.E)
+
+
+def _lengths(op: str, lengths: Any) -> np.ndarray:
+    array = np.asarray(lengths)
+    if array.dtype.kind not in "iu" and array.size:
+        fail(op, "lengths", f"is {arrays.kind(lengths)}", "integers", "Lengths count time steps.", TypeError)
+    return array.astype(np.int64)
+
+
+def _reset(op: str, reset: Any) -> np.ndarray:
+    array = np.asarray(reset)
+    if array.dtype not in (np.dtype(bool), np.dtype(np.uint8)):
+        fix = "Convert it: reset.astype(bool)."
+        fail(op, "reset", f"is {arrays.kind(reset)}", "a mask of dtype bool or uint8", fix, TypeError)
+    return array
+
+
+def _flatten(op: str, params: Any, L: int, D: int) -> tuple[list[str], list[np.ndarray]]:
+    """Parameters as names and arrays, flat in torch.nn's order."""
+    if isinstance(params, Mapping):
+        bias = "bias_ih_l0" in params or "bias_hh_l0" in params
+        wanted = parameters.names(L, D == 2, bias)
+        for name in wanted:
+            if name not in params:
+                fail(op, "params", f"has no {name}", f"all of {', '.join(wanted)}", "Biases come both or not at all.")
+        for name in params:
+            if name not in wanted:
+                fix = f"num_layers={L} and bidirectional={D == 2} say how many there are."
+                fail(op, "params", f"has {name!r}", f"only {', '.join(wanted)}", fix)
+        return wanted, [params[name] for name in wanted]
+    if not isinstance(params, Sequence) or isinstance(params, str):
+        fix = "fusedrnn.params.init makes new ones."
+        expected = "a dict under torch.nn's names or a flat list in its order"
+        fail(op, "params", f"is {arrays.kind(params)}", expected, fix, TypeError)
+    if len(params) not in (2 * L * D, 4 * L * D):
+        expected = f"{4 * L * D} arrays (with biases) or {2 * L * D} (without) for num_layers={L}, {D} direction(s)"
+        fail(op, "params", f"has {len(params)} arrays", expected)
+    return parameters.names(L, D == 2, len(params) == 4 * L * D), list(params)

@@ -1,0 +1,312 @@
+# SPDX-License-Identifier: Apache-2.0
+"""RNN, LSTM and GRU objects with torch.nn's names and shapes, for NumPy arrays. See fusedrnn.ops for all shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from . import backends, check, config, ops
+from . import params as parameters
+
+_Array = np.ndarray
+
+
+class _Layer:
+    """What the three have in common.
+
+    Attributes: `parameters`, a dict of live arrays under torch.nn's names, read anew at every call, so changing them in
+    place is all an optimizer does; `training`; `seed` and `draws`, which make the dropout masks: the n-th training call
+    of a layer with a given seed has the same mask on every machine, and setting both resumes a run.
+    """
+
+    _op: str  # the function in ops
+    _cell: str
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        *,
+        clip_grad: float | None = None,
+        recompute: bool = False,
+        dtype: Any = np.float32,
+        seed: int | None = None,
+        backend: str | None = None,
+    ) -> None:
+        op = type(self).__name__
+        self.input_size = check.integer(op, "input_size", input_size, 1)
+        self.hidden_size = check.integer(op, "hidden_size", hidden_size, 1)
+        self.num_layers = check.integer(op, "num_layers", num_layers, 1)
+        self.bias = bool(bias)
+        self.batch_first = bool(batch_first)
+        self.dropout = check.probability(op, "dropout", dropout)
+        self.bidirectional = bool(bidirectional)
+        self.clip_grad = clip_grad
+        check.limit(op, "clip_grad", clip_grad)
+        self.recompute = bool(recompute)
+        self.dtype = np.dtype(dtype)
+        if self.dtype not in (np.float32, np.float64):
+            check.fail(op, "dtype", f"is {self.dtype}", "float32 or float64", error=TypeError)
+        self.seed = int(np.random.SeedSequence().generate_state(1, np.uint64)[0]) if seed is None else seed
+        check.integer(op, "seed", self.seed, 0, 2**64 - 1)
+        self.draws = 0
+        self.backend = backend
+        self.training = True
+        self._clip_cell: float | None = None
+        self.parameters: dict[str, _Array] = parameters.init(
+            self._cell,
+            self.input_size,
+            self.hidden_size,
+            self.num_layers,
+            self.bidirectional,
+            self.bias,
+            self.dtype,
+            self.seed,
+        )
+        self._forget()
+
+    def _forget(self) -> None:
+        """Drop what is neither copied nor pickled: the tape, and the short way into the kernels."""
+        self._tape: ops.Tape | None = None
+        self._lane: Any = None
+        self._lane_for: Any = _Layer  # the settings that the lane was made for; nothing equals a class
+
+    def _find_lane(self) -> Any:
+        """The short way for plain calls, where the native backend runs; remade when the settings change."""
+        settings = (self.backend, config.backend)
+        if settings != self._lane_for:
+            native = backends.load("native")
+            self._lane = None
+            if native and backends.choose(self.backend) is native:
+                directions = 2 if self.bidirectional else 1
+                self._lane = native.Lane(self._cell, self.num_layers, directions, self.batch_first, self._clip_cell or 0.0)
+            self._lane_for = settings
+        return self._lane
+
+    def _options(self) -> dict[str, Any]:
+        return {}
+
+    def __call__(
+        self, x: _Array, state: Any = None, lengths: Any = None, reset: Any = None, return_cells: bool = False
+    ) -> Any:
+        """Run the layer: (y, state), or (y, state, cells) with return_cells. In training mode `backward` may follow.
+
+        Raises TypeError or ValueError before anything is written.
+        """
+        if not self.training and lengths is None and reset is None and not return_cells:
+            self._tape = None
+            lane = self._find_lane()
+            if lane is not None:
+                result = lane.forward(x, state, self.parameters)
+                if result is not None:
+                    return result
+        seed = 0
+        draws = self.training and self.dropout > 0
+        if draws:
+            seed = (self.seed * 0x9E3779B97F4A7C15 + self.draws) % 2**64
+        *result, tape = self._run(
+            x, state, lengths=lengths, reset=reset, seed=seed, training=self.training, return_cells=return_cells
+        )
+        self._tape = tape
+        if draws:
+            self.draws += 1
+        return tuple(result)
+
+    def _run(self, x: _Array, state: Any, **options: Any) -> Any:
+        return getattr(ops, self._op)(
+            x,
+            state,
+            self.parameters,
+            num_layers=self.num_layers,
+            bidirectional=self.bidirectional,
+            batch_first=self.batch_first,
+            dropout=self.dropout,
+            clip_grad=self.clip_grad,
+            recompute=self.recompute,
+            backend=self.backend,
+            **self._options(),
+            **options,
+        )
+
+    def backward(self, dy: _Array | None = None, dstate: Any = None, dcells: _Array | None = None) -> dict[str, Any]:
+        """Gradients of the last training call: a dict with "x", "state" and one entry per parameter.
+
+        dy, dstate, dcells: gradients of what that call returned; None: zero.
+        Raises RuntimeError when there was none, ValueError or TypeError for arrays that do not fit.
+
+        >>> layer = fusedrnn.GRU(3, 4, seed=0)
+        >>> y, h = layer(np.ones((5, 2, 3), np.float32))
+        >>> layer.backward(np.ones_like(y))["weight_hh_l0"].shape
+        (12, 4)
+        """
+        if self._tape is None:
+            why = "the last call ran in eval mode" if not self.training else "there was no call since it was made or copied"
+            fix = "Call layer.train(), then layer(x), then layer.backward(dy)."
+            raise RuntimeError(f"{type(self).__name__}.backward: no tape, because {why}. {fix}")
+        result: dict[str, Any] = getattr(ops, f"{self._op}_backward")(self._tape, dy, dstate, dcells)
+        return result
+
+    def step(self, x_t: _Array, state: Any = None) -> Any:
+        """One time step of streaming inference: (y_t, state). No dropout, no tape, one direction only.
+
+        x_t (B,I) or (I,); state None (zeros), or what the last step returned; y_t (B,H) or (H,). The arrays that come
+        back belong to the layer: they hold until the next step but one; copy what you keep.
+        Raises TypeError or ValueError as the layer call does.
+
+        >>> layer = fusedrnn.LSTM(3, 4, seed=0)
+        >>> state = None
+        >>> for x_t in np.ones((5, 2, 3), np.float32):
+        ...     y_t, state = layer.step(x_t, state)
+        >>> bool(np.allclose(y_t, layer(np.ones((5, 2, 3), np.float32))[0][-1], atol=1e-6))
+        True
+        """
+        lane = self._lane
+        if lane is None or self._lane_for != (self.backend, config.backend):
+            lane = self._find_lane()
+        if lane is not None:
+            result = lane.step(x_t, state, self.parameters)
+            if result is not None:
+                return result
+        op = f"{type(self).__name__}.step"
+        if self.bidirectional:
+            check.fail(op, "layer", "is bidirectional", "one direction", "The other needs the whole sequence: layer(x).")
+        check.is_float(op, "x_t", x_t, self.dtype, "the layer")
+        if x_t.ndim not in (1, 2):
+            check.fail(op, "x_t", f"has shape {x_t.shape}", "(B,I) or (I,)", "One time step has no time axis.")
+        time = 1 if self.batch_first and x_t.ndim == 2 else 0
+        y, state, _ = self._run(np.expand_dims(x_t, time), state)[:3]
+        return y.squeeze(time), state
+
+    def train(self, mode: bool = True) -> Any:
+        """Calls keep a tape and apply dropout from now on. Returns the layer."""
+        self.training = bool(mode)
+        return self
+
+    def eval(self) -> Any:
+        """Calls keep no tape and apply no dropout from now on. Returns the layer."""
+        return self.train(False)
+
+    def state_dict(self) -> dict[str, _Array]:
+        """Copies of all parameters, under torch.nn's names.
+
+        >>> {name: a.shape for name, a in fusedrnn.RNN(3, 4, bias=False).state_dict().items()}
+        {'weight_ih_l0': (4, 3), 'weight_hh_l0': (4, 4)}
+        """
+        return {name: array.copy() for name, array in self.parameters.items()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Copy parameters in, from arrays or whatever NumPy can read (torch tensors on a CPU), cast to the layer's dtype.
+
+        Raises ValueError for missing or unknown names and wrong shapes, before anything is written.
+
+        >>> a, b = fusedrnn.LSTM(3, 4), fusedrnn.LSTM(3, 4)
+        >>> b.load_state_dict(a.state_dict())
+        """
+        op = f"{type(self).__name__}.load_state_dict"
+        new = {name: np.asarray(value) for name, value in state_dict.items()}
+        lost, unknown = self.parameters.keys() - new.keys(), new.keys() - self.parameters.keys()
+        if lost or unknown:
+            got = "; ".join(
+                f"{what} {', '.join(sorted(which))}" for what, which in (("lacks", lost), ("has", unknown)) if which
+            )
+            check.fail(op, "state_dict", got, f"exactly {', '.join(self.parameters)}")
+        for name, array in self.parameters.items():
+            if new[name].shape != array.shape:
+                fix = "The layer was made with other sizes."
+                check.fail(op, name, f"has shape {new[name].shape}", f"{array.shape}", fix)
+        for name, array in self.parameters.items():
+            array[...] = new[name]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k not in ("_tape", "_lane", "_lane_for")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
+
+    def __repr__(self) -> str:
+        parts = [str(self.input_size), str(self.hidden_size)]
+        plain = {"num_layers": 1, "bias": True, "batch_first": False, "dropout": 0.0, "bidirectional": False}
+        parts += [f"{name}={getattr(self, name)}" for name, usual in plain.items() if getattr(self, name) != usual]
+        return f"{type(self).__name__}({', '.join(parts)})"
+
+
+class LSTM(_Layer):
+    """A stack of LSTM layers, as torch.nn.LSTM, on NumPy arrays.
+
+    input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional: as torch.nn's. clip_cell: |c| is
+    limited to it after every step. clip_grad: |dh|, |dc| are limited to it at every step of backward. recompute: keep
+    half the tape or less and rebuild the gates in backward. dtype: float32 or float64. seed: of the initial weights and
+    of the dropout masks. backend: "native", "numba", "reference", or None for the best.
+
+    >>> layer = fusedrnn.LSTM(3, 4, num_layers=2, seed=0)
+    >>> y, (h, c) = layer(np.ones((5, 2, 3), np.float32))
+    >>> y.shape, h.shape, c.shape
+    ((5, 2, 4), (2, 2, 4), (2, 2, 4))
+    """
+
+    _op = "lstm"
+    _cell = "lstm"
+
+    def __init__(self, *args: Any, clip_cell: float | None = None, **options: Any) -> None:
+        super().__init__(*args, **options)
+        check.limit("LSTM", "clip_cell", clip_cell)
+        self._clip_cell = clip_cell
+
+    @property
+    def clip_cell(self) -> float | None:
+        """The limit of |c|, fixed when the layer was made."""
+        return self._clip_cell
+
+    def _options(self) -> dict[str, Any]:
+        return {"clip_cell": self._clip_cell}
+
+
+class GRU(_Layer):
+    """A stack of GRU layers, as torch.nn.GRU; the arguments are LSTM's without clip_cell.
+
+    reset_after=False: the reset gate acts before the product, as in the paper, in ONNX and in Keras's older GRU.
+
+    >>> y, h = fusedrnn.GRU(3, 4, bidirectional=True)(np.ones((5, 2, 3), np.float32))
+    >>> y.shape, h.shape
+    ((5, 2, 8), (2, 2, 4))
+    """
+
+    _op = "gru"
+
+    def __init__(self, *args: Any, reset_after: bool = True, **options: Any) -> None:
+        self.reset_after = bool(reset_after)
+        self._cell = "gru" if reset_after else "gru_reset_before"
+        super().__init__(*args, **options)
+
+    def _options(self) -> dict[str, Any]:
+        return {"reset_after": self.reset_after}
+
+
+class RNN(_Layer):
+    """A stack of vanilla RNN layers, as torch.nn.RNN; nonlinearity is "tanh" or "relu", the rest GRU's arguments.
+
+    >>> y, h = fusedrnn.RNN(3, 4, nonlinearity="relu", batch_first=True)(np.ones((2, 5, 3), np.float32))
+    >>> y.shape, h.shape
+    ((2, 5, 4), (1, 2, 4))
+    """
+
+    _op = "rnn"
+
+    def __init__(self, *args: Any, nonlinearity: str = "tanh", **options: Any) -> None:
+        if nonlinearity not in ("tanh", "relu"):
+            check.fail("RNN", "nonlinearity", f"is {nonlinearity!r}", '"tanh" or "relu"')
+        self.nonlinearity = nonlinearity
+        self._cell = f"rnn_{nonlinearity}"
+        super().__init__(*args, **options)
+
+    def _options(self) -> dict[str, Any]:
+        return {"nonlinearity": self.nonlinearity}

@@ -1,0 +1,464 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The front door: `lstm`, `gru`, `rnn`, their backward, and the tangents of both. Check, choose a backend, run.
+
+Arrays (float32 or float64, all of one dtype, any strides; nothing large is copied):
+
+    x        (T,B,I), or (B,T,I) with batch_first, or (T,I) without a batch
+    state    h (layers*directions, B, H), or (h, c) for the LSTM; None: zeros; (layers*directions, H) without a batch
+    y        as x, with directions*H in place of I
+    cells    (layers,) + y's shape: c of every layer and step for the LSTM, h for the others
+    lengths  integers (B,): row b ends before step lengths[b]; any order, 0 allowed (the state is carried through)
+    reset    bool or uint8 (T,B), (B,T) with batch_first: row b begins a new sequence at step t
+    params   a dict under torch.nn's names, or a flat list in torch.nn's order (see fusedrnn.params)
+
+Ensembles: parameters with one more axis in front, (E, ...), are E models in one call. Then y has an E axis too, (T,E,B,H)
+or (E,B,T,H) with batch_first, and a state (S,E,B,H). x, states, lengths, resets and parameters without an E axis are
+shared; the gradient of what is shared is the sum over E.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from . import arrays, backends, check
+from .backends import Arguments, Results
+
+_Array = np.ndarray
+
+
+@dataclass(slots=True)
+class Tape:
+    """What a training call leaves for backward: opaque. It refers to x, state and parameters, which must not change.
+
+    One tape serves any number of calls of backward, jvp and hvp.
+    """
+
+    call: check.Call
+    backend: backends.Backend
+    arguments: Arguments
+    inputs: dict[str, Any]  # the user's x, h, c and parameters by name, None where not given
+    buffer: Any
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes kept beside x, state and parameters."""
+        return int(self.buffer.nbytes)
+
+
+def lstm(
+    x: _Array,
+    state: tuple[_Array, _Array] | None = None,
+    params: Any = None,
+    *,
+    num_layers: int = 1,
+    bidirectional: bool = False,
+    reverse: bool = False,
+    batch_first: bool = False,
+    lengths: Any = None,
+    reset: Any = None,
+    reset_to: str = "zero",
+    dropout: float = 0.0,
+    seed: int = 0,
+    clip_cell: float | None = None,
+    clip_grad: float | None = None,
+    training: bool = False,
+    recompute: bool = False,
+    return_cells: bool = False,
+    backend: str | None = None,
+) -> Any:
+    """Run an LSTM over a whole sequence. Shapes: see the module's text.
+
+    reverse: walk from the last step to the first. reset_to: what a reset goes back to, "zero" or "initial" (`state`).
+    dropout: on what goes up between layers, only while training; the same seed gives the same mask everywhere.
+    clip_cell: |c| <= clip_cell after every step. clip_grad: |dh|, |dc| <= clip_grad at every step of backward.
+    training: also make the tape for `lstm_backward`. recompute: a tape of half the size or less, for a slower backward.
+
+    Returns (y, state, tape), or (y, state, cells, tape) with return_cells; tape is None unless training.
+    Raises TypeError or ValueError with what came, what was expected and why, before anything is written.
+
+    >>> params = fusedrnn.params.init("lstm", 3, 4, seed=0)
+    >>> x = np.ones((5, 2, 3), np.float32)
+    >>> y, (h, c), tape = fusedrnn.lstm(x, None, params, training=True)
+    >>> y.shape, h.shape, c.shape
+    ((5, 2, 4), (1, 2, 4), (1, 2, 4))
+    >>> grads = fusedrnn.lstm_backward(tape, np.ones_like(y))
+    >>> grads["x"].shape, grads["weight_ih_l0"].shape
+    ((5, 2, 3), (16, 3))
+    """
+    checked = check.call(
+        "lstm",
+        "lstm",
+        x,
+        state,
+        params,
+        num_layers=num_layers,
+        bidirectional=bidirectional,
+        reverse=reverse,
+        batch_first=batch_first,
+        lengths=lengths,
+        reset=reset,
+        reset_to=reset_to,
+        dropout=dropout,
+        seed=seed,
+        clip_cell=clip_cell,
+        clip_grad=clip_grad,
+        recompute=recompute,
+    )
+    return _forward(checked, x, training, return_cells, backend)
+
+
+def gru(
+    x: _Array,
+    state: _Array | None = None,
+    params: Any = None,
+    *,
+    reset_after: bool = True,
+    num_layers: int = 1,
+    bidirectional: bool = False,
+    reverse: bool = False,
+    batch_first: bool = False,
+    lengths: Any = None,
+    reset: Any = None,
+    reset_to: str = "zero",
+    dropout: float = 0.0,
+    seed: int = 0,
+    clip_grad: float | None = None,
+    training: bool = False,
+    recompute: bool = False,
+    return_cells: bool = False,
+    backend: str | None = None,
+) -> Any:
+    """Run a GRU. reset_after: the reset gate acts after the product (PyTorch, cuDNN) or before it (the paper, ONNX).
+
+    All else as in `lstm`; the state is one array h.
+
+    >>> params = fusedrnn.params.init("gru", 3, 4, seed=0)
+    >>> y, h, tape = fusedrnn.gru(np.ones((5, 2, 3), np.float32), None, params, reset_after=False)
+    >>> y.shape, h.shape, tape
+    ((5, 2, 4), (1, 2, 4), None)
+    """
+    checked = check.call(
+        "gru",
+        "gru" if reset_after else "gru_reset_before",
+        x,
+        state,
+        params,
+        num_layers=num_layers,
+        bidirectional=bidirectional,
+        reverse=reverse,
+        batch_first=batch_first,
+        lengths=lengths,
+        reset=reset,
+        reset_to=reset_to,
+        dropout=dropout,
+        seed=seed,
+        clip_cell=None,
+        clip_grad=clip_grad,
+        recompute=recompute,
+    )
+    return _forward(checked, x, training, return_cells, backend)
+
+
+def rnn(
+    x: _Array,
+    state: _Array | None = None,
+    params: Any = None,
+    *,
+    nonlinearity: str = "tanh",
+    num_layers: int = 1,
+    bidirectional: bool = False,
+    reverse: bool = False,
+    batch_first: bool = False,
+    lengths: Any = None,
+    reset: Any = None,
+    reset_to: str = "zero",
+    dropout: float = 0.0,
+    seed: int = 0,
+    clip_grad: float | None = None,
+    training: bool = False,
+    recompute: bool = False,
+    return_cells: bool = False,
+    backend: str | None = None,
+) -> Any:
+    """Run a vanilla RNN with nonlinearity "tanh" or "relu". All else as in `lstm`; the state is one array h.
+
+    >>> params = fusedrnn.params.init("rnn_relu", 3, 4, seed=0)
+    >>> y, h, _ = fusedrnn.rnn(np.ones((5, 2, 3)), None, {k: v.astype(float) for k, v in params.items()})
+    >>> y.dtype
+    dtype('float64')
+    """
+    if nonlinearity not in ("tanh", "relu"):
+        check.fail("rnn", "nonlinearity", f"is {nonlinearity!r}", '"tanh" or "relu"')
+    checked = check.call(
+        "rnn",
+        f"rnn_{nonlinearity}",
+        x,
+        state,
+        params,
+        num_layers=num_layers,
+        bidirectional=bidirectional,
+        reverse=reverse,
+        batch_first=batch_first,
+        lengths=lengths,
+        reset=reset,
+        reset_to=reset_to,
+        dropout=dropout,
+        seed=seed,
+        clip_cell=None,
+        clip_grad=clip_grad,
+        recompute=recompute,
+    )
+    return _forward(checked, x, training, return_cells, backend)
+
+
+def lstm_backward(tape: Tape, dy: _Array | None = None, dstate: Any = None, dcells: _Array | None = None) -> Any:
+    """Gradients from those of y, of the final state (h, c; either may be None) and of cells; None: zero.
+
+    Returns a dict of new arrays: "x", "state" (a pair) and one entry per parameter name, each in its argument's shape.
+    Raises TypeError or ValueError as `lstm` does.
+
+    >>> params = fusedrnn.params.init("lstm", 3, 4, bias=False, seed=0)
+    >>> y, state, tape = fusedrnn.lstm(np.ones((5, 3), np.float32), None, params, training=True)
+    >>> sorted(fusedrnn.lstm_backward(tape, dstate=state))
+    ['state', 'weight_hh_l0', 'weight_ih_l0', 'x']
+    """
+    return _backward("lstm", tape, dy, dstate, dcells)
+
+
+def gru_backward(tape: Tape, dy: _Array | None = None, dstate: Any = None, dcells: _Array | None = None) -> Any:
+    """As `lstm_backward`; "state" is one array."""
+    return _backward("gru", tape, dy, dstate, dcells)
+
+
+def rnn_backward(tape: Tape, dy: _Array | None = None, dstate: Any = None, dcells: _Array | None = None) -> Any:
+    """As `lstm_backward`; "state" is one array."""
+    return _backward("rnn", tape, dy, dstate, dcells)
+
+
+def jvp(tape: Tape, tangents: Mapping[str, Any], return_cells: bool = False) -> Any:
+    """Tangents of the results of the call that made the tape, along tangents of its arguments (forward mode).
+
+    tangents: a dict with any of "x", "state" and the parameters' names, each in its argument's shape; the rest is zero.
+    Returns (ty, tstate), or (ty, tstate, tcells) with return_cells.
+    Raises TypeError or ValueError as `lstm` does.
+
+    >>> params = fusedrnn.params.init("gru", 3, 4, seed=0)
+    >>> x = np.ones((5, 2, 3), np.float32)
+    >>> y, h, tape = fusedrnn.gru(x, None, params, training=True)
+    >>> ty, th = fusedrnn.ops.jvp(tape, {"x": x})
+    >>> ty.shape
+    (5, 2, 4)
+    """
+    call = tape.call
+    public, out = _new_results(call, return_cells)
+    tape.backend.jvp(call.problem, tape.arguments, _tangents("jvp", tape, tangents), out)
+    return _state_last(call, public, return_cells)
+
+
+def hvp(
+    tape: Tape,
+    tangents: Mapping[str, Any],
+    dy: _Array | None = None,
+    dstate: Any = None,
+    dcells: _Array | None = None,
+    *,
+    tdy: _Array | None = None,
+    tdstate: Any = None,
+    tdcells: _Array | None = None,
+) -> Any:
+    """Tangents of what backward(tape, dy, dstate, dcells) returns, along tangents of the arguments of forward and of the
+    gradients that went in (tdy, tdstate, tdcells): second derivatives times a vector.
+
+    Returns a dict as backward does. Raises TypeError or ValueError as `lstm` does.
+
+    >>> params = fusedrnn.params.init("lstm", 3, 4, seed=0)
+    >>> x = np.ones((5, 2, 3), np.float32)
+    >>> y, h, tape = fusedrnn.lstm(x, None, params, training=True)
+    >>> fusedrnn.ops.hvp(tape, {"weight_hh_l0": params["weight_hh_l0"]}, dy=y)["x"].shape
+    (5, 2, 3)
+    """
+    call = tape.call
+    v = _tangents("hvp", tape, tangents)
+    g = _given_results("hvp", call, "d", dy, dstate, dcells)
+    t = _given_results("hvp", call, "td", tdy, tdstate, tdcells)
+    grads, out, finish = _new_arguments(tape)
+    tape.backend.hvp(call.problem, tape.arguments, v, g, t, out)
+    return finish(grads)
+
+
+# The way of every call.
+
+
+def _forward(
+    checked: tuple[check.Call, Any, Any], x: _Array, training: bool, return_cells: bool, backend: str | None
+) -> Any:
+    call, h0, c0 = checked
+    problem = call.problem
+    if not training:
+        problem.dropout = 0.0
+    chosen = backends.choose(backend)
+    inputs = {"x": x, "h": h0, "c": c0} | dict(zip(call.names, call.params, strict=True))
+    arguments = _arguments(call, inputs)
+    public, out = _new_results(call, return_cells)
+    buffer = np.empty(chosen.tape_elements(problem), call.dtype) if training else None
+    chosen.forward(problem, arguments, out, buffer)
+    tape = Tape(call, chosen, arguments, inputs, buffer) if training else None
+    return (*_state_last(call, public, return_cells), tape)
+
+
+def _backward(op: str, tape: Tape, dy: Any, dstate: Any, dcells: Any) -> Any:
+    name = f"{op}_backward"
+    if not isinstance(tape, Tape):
+        fix = f"Call {op}(..., training=True): the last thing it returns."
+        check.fail(name, "tape", f"is {arrays.kind(tape)}", "a tape", fix, TypeError)
+    if tape.call.op != op:
+        check.fail(name, "tape", f"comes from {tape.call.op}", op, f"Call {tape.call.op}_backward.")
+    g = _given_results(name, tape.call, "d", dy, dstate, dcells)
+    grads, out, finish = _new_arguments(tape)
+    tape.backend.backward(tape.call.problem, tape.arguments, tape.buffer, g, out)
+    return finish(grads)
+
+
+# Between the user's arrays and the canonical ones.
+
+
+def _axes(call: check.Call, name: str, ndim: int) -> tuple[str, str]:
+    """How an argument with ndim axes lies, and its canonical axes."""
+    if name == "x":
+        return call.x_axes, arrays.X
+    if name in ("h", "c"):
+        canonical, full = arrays.STATE, call.state_axes
+    else:
+        full = canonical = check.weight_axes(name)
+    return (full if ndim == len(full) else full.replace("E", "")), canonical
+
+
+def _arguments(call: check.Call, given: Mapping[str, Any]) -> Arguments:
+    """The canonical views of x, h, c and parameters by name; None stays None."""
+
+    def place(name: str) -> Any:
+        array = given.get(name)
+        if array is None:
+            return None
+        axes, canonical = _axes(call, name, array.ndim)
+        return arrays.view(array, axes, canonical, call.problem.E)
+
+    kinds = len(call.names) // (call.problem.L * call.problem.D)
+    params: list[Any] = []
+    for n in range(0, len(call.names), kinds):
+        placed = [place(name) for name in call.names[n : n + kinds]]
+        params.append((*placed, None, None)[:4])
+    return Arguments(place("x"), place("h"), place("c"), params)
+
+
+def _new_results(call: check.Call, want_cells: bool) -> tuple[Results, Results]:
+    """New arrays for all results: as the user gets them, and their canonical views."""
+
+    def new(axes: str) -> Any:
+        return np.empty(call.shape(axes), call.dtype)
+
+    public = Results(
+        new(call.y_axes),
+        new(call.state_axes),
+        new(call.state_axes) if call.cell.cell_state else None,
+        new(call.cells_axes) if want_cells else None,
+    )
+    return public, _canonical_results(call, public)
+
+
+def _canonical_results(call: check.Call, public: Results) -> Results:
+    def place(array: Any, axes: str, canonical: str) -> Any:
+        return None if array is None else arrays.view(array, axes, canonical)
+
+    return Results(
+        place(public.y, call.y_axes, arrays.Y),
+        place(public.hn, call.state_axes, arrays.STATE),
+        place(public.cn, call.state_axes, arrays.STATE),
+        place(public.cells, call.cells_axes, arrays.CELLS),
+    )
+
+
+def _state_last(call: check.Call, public: Results, want_cells: bool) -> tuple[Any, ...]:
+    state = (public.hn, public.cn) if call.cell.cell_state else public.hn
+    return (public.y, state, public.cells) if want_cells else (public.y, state)
+
+
+def _given_results(op: str, call: check.Call, prefix: str, y: Any, state: Any, cells: Any) -> Results:
+    """Gradients (or their tangents) that the user gives for y, state and cells, checked, as canonical views."""
+    hn, cn = check.state_parts(op, f"{prefix}state", call.cell, state)
+    pair = f"{prefix}state[{{}}]" if call.cell.cell_state else f"{prefix}state"
+    for name, array, axes in (
+        (f"{prefix}y", y, call.y_axes),
+        (pair.format(0), hn, call.state_axes),
+        (pair.format(1), cn, call.state_axes),
+        (f"{prefix}cells", cells, call.cells_axes),
+    ):
+        if array is not None:
+            check.is_float(op, name, array, call.dtype)
+            call.expect(name, array, axes)
+    return _canonical_results(call, Results(y, hn, cn, cells))
+
+
+def _tangents(op: str, tape: Tape, tangents: Mapping[str, Any]) -> Arguments:
+    """Tangents by name, checked against the arguments they belong to, as canonical views."""
+    call = tape.call
+    given = dict(tangents)
+    if "state" in given:
+        given["h"], given["c"] = check.state_parts(op, "tangents['state']", call.cell, given.pop("state"))
+    for name, array in given.items():
+        if name not in tape.inputs:
+            expected = ", ".join(["x", "state", *call.names])
+            check.fail(op, "tangents", f"has {name!r}", f"some of {expected}")
+        if array is None:
+            continue
+        label = f"tangents[{name if name not in 'hc' else 'state'!r}]"
+        check.is_float(op, label, array, call.dtype)
+        like = tape.inputs[name]
+        axes = call.state_axes if like is None else _axes(call, name, like.ndim)[0]
+        expected_shape = call.shape(axes) if like is None else like.shape
+        if array.shape != expected_shape:
+            check.fail(op, label, f"has shape {array.shape}", f"{expected_shape}, its argument's shape")
+    return _arguments(call, given)
+
+
+def _new_arguments(tape: Tape) -> Any:
+    """New arrays for the gradients of all arguments: by name as the user gets them, their canonical views, and what sums
+    the gradients of a shared x or state over E at the end and names them."""
+    call = tape.call
+    E = call.problem.E
+    public: dict[str, Any] = {}
+    canonical: dict[str, Any] = {}
+    for name, given in tape.inputs.items():
+        if name == "c" and not call.cell.cell_state:
+            continue
+        if given is None:
+            axes, target = call.state_axes, arrays.STATE
+        else:
+            axes, target = _axes(call, name, given.ndim)
+        if name in ("x", "h", "c") and E > 1 and "E" not in axes:
+            canonical[name] = np.empty(call.shape(target), call.dtype)
+            continue
+        public[name] = np.empty(call.shape(axes) if given is None else given.shape, call.dtype)
+        canonical[name] = arrays.view(public[name], axes, target, E, write=True)
+
+    def finish(grads: dict[str, Any]) -> dict[str, Any]:
+        for name in ("x", "h", "c"):
+            if name in canonical and name not in grads:
+                axes, target = _axes(call, name, tape.inputs[name].ndim)
+                total = canonical[name].sum(axis=target.index("E"), keepdims=True)
+                grads[name] = total.transpose([target.index(a) for a in axes + "".join(set(target) - set(axes))])
+                grads[name] = grads[name].reshape(tape.inputs[name].shape)
+        h = grads.pop("h")
+        state = (h, grads.pop("c")) if call.cell.cell_state else h
+        return {"x": grads.pop("x"), "state": state, **grads}
+
+    views = iter([canonical[name] for name in call.names])
+    kinds = len(call.names) // (call.problem.L * call.problem.D)
+    params = [
+        (*(next(views) for _ in range(kinds)), None, None)[:4] for _ in range(call.problem.L * call.problem.D)
+    ]
+    return public, Arguments(canonical["x"], canonical["h"], canonical.get("c"), params), finish

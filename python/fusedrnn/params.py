@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Parameters: PyTorch's names and shapes, its initial distribution, and the orders of Keras and ONNX.
+
+Per layer k and direction (suffix "" or "_reverse"), with G gates (LSTM 4: i, f, g, o; GRU 3: r, z, n; RNN 1):
+`weight_ih_l{k}` (G*H, I_k), `weight_hh_l{k}` (G*H, H), `bias_ih_l{k}` (G*H), `bias_hh_l{k}` (G*H), where I_0 is the
+input size and I_k = directions * H above. A dict under these names is what torch.nn's state_dict holds, so PyTorch needs
+no conversion. `cell` is "rnn_tanh", "rnn_relu", "lstm", "gru" or "gru_reset_before" (Keras's reset_after=False, ONNX's
+linear_before_reset=0).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from .cells import CELLS
+
+KINDS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+
+# Where each gate of ours stands in theirs.
+_ONNX = {4: (0, 2, 3, 1), 3: (1, 0, 2), 1: (0,)}  # LSTM i, o, f, c; GRU z, r, h
+_KERAS = {4: (0, 1, 2, 3), 3: (1, 0, 2), 1: (0,)}  # LSTM i, f, c, o; GRU z, r, h
+
+
+def names(num_layers: int = 1, bidirectional: bool = False, bias: bool = True) -> list[str]:
+    """All parameter names, in the order of torch.nn's flat weights.
+
+    >>> fusedrnn.params.names(bias=False, bidirectional=True)
+    ['weight_ih_l0', 'weight_hh_l0', 'weight_ih_l0_reverse', 'weight_hh_l0_reverse']
+    """
+    kinds = KINDS if bias else KINDS[:2]
+    suffixes = ("", "_reverse") if bidirectional else ("",)
+    return [f"{kind}_l{layer}{suffix}" for layer in range(num_layers) for suffix in suffixes for kind in kinds]
+
+
+def shapes(
+    cell: str, input_size: int, hidden_size: int, num_layers: int = 1, bidirectional: bool = False, bias: bool = True
+) -> dict[str, tuple[int, ...]]:
+    """The shape of every parameter, by name.
+
+    >>> fusedrnn.params.shapes("lstm", 3, 5)["weight_ih_l0"]
+    (20, 3)
+    """
+    rows = CELLS[cell].gates * hidden_size
+    result: dict[str, tuple[int, ...]] = {}
+    for name in names(num_layers, bidirectional, bias):
+        if name.startswith("bias"):
+            result[name] = (rows,)
+        elif name.startswith("weight_hh"):
+            result[name] = (rows, hidden_size)
+        else:
+            below = input_size if name.startswith("weight_ih_l0") else hidden_size * (2 if bidirectional else 1)
+            result[name] = (rows, below)
+    return result
+
+
+def init(
+    cell: str,
+    input_size: int,
+    hidden_size: int,
+    num_layers: int = 1,
+    bidirectional: bool = False,
+    bias: bool = True,
+    dtype: Any = np.float32,
+    seed: int | None = None,
+) -> dict[str, np.ndarray]:
+    """New parameters, uniform in [-1/sqrt(H), 1/sqrt(H)] as in torch.nn (the same distribution, not the same numbers).
+
+    >>> fusedrnn.params.init("gru", 3, 4, seed=0)["bias_hh_l0"].shape
+    (12,)
+    """
+    rng = np.random.default_rng(seed)
+    bound = hidden_size**-0.5
+    wanted = shapes(cell, input_size, hidden_size, num_layers, bidirectional, bias)
+    return {name: rng.uniform(-bound, bound, shape).astype(dtype) for name, shape in wanted.items()}
+
+
+def _reorder(a: np.ndarray, gates: int, order: Sequence[int]) -> np.ndarray:
+    """Rows (G*H, ...) with gate g of the result taken from gate order[g]."""
+    blocks = a.reshape(gates, a.shape[0] // gates, *a.shape[1:])
+    return np.concatenate([blocks[g] for g in order])
+
+
+def _inverse(order: Sequence[int]) -> list[int]:
+    return [order.index(g) for g in range(len(order))]
+
+
+def to_onnx(
+    cell: str, params: dict[str, np.ndarray], layer: int = 0
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """One layer as ONNX's W (D, G*H, I), R (D, G*H, H), B (D, 2*G*H) or None, gates in ONNX's order.
+
+    >>> W, R, B = fusedrnn.params.to_onnx("lstm", fusedrnn.params.init("lstm", 3, 5))
+    >>> W.shape, R.shape, B.shape
+    ((1, 20, 3), (1, 20, 5), (1, 40))
+    """
+    gates = CELLS[cell].gates
+    order = _inverse(_ONNX[gates])
+    suffixes = [s for s in ("", "_reverse") if f"weight_ih_l{layer}{s}" in params]
+
+    def part(kind: str, suffix: str) -> np.ndarray:
+        return _reorder(np.asarray(params[f"{kind}_l{layer}{suffix}"]), gates, order)
+
+    W = np.stack([part("weight_ih", s) for s in suffixes])
+    R = np.stack([part("weight_hh", s) for s in suffixes])
+    if f"bias_ih_l{layer}" not in params:
+        return W, R, None
+    return W, R, np.stack([np.concatenate([part("bias_ih", s), part("bias_hh", s)]) for s in suffixes])
+
+
+def from_onnx(cell: str, W: np.ndarray, R: np.ndarray, B: np.ndarray | None = None, layer: int = 0) -> dict[str, Any]:
+    """One layer of ONNX's W (D, G*H, I), R (D, G*H, H), B (D, 2*G*H) under PyTorch's names.
+
+    >>> params = fusedrnn.params.init("gru", 3, 5)
+    >>> again = fusedrnn.params.from_onnx("gru", *fusedrnn.params.to_onnx("gru", params))
+    >>> all((again[name] == params[name]).all() for name in params)
+    True
+    """
+    gates = CELLS[cell].gates
+    result = {}
+    for d, suffix in enumerate(("", "_reverse")[: len(W)]):
+        parts = [W[d], R[d]] if B is None else [W[d], R[d], *np.split(B[d], 2)]
+        for kind, part in zip(KINDS, parts, strict=False):
+            result[f"{kind}_l{layer}{suffix}"] = _reorder(np.asarray(part), gates, _ONNX[gates])
+    return result
+
+
+def to_keras(cell: str, params: dict[str, np.ndarray], layer: int = 0, reverse: bool = False) -> list[np.ndarray]:
+    """One layer in one direction as Keras's `get_weights()`: kernel (I, G*H), recurrent_kernel (H, G*H), bias.
+
+    Keras's bias is the sum of the two, but (2, 3*H) for GRU with reset_after (cell "gru"). Without biases: two arrays.
+
+    >>> [w.shape for w in fusedrnn.params.to_keras("gru", fusedrnn.params.init("gru", 3, 5))]
+    [(3, 15), (5, 15), (2, 15)]
+    """
+    gates = CELLS[cell].gates
+    order = _inverse(_KERAS[gates])
+    end = f"_l{layer}{'_reverse' if reverse else ''}"
+    parts = [_reorder(np.asarray(params[kind + end]), gates, order) for kind in KINDS if kind + end in params]
+    weights = [part.T for part in parts[:2]]
+    if len(parts) == 4:
+        weights.append(np.stack(parts[2:]) if cell == "gru" else parts[2] + parts[3])
+    return weights
+
+
+def from_keras(cell: str, weights: Sequence[np.ndarray], layer: int = 0, reverse: bool = False) -> dict[str, Any]:
+    """One Keras layer's `get_weights()` under PyTorch's names. A single bias becomes bias_ih; bias_hh is then 0.
+
+    >>> params = fusedrnn.params.init("gru", 3, 5)
+    >>> again = fusedrnn.params.from_keras("gru", fusedrnn.params.to_keras("gru", params))
+    >>> all((again[name] == params[name]).all() for name in params)
+    True
+    """
+    gates = CELLS[cell].gates
+    end = f"_l{layer}{'_reverse' if reverse else ''}"
+    parts = [np.asarray(weights[0]).T, np.asarray(weights[1]).T]
+    if len(weights) == 3:
+        bias = np.asarray(weights[2])
+        parts += list(bias) if bias.ndim == 2 else [bias, np.zeros_like(bias)]
+    return {
+        kind + end: np.ascontiguousarray(_reorder(part, gates, _KERAS[gates]))
+        for kind, part in zip(KINDS, parts, strict=False)
+    }
