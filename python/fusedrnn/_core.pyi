@@ -38,8 +38,8 @@ def backward(problem: Problem, p: Arguments, tape: _Array, g: Results, dp: Argum
 def jvp(problem: Problem, p: Arguments, v: Arguments, tout: Results) -> None: ...
 def hvp(problem: Problem, p: Arguments, v: Arguments, g: Results, t: Results, tdp: Arguments) -> None: ...
 
-# Over all elements of all arrays (each its own dtype, any strides): (sum |a|^p)^(1/p), summed in float64 in one pass;
-# p = inf: the largest |a|. NaN gives NaN.
+# Over all elements of all arrays (each its own dtype, any strides): (sum |a|^p)^(1/p) for p = 1, 2 or inf (the largest |a|),
+# summed in float64 in one pass. NaN gives NaN.
 def global_norm(arrays: Sequence[_Array], norm_type: float = 2.0) -> float: ...
 def scale_(arrays: Sequence[_Array], factor: float) -> None: ...  # factor is rounded to each array's dtype
 def clip_value_(arrays: Sequence[_Array], limit: float) -> None: ...  # clamp to [-limit, limit]; NaN stays NaN

@@ -1,0 +1,37 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the files of the bindings share; module.cpp calls the register_* functions.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include "cpu/cpu.h"
+
+namespace fusedrnn::bindings {
+
+void register_threads(pybind11::module_& module);
+void register_layer(pybind11::module_& module);
+void register_lane(pybind11::module_& module);
+void register_clip(pybind11::module_& module);
+
+// The number of threads for a call made now from this Python thread (threads.cpp).
+int threads_now();
+
+// Work from which on other Python threads may run meanwhile. Below it (some ten microseconds) the hand-over would cost
+// more.
+inline constexpr double flops_worth_a_release = 1e6;
+
+// The GIL is given up between construction and destruction if `flops` are worth it.
+class Released {
+ public:
+  explicit Released(double flops) : state_(flops >= flops_worth_a_release ? PyEval_SaveThread() : nullptr) {}
+  ~Released() {
+    if (state_) PyEval_RestoreThread(state_);
+  }
+  Released(const Released&) = delete;
+  Released& operator=(const Released&) = delete;
+
+ private:
+  PyThreadState* state_;
+};
+
+}  // namespace fusedrnn::bindings

@@ -1,0 +1,252 @@
+// SPDX-License-Identifier: Apache-2.0
+// Python arrays as the waist wants them. The only file that knows arrays: today NumPy's.
+//
+// Two ways in. `view` is the quick one: it answers false for anything out of the ordinary and raises nothing.
+// `Checked` is the thorough one: it raises TypeError or ValueError with name, got and expected.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#define NPY_NO_DEPRECATED_API NPY_1_23_API_VERSION
+#define NPY_TARGET_VERSION NPY_1_23_API_VERSION
+#define PY_ARRAY_UNIQUE_SYMBOL fusedrnn_numpy
+#ifndef FUSEDRNN_IMPORTS_NUMPY  // module.cpp defines it
+#define NO_IMPORT_ARRAY
+#endif
+#include <numpy/arrayobject.h>
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <cstdlib>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "api.h"
+
+namespace fusedrnn::bindings {
+
+namespace py = pybind11;
+
+inline int type_of(Dtype dtype) { return dtype == Dtype::f32 ? NPY_FLOAT : NPY_DOUBLE; }
+inline int64_t size_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 8; }
+
+inline PyArrayObject* as_array(PyObject* object) { return reinterpret_cast<PyArrayObject*>(object); }
+inline PyObject* as_object(PyArrayObject* array) { return reinterpret_cast<PyObject*>(array); }
+
+// A plain ndarray of this type and rank whose elements can be read where they lie.
+inline bool is_plain(PyObject* object, int type, int rank) {
+  if (!PyArray_CheckExact(object)) return false;
+  PyArrayObject* array = as_array(object);
+  return PyArray_NDIM(array) == rank && PyArray_TYPE(array) == type && PyArray_ISBEHAVED_RO(array);
+}
+
+// Fills the last `rank` axes of `out` from a plain array of exactly this shape; axes before them get stride 0.
+template <int Rank>
+inline bool view(PyObject* object, Dtype dtype, const int64_t* shape, int rank, Array<Rank>* out) {
+  if (!is_plain(object, type_of(dtype), rank)) return false;
+  PyArrayObject* array = as_array(object);
+  const int64_t size = size_of(dtype);
+  for (int axis = 0; axis < rank; ++axis) {
+    const int64_t stride = PyArray_STRIDE(array, axis);
+    if (PyArray_DIM(array, axis) != shape[axis] || (stride % size != 0 && shape[axis] > 1)) return false;
+    out->stride[Rank - rank + axis] = stride / size;
+  }
+  out->data = PyArray_DATA(array);
+  return true;
+}
+
+// A new array with undefined contents; null with MemoryError set.
+template <int Rank>
+inline PyArrayObject* empty(Dtype dtype, const int64_t (&shape)[Rank], int rank = Rank) {
+  npy_intp dims[Rank];
+  for (int axis = 0; axis < rank; ++axis) dims[axis] = shape[axis];
+  return as_array(PyArray_EMPTY(rank, dims, type_of(dtype), 0));
+}
+
+// A C-contiguous array over memory that `owner` keeps alive. Such an array cannot be resized by its user.
+template <int Rank>
+inline PyObject* over(Dtype dtype, const int64_t (&shape)[Rank], int rank, void* data, PyObject* owner) {
+  npy_intp dims[Rank];
+  for (int axis = 0; axis < rank; ++axis) dims[axis] = shape[axis];
+  PyObject* object =
+      PyArray_New(&PyArray_Type, rank, dims, type_of(dtype), nullptr, data, 0, NPY_ARRAY_CARRAY, nullptr);
+  if (!object) return nullptr;
+  Py_INCREF(owner);
+  if (PyArray_SetBaseObject(as_array(object), owner) < 0) {
+    Py_DECREF(object);
+    return nullptr;
+  }
+  return object;
+}
+
+inline std::string shape_text(int rank, const int64_t* shape) {
+  std::string text = "(";
+  for (int axis = 0; axis < rank; ++axis) text += (axis ? ", " : "") + std::to_string(shape[axis]);
+  return text + (rank == 1 ? ",)" : ")");
+}
+
+// An array of any rank: its axes longer than 1 by growing stride (made positive), and where its lowest element lies.
+struct Layout {
+  char* lowest = nullptr;
+  int64_t elements = 1;
+  std::vector<std::pair<int64_t, int64_t>> axes;  // (stride in elements, extent)
+};
+
+enum class Access { read, write, write_sum };  // write_sum: stride 0 is allowed on the axis of weight sets
+
+// Reads the arrays of one call and keeps them alive until it is destroyed (with the GIL held).
+class Checked {
+ public:
+  explicit Checked(const char* function) : function_(function) {}
+
+  [[noreturn]] void type_error(const std::string& text) const { throw py::type_error(function_ + text); }
+  [[noreturn]] void value_error(const std::string& text) const { throw py::value_error(function_ + text); }
+
+  void set_dtype(py::handle object, const char* name) {
+    const int type = PyArray_TYPE(ndarray(object, name));
+    if (type != NPY_FLOAT && type != NPY_DOUBLE)
+      type_error(std::string(name) + " has dtype " + dtype_text(object) + "; expected float32 or float64");
+    dtype_ = type == NPY_FLOAT ? Dtype::f32 : Dtype::f64;
+  }
+  Dtype dtype() const { return dtype_; }
+
+  // Null for None. `axes` names the expected shape; `sets` is the axis of weight sets.
+  template <int Rank>
+  Array<Rank> array(py::object object, const char* name, const char* axes, const int64_t (&shape)[Rank], Access access,
+                    int sets = 0) {
+    return read<Rank>(std::move(object), name, axes, shape, access, sets, type_of(dtype_), size_of(dtype_));
+  }
+
+  // (E,B) of step counts, each 0..limit. Copied: a change from another thread must not reach the kernels.
+  Array<2> lengths(py::object object, const int64_t (&shape)[2], int64_t limit) {
+    const Array<2> given = read<2>(std::move(object), "lengths", "(E, B)", shape, Access::read, 0, NPY_INT64, 8);
+    if (!given.data) return given;
+    const auto* data = static_cast<const int64_t*>(given.data);
+    lengths_.reserve(static_cast<size_t>(shape[0] * shape[1]) + 1);
+    for (int64_t e = 0; e < shape[0]; ++e)
+      for (int64_t b = 0; b < shape[1]; ++b) {
+        const int64_t length = data[e * given.stride[0] + b * given.stride[1]];
+        if (length < 0 || length > limit)
+          value_error("lengths[" + std::to_string(e) + ", " + std::to_string(b) + "] is " + std::to_string(length) +
+                      "; expected 0 <= length <= T = " + std::to_string(limit));
+        lengths_.push_back(length);
+      }
+    lengths_.push_back(0);  // so that data() is no null pointer where E*B is 0
+    return {lengths_.data(), {shape[1], 1}};
+  }
+
+  Array<3> reset(py::object object, const int64_t (&shape)[3]) {
+    const bool is_bool = PyArray_Check(object.ptr()) && PyArray_TYPE(as_array(object.ptr())) == NPY_BOOL;
+    return read<3>(std::move(object), "reset", "(T, E, B)", shape, Access::read, 0, is_bool ? NPY_BOOL : NPY_UINT8, 1);
+  }
+
+  // Any rank, float32 or float64 (then dtype()). Does not keep the array alive.
+  Layout layout(py::handle object, const char* name, Access access) {
+    set_dtype(object, name);
+    PyArrayObject* array = as_array(object.ptr());
+    if (!PyArray_ISBEHAVED_RO(array)) value_error(std::string(name) + " is not aligned or not in native byte order");
+    if (access != Access::read && !PyArray_ISWRITEABLE(array))
+      value_error(std::string(name) + " is read-only; it is written here");
+    Layout out;
+    out.lowest = static_cast<char*>(PyArray_DATA(array));
+    for (int axis = 0; axis < PyArray_NDIM(array); ++axis) {
+      const int64_t extent = PyArray_DIM(array, axis), stride = PyArray_STRIDE(array, axis);
+      out.elements *= extent;
+      if (extent <= 1) continue;
+      if (stride % size_of(dtype_) != 0) value_error(std::string(name) + " has strides that are no whole elements");
+      if (stride < 0) out.lowest += stride * (extent - 1);
+      out.axes.emplace_back(std::llabs(stride) / size_of(dtype_), extent);
+    }
+    std::sort(out.axes.begin(), out.axes.end());
+    if (access != Access::read && overlap(out.axes))
+      value_error(std::string(name) + " has elements that share memory; it is written here");
+    return out;
+  }
+
+  // One dimension without gaps, `elements` or more of them.
+  void* tape(py::object object, size_t elements, Access access) {
+    PyArrayObject* array = ndarray(object, "tape");
+    const int64_t shape[1] = {PyArray_NDIM(array) == 1 ? static_cast<int64_t>(PyArray_DIM(array, 0)) : 0};
+    const Array<1> given = this->array<1>(object, "tape", "(n,)", shape, access);
+    if (shape[0] > 1 && given.stride[0] != 1) value_error("tape is not contiguous");
+    if (static_cast<size_t>(shape[0]) < elements)
+      value_error("tape has " + std::to_string(shape[0]) + " elements; expected " + std::to_string(elements) +
+                  " = tape_elements(problem)");
+    return given.data;
+  }
+
+ private:
+  static std::string dtype_text(py::handle object) { return py::str(object.attr("dtype")); }
+
+  PyArrayObject* ndarray(py::handle object, const char* name) const {
+    if (!PyArray_Check(object.ptr()))
+      type_error(std::string(name) + " is a " + Py_TYPE(object.ptr())->tp_name + "; expected numpy.ndarray");
+    return as_array(object.ptr());
+  }
+
+  template <int Rank>
+  Array<Rank> read(py::object object, const char* name, const char* axes, const int64_t (&shape)[Rank], Access access,
+                   int sets, int type, int64_t size) {
+    Array<Rank> out;
+    if (object.is_none()) return out;
+    PyArrayObject* array = ndarray(object, name);
+    if (PyArray_TYPE(array) != type) {
+      py::object expected = py::reinterpret_steal<py::object>(as_object_of(type));
+      type_error(std::string(name) + " has dtype " + dtype_text(object) + "; expected " +
+                 std::string(py::str(expected)));
+    }
+    const int rank = PyArray_NDIM(array);
+    bool fits = rank == Rank;
+    for (int axis = 0; fits && axis < Rank; ++axis) fits = PyArray_DIM(array, axis) == shape[axis];
+    if (!fits) {
+      std::vector<int64_t> got(PyArray_DIMS(array), PyArray_DIMS(array) + rank);
+      value_error(std::string(name) + " has shape " + shape_text(rank, got.data()) + "; expected " +
+                  shape_text(Rank, shape) + " = " + axes);
+    }
+    if (!PyArray_ISBEHAVED_RO(array)) value_error(std::string(name) + " is not aligned or not in native byte order");
+    for (int axis = 0; axis < Rank; ++axis) {
+      const int64_t stride = PyArray_STRIDE(array, axis);
+      if (stride % size != 0 && shape[axis] > 1)
+        value_error(std::string(name) + " has strides that are no whole elements");
+      out.stride[axis] = stride / size;
+    }
+    if (access != Access::read) {
+      if (!PyArray_ISWRITEABLE(array)) value_error(std::string(name) + " is read-only; it is written here");
+      std::array<std::pair<int64_t, int64_t>, Rank> steps;
+      for (int axis = 0; axis < Rank; ++axis) {
+        const bool summed = access == Access::write_sum && axis == sets && out.stride[axis] == 0;
+        steps[axis] = {std::llabs(out.stride[axis]), summed ? 1 : shape[axis]};
+      }
+      std::sort(steps.begin(), steps.end());
+      if (PyArray_SIZE(array) > 0 && overlap(steps))
+        value_error(std::string(name) + " has elements that share memory; it is written here");
+    }
+    out.data = PyArray_DATA(array);
+    held_.push_back(std::move(object));
+    return out;
+  }
+
+  static PyObject* as_object_of(int type) { return reinterpret_cast<PyObject*>(PyArray_DescrFromType(type)); }
+
+  // Of axes by growing stride: true unless each steps over all that the ones before cover. (This also refuses a few
+  // arrays that interleave without touching, such as strides (2, 3); none comes from slicing.)
+  template <class Axes>
+  static bool overlap(const Axes& axes) {
+    int64_t covered = 1;
+    for (const auto& [stride, extent] : axes) {
+      if (extent == 1) continue;
+      if (stride < covered) return true;
+      covered += stride * (extent - 1);
+    }
+    return false;
+  }
+
+  std::string function_;
+  Dtype dtype_ = Dtype::f32;
+  std::vector<py::object> held_;
+  std::vector<int64_t> lengths_;
+};
+
+}  // namespace fusedrnn::bindings

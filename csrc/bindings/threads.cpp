@@ -1,0 +1,63 @@
+// SPDX-License-Identifier: Apache-2.0
+// Threads and instruction sets: which are there, which are used.
+#include <omp.h>
+#include <pthread.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <atomic>
+#include <string>
+
+#include "bindings/bindings.h"
+
+namespace fusedrnn::bindings {
+
+namespace py = pybind11;
+
+namespace {
+
+// OpenMP keeps its number per thread, but set_num_threads speaks for all Python threads. So each thread compares the
+// last setting (its serial number above, the number of threads below) with the one it has seen, and takes it over once.
+// What threadpoolctl or omp_set_num_threads do in a thread after that stays.
+std::atomic<uint64_t> setting{0};
+thread_local uint64_t seen = 0;
+
+void set_num_threads(int n) {
+  if (n < 1) throw py::value_error("set_num_threads: n is " + std::to_string(n) + "; expected n >= 1");
+  const uint64_t serial = (setting.load() >> 32) + 1;
+  setting.store(serial << 32 | static_cast<uint32_t>(n));
+}
+
+void set_isa(const std::string& name) {
+  if (cpu::set_isa(name.c_str())) return;
+  std::string found;
+  for (const char* isa : cpu::isas_found()) found += (found.empty() ? "" : ", ") + std::string(isa);
+  throw py::value_error("set_isa: name is '" + name + "'; expected one of " + found);
+}
+
+// libgomp's pool does not survive fork: the child would wait for threads that it does not have. So the forking thread
+// gives its pool back first; parent and child each start a new one at their next call.
+void before_fork() { omp_pause_resource_all(omp_pause_soft); }
+
+}  // namespace
+
+int threads_now() {
+  const uint64_t now = setting.load(std::memory_order_relaxed);
+  if (seen != now) {
+    seen = now;
+    cpu::set_num_threads(static_cast<int>(now & 0xffffffffu));
+  }
+  return cpu::get_num_threads();
+}
+
+void register_threads(py::module_& module) {
+  module.attr("isas_built") = cpu::isas_built();
+  module.attr("isas_found") = cpu::isas_found();
+  module.def("isa", [] { return std::string(cpu::isa()); });
+  module.def("set_isa", &set_isa, py::arg("name"));
+  module.def("get_num_threads", &threads_now);
+  module.def("set_num_threads", &set_num_threads, py::arg("n"));
+  pthread_atfork(&before_fork, nullptr, nullptr);
+}
+
+}  // namespace fusedrnn::bindings
