@@ -1,0 +1,81 @@
+// SPDX-License-Identifier: Apache-2.0
+// Launching a kernel functor (see device.h), as a cluster or co-resident where it must be.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "device.h"
+
+namespace fusedrnn::cuda {
+
+template <class K>
+__global__ void __launch_bounds__(K::kThreads, 1) entry(const __grid_constant__ K kernel) {
+  kernel();
+}
+
+template <class K>
+concept UsesShared = requires { K::shared_bytes(); };
+
+template <class K>
+constexpr int shared_of() {
+  if constexpr (UsesShared<K>)
+    return K::shared_bytes();
+  else
+    return 0;
+}
+
+// cluster: blocks of a cluster, 0 = none. cooperative: fail rather than start with blocks waiting for room.
+template <class K>
+cudaError_t launch(const K& kernel, int blocks, int cluster, bool cooperative, cudaStream_t stream) {
+  constexpr int bytes = shared_of<K>();
+  if constexpr (bytes > 48 * 1024) {
+    const cudaError_t status = cudaFuncSetAttribute(entry<K>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    if (status != cudaSuccess) return status;
+  }
+  if (cluster > 8) {
+    const cudaError_t status = cudaFuncSetAttribute(entry<K>, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    if (status != cudaSuccess) return status;
+  }
+  cudaLaunchAttribute attributes[2];
+  int n = 0;
+  if (cluster > 0) {
+    attributes[n].id = cudaLaunchAttributeClusterDimension;
+    attributes[n].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+    ++n;
+  }
+  if (cooperative) {
+    attributes[n].id = cudaLaunchAttributeCooperative;
+    attributes[n].val.cooperative = 1;
+    ++n;
+  }
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(K::kThreads);
+  config.dynamicSmemBytes = bytes;
+  config.stream = stream;
+  config.attrs = attributes;
+  config.numAttrs = static_cast<unsigned>(n);
+  return cudaLaunchKernelEx(&config, entry<K>, kernel);
+}
+
+// How many clusters of this kernel the device holds at once.
+template <class K>
+cudaError_t resident_clusters(int cluster, int* clusters) {
+  constexpr int bytes = shared_of<K>();
+  cudaError_t status = cudaFuncSetAttribute(entry<K>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (status == cudaSuccess && cluster > 8)
+    status = cudaFuncSetAttribute(entry<K>, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  if (status != cudaSuccess) return status;
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(cluster));
+  config.blockDim = dim3(K::kThreads);
+  config.dynamicSmemBytes = bytes;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  return cudaOccupancyMaxActiveClusters(clusters, entry<K>, &config);
+}
+
+}  // namespace fusedrnn::cuda
