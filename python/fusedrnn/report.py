@@ -55,3 +55,12 @@ def text() -> str:
         shown = ", ".join(value) if isinstance(value, list) else value
         lines.append(f"{name:{width}}  {shown}")
     return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """`python -m fusedrnn info`: print the report."""
+    import argparse
+
+    argparse.ArgumentParser(prog="python -m fusedrnn info", description=__doc__).parse_args(arguments)
+    print(text())
+    return 0
