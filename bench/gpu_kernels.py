@@ -293,10 +293,13 @@ def timed(fn, reps: int = 11, graph: bool = True) -> float:
     torch.cuda.synchronize()
     call = fn
     if graph:
-        g = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(g):
-            fn()
-        call = g.replay
+        try:
+            g = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(g):
+                fn()
+            call = g.replay
+        except Exception as ex:
+            print("no graph:", str(ex).splitlines()[0])
     times = []
     for _ in range(reps):
         a, b = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

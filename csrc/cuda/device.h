@@ -223,12 +223,13 @@ FUSEDRNN_DEVICE void mbar_arrive_expect(u64* bar, int bytes) {  // one arrival, 
                : "memory");
 #endif
 }
-constexpr u32 kPatience = 1u << 21;  // tries before a wait is given up: a second or so, never reached by a sound kernel
+constexpr long long kPatience = 1ll << 31;  // clocks before a wait is given up: a second, never reached by a sound kernel
 // Until phase `parity` of the barrier is complete. A wait that is given up sets `late`, and with `late` set nothing waits.
 FUSEDRNN_DEVICE void mbar_wait(u64* bar, u32 parity, bool& late) {
 #if __CUDA_ARCH__ >= 900
   const u32 address = static_cast<u32>(__cvta_generic_to_shared(bar));
-  for (u32 tries = 0; !late; ++tries) {
+  const long long start = clock64();
+  while (!late) {
     u32 done;
     asm volatile(
         "{\n\t.reg .pred p;\n\tmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n\tselp.u32 %0, 1, 0, p;\n\t}"
@@ -236,7 +237,7 @@ FUSEDRNN_DEVICE void mbar_wait(u64* bar, u32 parity, bool& late) {
         : "r"(address), "r"(parity)
         : "memory");
     if (done) break;
-    if (tries == kPatience) late = true;
+    if (clock64() - start > kPatience) late = true;
   }
 #endif
 }
@@ -266,7 +267,8 @@ FUSEDRNN_DEVICE void poll16(U4 (&v)[N], const void* base, int stride, u32 wanted
   FUSEDRNN_UNROLL
   for (int i = 0; i < N; ++i)
     if (wanted >> i & 1) v[i] = ld_relaxed16(p + static_cast<int64_t>(i) * stride);
-  for (u32 tries = 0; !late; ++tries) {
+  const long long start = clock64();
+  while (!late) {
     bool again = false;
     FUSEDRNN_UNROLL
     for (int i = 0; i < N; ++i)
@@ -275,7 +277,7 @@ FUSEDRNN_DEVICE void poll16(U4 (&v)[N], const void* base, int stride, u32 wanted
         again = true;
       }
     if (!again) break;
-    if (tries == kPatience) late = true;
+    if (clock64() - start > kPatience) late = true;
   }
 }
 
