@@ -4,6 +4,8 @@
 
 #include <pybind11/pybind11.h>
 
+#include <cstring>
+
 #include "cpu/cpu.h"
 
 namespace fusedrnn::bindings {
@@ -12,6 +14,25 @@ void register_threads(pybind11::module_& module);
 void register_layer(pybind11::module_& module);
 void register_lane(pybind11::module_& module);
 void register_clip(pybind11::module_& module);
+
+// The cells under the names of Problem.cell, in the order of CellKind, and their row blocks of W and R.
+struct Cell {
+  const char* name;
+  int gates;
+};
+inline constexpr Cell cells[] = {{"rnn_tanh", 1}, {"rnn_relu", 1}, {"lstm", 4}, {"gru", 3}, {"gru_reset_before", 3}};
+
+inline const Cell& cell_of(CellKind kind) { return cells[static_cast<int>(kind)]; }
+
+// False where there is no such cell.
+inline bool find_cell(const char* name, CellKind* kind) {
+  for (const Cell& cell : cells)
+    if (std::strcmp(cell.name, name) == 0) {
+      *kind = static_cast<CellKind>(&cell - cells);
+      return true;
+    }
+  return false;
+}
 
 // The number of threads for a call made now from this Python thread (threads.cpp).
 int threads_now();

@@ -19,7 +19,7 @@ class Runs {
       Checked checked(function);
       const std::string name = "arrays[" + std::to_string(i) + "]";
       py::object object = arrays[i];
-      const Layout layout = checked.layout(object, name.c_str(), written ? Access::write : Access::read);
+      const Layout layout = checked.layout(object, {name.c_str()}, written ? Access::write : Access::read);
       add(layout, checked.dtype());
       elements_ += static_cast<double>(layout.elements);
       held_.push_back(std::move(object));

@@ -4,7 +4,6 @@
 // rest.
 #include <cstdint>
 #include <new>
-#include <string>
 #include <vector>
 
 #include "bindings/bindings.h"
@@ -377,14 +376,9 @@ PyObject* make(PyTypeObject* type, PyObject* positional, PyObject* named) {
   if (!PyArg_ParseTupleAndKeywords(positional, named, "s|iipd", const_cast<char**>(names), &cell, &layers, &directions,
                                    &batch_first, &clip_cell))
     return nullptr;
-  constexpr struct {
-    const char* name;
-    int gates;
-  } cells[] = {
-      {"rnn_tanh", 1}, {"rnn_relu", 1}, {"lstm", 4}, {"gru", 3}, {"gru_reset_before", 3}};  // order of CellKind
-  int kind = 0;
-  while (kind < 5 && std::string(cell) != cells[kind].name) ++kind;
-  if (kind == 5 || layers < 1 || layers > 1 << 20 || directions < 1 || directions > 2 || !(clip_cell >= 0)) {
+  CellKind kind;
+  if (!find_cell(cell, &kind) || layers < 1 || layers > 1 << 20 || directions < 1 || directions > 2 ||
+      !(clip_cell >= 0)) {
     PyErr_SetString(PyExc_ValueError,
                     "Lane: expected a cell of Problem.cell, num_layers >= 1, num_directions 1 or 2, clip_cell >= 0");
     return nullptr;
@@ -392,8 +386,8 @@ PyObject* make(PyTypeObject* type, PyObject* positional, PyObject* named) {
   PyObject* object = type->tp_alloc(type, 0);
   if (!object) return nullptr;
   Lane& lane = *reinterpret_cast<Lane*>(object);
-  lane.cell = static_cast<CellKind>(kind);
-  lane.gates = cells[kind].gates;
+  lane.cell = kind;
+  lane.gates = cell_of(kind).gates;
   lane.layers = layers;
   lane.directions = directions;
   lane.batch_first = batch_first != 0;

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The checked route: Problem, Arguments and Results of backends/__init__.py become the structs of api.h.
 // Nothing is trusted: every number is bounded and every array compared with the sizes before a kernel sees a pointer.
+#include <algorithm>
 #include <cmath>
-#include <iterator>
 #include <string>
 #include <vector>
 
@@ -13,107 +13,121 @@ namespace fusedrnn::bindings {
 
 namespace {
 
-constexpr const char* cell_names[] = {"rnn_tanh", "rnn_relu", "lstm", "gru", "gru_reset_before"};  // order of CellKind
+// Text as a template argument, so that every attribute name is made a Python string once.
+template <size_t N>
+struct Text {
+  char text[N];
+  consteval Text(const char (&from)[N]) { std::copy_n(from, N, text); }
+};
 
-CellKind cell_kind(const std::string& name, const char* function) {
-  for (size_t i = 0; i < std::size(cell_names); ++i)
-    if (name == cell_names[i]) return static_cast<CellKind>(i);
-  throw py::value_error(std::string(function) + "cell is '" + name +
-                        "'; expected rnn_tanh, rnn_relu, lstm, gru or gru_reset_before");
+template <Text name>
+py::object get(py::handle object) {
+  static PyObject* const string = PyUnicode_InternFromString(name.text);
+  PyObject* value = PyObject_GetAttr(object.ptr(), string);
+  if (!value) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(value);
 }
 
 // One call: a checked problem and the arrays around it.
 class Call {
  public:
-  Call(const char* function, py::handle given) : function_(function), checked_(function) {
+  Call(const char* function, py::handle given) : checked_(function) {
     Sizes& s = problem.sizes;
-    problem.cell = cell_kind(py::cast<std::string>(given.attr("cell")), function);
-    s.T = integer(given, "T", 0);
-    s.E = integer(given, "E", 1);
-    s.B = integer(given, "B", 0);
-    s.I = integer(given, "I", 0);
-    s.H = integer(given, "H", 1);
-    s.L = static_cast<int32_t>(integer(given, "L", 1, 1 << 20));
-    s.D = static_cast<int32_t>(integer(given, "D", 1, 2));
+    const py::object name = get<"cell">(given);
+    const char* text = PyUnicode_Check(name.ptr()) ? PyUnicode_AsUTF8(name.ptr()) : nullptr;
+    if (!text || !find_cell(text, &problem.cell)) {
+      PyErr_Clear();
+      std::string known;
+      for (const Cell& cell : cells) known += std::string(known.empty() ? "" : ", ") + cell.name;
+      checked_.value_error("cell is " + std::string(py::repr(name)) + "; expected one of " + known);
+    }
+    s.T = integer<"T">(given, 0);
+    s.E = integer<"E">(given, 1);
+    s.B = integer<"B">(given, 0);
+    s.I = integer<"I">(given, 0);
+    s.H = integer<"H">(given, 1);
+    s.L = static_cast<int32_t>(integer<"L">(given, 1, 1 << 20));
+    s.D = static_cast<int32_t>(integer<"D">(given, 1, 2));
     // so that no product of sizes below leaves int64: any array of this many elements is refused by its shape anyway
     const double largest = 8.0 * s.L * s.D * (static_cast<double>(s.T) * s.E * s.B + 4.0 * s.E * s.H) *
                            (static_cast<double>(s.I) + 4.0 * s.D * static_cast<double>(s.H));
     if (largest > 4e18) checked_.value_error("the sizes multiply to more than any memory holds");
-    problem.reverse = boolean(given, "reverse");
-    problem.reset_to_initial = boolean(given, "reset_to_initial");
-    problem.recompute = boolean(given, "recompute");
-    problem.clip_cell = real(given, "clip_cell");
-    problem.clip_grad = real(given, "clip_grad");
-    problem.dropout = real(given, "dropout");
+    problem.reverse = boolean<"reverse">(given);
+    problem.reset_to_initial = boolean<"reset_to_initial">(given);
+    problem.recompute = boolean<"recompute">(given);
+    problem.clip_cell = real<"clip_cell">(given);
+    problem.clip_grad = real<"clip_grad">(given);
+    problem.dropout = real<"dropout">(given);
     if (problem.dropout > 1) checked_.value_error("dropout is " + std::to_string(problem.dropout) + "; expected 0..1");
     if (problem.reverse && s.D == 2) checked_.value_error("reverse is set; expected one direction with it, but D is 2");
-    problem.seed = PyLong_AsUnsignedLongLong(py::object(given.attr("seed")).ptr());
+    const py::object seed = get<"seed">(given);
+    problem.seed = PyLong_AsUnsignedLongLong(seed.ptr());
     if (PyErr_Occurred()) {
       PyErr_Clear();
-      checked_.value_error("seed is " + std::string(py::repr(given.attr("seed"))) +
-                           "; expected an int, 0 <= seed < 2**64");
+      checked_.value_error("seed is " + std::string(py::repr(seed)) + "; expected an int, 0 <= seed < 2**64");
     }
-    problem.lengths = checked_.lengths(given.attr("lengths"), {s.E, s.B}, s.T);
-    problem.reset = checked_.reset(given.attr("reset"), {s.T, s.E, s.B});
+    problem.lengths = checked_.lengths(get<"lengths">(given), {s.E, s.B}, s.T);
+    problem.reset = checked_.reset(get<"reset">(given), {s.T, s.E, s.B});
   }
 
   // The first array read says which dtype all have.
   void dtype_of(py::handle arguments) {
-    checked_.set_dtype(arguments.attr("x"), "x");
+    checked_.set_dtype(get<"x">(arguments), {"", "x"});
     problem.dtype = checked_.dtype();
   }
 
-  // `prefix` tells the roles apart in messages: "", "v.", "dp.", ... `required`: x, W and R must be there.
-  Arguments arguments(py::handle given, const std::string& prefix, Access access, bool required) {
+  // `role` tells the arrays apart in messages: "", "v.", "dp.", ... `required`: x, W and R must be there.
+  Arguments arguments(py::handle given, const char* role, Access access, bool required) {
     const Sizes& s = problem.sizes;
-    const int64_t gates = problem.cell == CellKind::lstm                                             ? 4
-                          : problem.cell == CellKind::rnn_tanh || problem.cell == CellKind::rnn_relu ? 1
-                                                                                                     : 3;
     Arguments out;
-    out.x = array<4>(given.attr("x"), prefix, "x", "(T, E, B, I)", {s.T, s.E, s.B, s.I}, access, 1);
+    out.x = checked_.array<4>(get<"x">(given), {role, "x"}, "(T, E, B, I)", {s.T, s.E, s.B, s.I}, access, 1);
     const int64_t state[4] = {s.L * s.D, s.E, s.B, s.H};
-    out.h0 = array<4>(given.attr("h0"), prefix, "h0", "(L*D, E, B, H)", state, access, 1);
-    out.c0 = array<4>(given.attr("c0"), prefix, "c0", "(L*D, E, B, H)", state, access, 1);
-    if (problem.cell != CellKind::lstm && out.c0.data) checked_.value_error(prefix + "c0 is given; only lstm has it");
+    out.h0 = checked_.array<4>(get<"h0">(given), {role, "h0"}, "(L*D, E, B, H)", state, access, 1);
+    out.c0 = checked_.array<4>(get<"c0">(given), {role, "c0"}, "(L*D, E, B, H)", state, access, 1);
+    if (problem.cell != CellKind::lstm && out.c0.data)
+      checked_.value_error(std::string(role) + "c0 is given; only lstm has it");
 
-    py::object list = given.attr("params");
+    py::object list = get<"params">(given);
     params_.emplace_back(static_cast<size_t>(s.L * s.D));
     std::vector<Params>& params = params_.back();
     const size_t count = list.is_none() ? 0 : py::len(list);
     if (count == 0 && !required) return out;
     if (count != params.size())
-      checked_.value_error(prefix + "params has " + std::to_string(count) +
+      checked_.value_error(std::string(role) + "params has " + std::to_string(count) +
                            " entries; expected L*D = " + std::to_string(params.size()));
     for (size_t k = 0; k < params.size(); ++k) {
-      py::object entry = list[py::int_(k)];
+      const py::object entry =
+          py::reinterpret_steal<py::object>(PySequence_GetItem(list.ptr(), static_cast<Py_ssize_t>(k)));
+      if (!entry) throw py::error_already_set();
       if (entry.is_none() && !required) continue;
-      const std::string name = prefix + "params[" + std::to_string(k) + "].";
+      const int index = static_cast<int>(k);
       if (!py::isinstance<py::tuple>(entry) || py::len(entry) != 4)
-        checked_.type_error(name + " is no tuple (W, R, bW, bR)");
+        checked_.type_error(ArrayName{role, "", index}.text() + " is no tuple (W, R, bW, bR)");
       const int64_t inputs = static_cast<int64_t>(k) < s.D ? s.I : s.D * s.H;
-      const int64_t rows = gates * s.H;
+      const int64_t rows = cell_of(problem.cell).gates * s.H;
       const py::tuple tuple = py::reinterpret_borrow<py::tuple>(entry);
-      params[k].W = array<3>(tuple[0], name, "W", "(E, G*H, I_l)", {s.E, rows, inputs}, access, 0);
-      params[k].R = array<3>(tuple[1], name, "R", "(E, G*H, H)", {s.E, rows, s.H}, access, 0);
-      params[k].bW = array<2>(tuple[2], name, "bW", "(E, G*H)", {s.E, rows}, access, 0);
-      params[k].bR = array<2>(tuple[3], name, "bR", "(E, G*H)", {s.E, rows}, access, 0);
+      params[k].W = checked_.array<3>(tuple[0], {role, "W", index}, "(E, G*H, I_l)", {s.E, rows, inputs}, access, 0);
+      params[k].R = checked_.array<3>(tuple[1], {role, "R", index}, "(E, G*H, H)", {s.E, rows, s.H}, access, 0);
+      params[k].bW = checked_.array<2>(tuple[2], {role, "bW", index}, "(E, G*H)", {s.E, rows}, access, 0);
+      params[k].bR = checked_.array<2>(tuple[3], {role, "bR", index}, "(E, G*H)", {s.E, rows}, access, 0);
       if (required && !(params[k].W.data && params[k].R.data))
-        checked_.type_error(name + "W or R is None; expected both");
+        checked_.type_error(ArrayName{role, "", index}.text() + " lacks W or R");
     }
     out.params = params.data();
     return out;
   }
 
-  Results results(py::handle given, const std::string& prefix, Access access) {
+  Results results(py::handle given, const char* role, Access access) {
     const Sizes& s = problem.sizes;
     Results out;
-    out.y = array<4>(given.attr("y"), prefix, "y", "(T, E, B, D*H)", {s.T, s.E, s.B, s.D * s.H}, access, -1);
+    out.y = checked_.array<4>(get<"y">(given), {role, "y"}, "(T, E, B, D*H)", {s.T, s.E, s.B, s.D * s.H}, access, -1);
     const int64_t state[4] = {s.L * s.D, s.E, s.B, s.H};
-    out.hn = array<4>(given.attr("hn"), prefix, "hn", "(L*D, E, B, H)", state, access, -1);
-    out.cn = array<4>(given.attr("cn"), prefix, "cn", "(L*D, E, B, H)", state, access, -1);
-    if (problem.cell != CellKind::lstm && out.cn.data) checked_.value_error(prefix + "cn is given; only lstm has it");
-    out.cells = array<5>(given.attr("cells"), prefix, "cells", "(L, T, E, B, D*H)", {s.L, s.T, s.E, s.B, s.D * s.H},
-                         access, -1);
+    out.hn = checked_.array<4>(get<"hn">(given), {role, "hn"}, "(L*D, E, B, H)", state, access, -1);
+    out.cn = checked_.array<4>(get<"cn">(given), {role, "cn"}, "(L*D, E, B, H)", state, access, -1);
+    if (problem.cell != CellKind::lstm && out.cn.data)
+      checked_.value_error(std::string(role) + "cn is given; only lstm has it");
+    out.cells = checked_.array<5>(get<"cells">(given), {role, "cells"}, "(L, T, E, B, D*H)",
+                                  {s.L, s.T, s.E, s.B, s.D * s.H}, access, -1);
     return out;
   }
 
@@ -126,40 +140,38 @@ class Call {
   Problem problem;
 
  private:
-  template <int Rank>
-  Array<Rank> array(py::object object, const std::string& prefix, const char* name, const char* axes,
-                    const int64_t (&shape)[Rank], Access access, int sets) {
-    return checked_.array<Rank>(std::move(object), (prefix + name).c_str(), axes, shape, access, sets);
-  }
+  static constexpr int64_t unbounded = int64_t{1} << 60;
 
-  int64_t integer(py::handle given, const char* name, int64_t least, int64_t most = int64_t{1} << 60) {
-    py::object value = given.attr(name);
+  template <Text name>
+  int64_t integer(py::handle given, int64_t least, int64_t most = unbounded) {
+    const py::object value = get<name>(given);
     const int64_t out = PyLong_AsLongLong(value.ptr());
-    if (PyErr_Occurred() || out < least || out > most) {
+    if (out < least || out > most || PyErr_Occurred()) {
       PyErr_Clear();
-      checked_.value_error(std::string(name) + " is " + std::string(py::repr(value)) + "; expected an int, " +
-                           std::to_string(least) + " <= " + name + " <= " + std::to_string(most));
+      checked_.value_error(std::string(name.text) + " is " + std::string(py::repr(value)) + "; expected an int >= " +
+                           std::to_string(least) + (most == unbounded ? "" : " and <= " + std::to_string(most)));
     }
     return out;
   }
 
-  bool boolean(py::handle given, const char* name) {
-    const int truth = PyObject_IsTrue(py::object(given.attr(name)).ptr());
+  template <Text name>
+  bool boolean(py::handle given) {
+    const int truth = PyObject_IsTrue(get<name>(given).ptr());
     if (truth < 0) throw py::error_already_set();
     return truth == 1;
   }
 
-  double real(py::handle given, const char* name) {
-    py::object value = given.attr(name);
+  template <Text name>
+  double real(py::handle given) {
+    const py::object value = get<name>(given);
     const double out = PyFloat_AsDouble(value.ptr());
-    if (PyErr_Occurred() || !(out >= 0) || std::isinf(out)) {
+    if (!(out >= 0) || std::isinf(out)) {  // -1 also stands for an error
       PyErr_Clear();
-      checked_.value_error(std::string(name) + " is " + std::string(py::repr(value)) + "; expected a number >= 0");
+      checked_.value_error(std::string(name.text) + " is " + std::string(py::repr(value)) + "; expected a number >= 0");
     }
     return out;
   }
 
-  std::string function_;
   Checked checked_;
   std::vector<std::vector<Params>> params_;  // what Arguments::params point to
 };

@@ -94,6 +94,19 @@ struct Layout {
   std::vector<std::pair<int64_t, int64_t>> axes;  // (stride in elements, extent)
 };
 
+// How messages call an array: "g.hn", "params[1].W", "arrays[3]". Put together only where something is wrong.
+struct ArrayName {
+  const char* role = "";
+  const char* name = "";
+  int index = -1;  // of the layer and direction
+
+  std::string text() const {
+    std::string out = role;
+    if (index >= 0) out += "params[" + std::to_string(index) + "]" + (*name ? "." : "");
+    return out + name;
+  }
+};
+
 enum class Access { read, write, write_sum };  // write_sum: stride 0 is allowed on the axis of weight sets
 
 // Reads the arrays of one call and keeps them alive until it is destroyed (with the GIL held).
@@ -104,24 +117,24 @@ class Checked {
   [[noreturn]] void type_error(const std::string& text) const { throw py::type_error(function_ + text); }
   [[noreturn]] void value_error(const std::string& text) const { throw py::value_error(function_ + text); }
 
-  void set_dtype(py::handle object, const char* name) {
+  void set_dtype(py::handle object, const ArrayName& name) {
     const int type = PyArray_TYPE(ndarray(object, name));
     if (type != NPY_FLOAT && type != NPY_DOUBLE)
-      type_error(std::string(name) + " has dtype " + dtype_text(object) + "; expected float32 or float64");
+      type_error(name.text() + " has dtype " + dtype_text(object) + "; expected float32 or float64");
     dtype_ = type == NPY_FLOAT ? Dtype::f32 : Dtype::f64;
   }
   Dtype dtype() const { return dtype_; }
 
   // Null for None. `axes` names the expected shape; `sets` is the axis of weight sets.
   template <int Rank>
-  Array<Rank> array(py::object object, const char* name, const char* axes, const int64_t (&shape)[Rank], Access access,
-                    int sets = 0) {
+  Array<Rank> array(py::object object, const ArrayName& name, const char* axes, const int64_t (&shape)[Rank],
+                    Access access, int sets = 0) {
     return read<Rank>(std::move(object), name, axes, shape, access, sets, type_of(dtype_), size_of(dtype_));
   }
 
   // (E,B) of step counts, each 0..limit. Copied: a change from another thread must not reach the kernels.
   Array<2> lengths(py::object object, const int64_t (&shape)[2], int64_t limit) {
-    const Array<2> given = read<2>(std::move(object), "lengths", "(E, B)", shape, Access::read, 0, NPY_INT64, 8);
+    const Array<2> given = read<2>(std::move(object), {"", "lengths"}, "(E, B)", shape, Access::read, 0, NPY_INT64, 8);
     if (!given.data) return given;
     const auto* data = static_cast<const int64_t*>(given.data);
     lengths_.reserve(static_cast<size_t>(shape[0] * shape[1]) + 1);
@@ -139,37 +152,38 @@ class Checked {
 
   Array<3> reset(py::object object, const int64_t (&shape)[3]) {
     const bool is_bool = PyArray_Check(object.ptr()) && PyArray_TYPE(as_array(object.ptr())) == NPY_BOOL;
-    return read<3>(std::move(object), "reset", "(T, E, B)", shape, Access::read, 0, is_bool ? NPY_BOOL : NPY_UINT8, 1);
+    return read<3>(std::move(object), {"", "reset"}, "(T, E, B)", shape, Access::read, 0,
+                   is_bool ? NPY_BOOL : NPY_UINT8, 1);
   }
 
   // Any rank, float32 or float64 (then dtype()). Does not keep the array alive.
-  Layout layout(py::handle object, const char* name, Access access) {
+  Layout layout(py::handle object, const ArrayName& name, Access access) {
     set_dtype(object, name);
     PyArrayObject* array = as_array(object.ptr());
-    if (!PyArray_ISBEHAVED_RO(array)) value_error(std::string(name) + " is not aligned or not in native byte order");
+    if (!PyArray_ISBEHAVED_RO(array)) value_error(name.text() + " is not aligned or not in native byte order");
     if (access != Access::read && !PyArray_ISWRITEABLE(array))
-      value_error(std::string(name) + " is read-only; it is written here");
+      value_error(name.text() + " is read-only; it is written here");
     Layout out;
     out.lowest = static_cast<char*>(PyArray_DATA(array));
     for (int axis = 0; axis < PyArray_NDIM(array); ++axis) {
       const int64_t extent = PyArray_DIM(array, axis), stride = PyArray_STRIDE(array, axis);
       out.elements *= extent;
       if (extent <= 1) continue;
-      if (stride % size_of(dtype_) != 0) value_error(std::string(name) + " has strides that are no whole elements");
+      if (stride % size_of(dtype_) != 0) value_error(name.text() + " has strides that are no whole elements");
       if (stride < 0) out.lowest += stride * (extent - 1);
       out.axes.emplace_back(std::llabs(stride) / size_of(dtype_), extent);
     }
     std::sort(out.axes.begin(), out.axes.end());
     if (access != Access::read && overlap(out.axes))
-      value_error(std::string(name) + " has elements that share memory; it is written here");
+      value_error(name.text() + " has elements that share memory; it is written here");
     return out;
   }
 
   // One dimension without gaps, `elements` or more of them.
   void* tape(py::object object, size_t elements, Access access) {
-    PyArrayObject* array = ndarray(object, "tape");
+    PyArrayObject* array = ndarray(object, {"", "tape"});
     const int64_t shape[1] = {PyArray_NDIM(array) == 1 ? static_cast<int64_t>(PyArray_DIM(array, 0)) : 0};
-    const Array<1> given = this->array<1>(object, "tape", "(n,)", shape, access);
+    const Array<1> given = this->array<1>(object, {"", "tape"}, "(n,)", shape, access);
     if (shape[0] > 1 && given.stride[0] != 1) value_error("tape is not contiguous");
     if (static_cast<size_t>(shape[0]) < elements)
       value_error("tape has " + std::to_string(shape[0]) + " elements; expected " + std::to_string(elements) +
@@ -180,40 +194,38 @@ class Checked {
  private:
   static std::string dtype_text(py::handle object) { return py::str(object.attr("dtype")); }
 
-  PyArrayObject* ndarray(py::handle object, const char* name) const {
+  PyArrayObject* ndarray(py::handle object, const ArrayName& name) const {
     if (!PyArray_Check(object.ptr()))
-      type_error(std::string(name) + " is a " + Py_TYPE(object.ptr())->tp_name + "; expected numpy.ndarray");
+      type_error(name.text() + " is a " + Py_TYPE(object.ptr())->tp_name + "; expected numpy.ndarray");
     return as_array(object.ptr());
   }
 
   template <int Rank>
-  Array<Rank> read(py::object object, const char* name, const char* axes, const int64_t (&shape)[Rank], Access access,
-                   int sets, int type, int64_t size) {
+  Array<Rank> read(py::object object, const ArrayName& name, const char* axes, const int64_t (&shape)[Rank],
+                   Access access, int sets, int type, int64_t size) {
     Array<Rank> out;
     if (object.is_none()) return out;
     PyArrayObject* array = ndarray(object, name);
     if (PyArray_TYPE(array) != type) {
       py::object expected = py::reinterpret_steal<py::object>(as_object_of(type));
-      type_error(std::string(name) + " has dtype " + dtype_text(object) + "; expected " +
-                 std::string(py::str(expected)));
+      type_error(name.text() + " has dtype " + dtype_text(object) + "; expected " + std::string(py::str(expected)));
     }
     const int rank = PyArray_NDIM(array);
     bool fits = rank == Rank;
     for (int axis = 0; fits && axis < Rank; ++axis) fits = PyArray_DIM(array, axis) == shape[axis];
     if (!fits) {
       std::vector<int64_t> got(PyArray_DIMS(array), PyArray_DIMS(array) + rank);
-      value_error(std::string(name) + " has shape " + shape_text(rank, got.data()) + "; expected " +
-                  shape_text(Rank, shape) + " = " + axes);
+      value_error(name.text() + " has shape " + shape_text(rank, got.data()) + "; expected " + shape_text(Rank, shape) +
+                  " = " + axes);
     }
-    if (!PyArray_ISBEHAVED_RO(array)) value_error(std::string(name) + " is not aligned or not in native byte order");
+    if (!PyArray_ISBEHAVED_RO(array)) value_error(name.text() + " is not aligned or not in native byte order");
     for (int axis = 0; axis < Rank; ++axis) {
       const int64_t stride = PyArray_STRIDE(array, axis);
-      if (stride % size != 0 && shape[axis] > 1)
-        value_error(std::string(name) + " has strides that are no whole elements");
+      if (stride % size != 0 && shape[axis] > 1) value_error(name.text() + " has strides that are no whole elements");
       out.stride[axis] = stride / size;
     }
     if (access != Access::read) {
-      if (!PyArray_ISWRITEABLE(array)) value_error(std::string(name) + " is read-only; it is written here");
+      if (!PyArray_ISWRITEABLE(array)) value_error(name.text() + " is read-only; it is written here");
       std::array<std::pair<int64_t, int64_t>, Rank> steps;
       for (int axis = 0; axis < Rank; ++axis) {
         const bool summed = access == Access::write_sum && axis == sets && out.stride[axis] == 0;
@@ -221,7 +233,7 @@ class Checked {
       }
       std::sort(steps.begin(), steps.end());
       if (PyArray_SIZE(array) > 0 && overlap(steps))
-        value_error(std::string(name) + " has elements that share memory; it is written here");
+        value_error(name.text() + " has elements that share memory; it is written here");
     }
     out.data = PyArray_DATA(array);
     held_.push_back(std::move(object));
