@@ -1,0 +1,128 @@
+// SPDX-License-Identifier: Apache-2.0
+// Runs the CUDA kernels on the CPU twin of the device and compares with float64.
+//   cuda_kernels [--only TEXT]... [--seeds N] [--first-seed N] [--case N] [--list] [--quiet]
+// Every case runs under all three scheduling policies with every seed. Exit status 1 if anything was wrong.
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "cuda_runs.h"
+
+namespace fusedrnn::test {
+std::string describe(const Case& c) {
+  std::string s = "T=" + std::to_string(c.T) + " E=" + std::to_string(c.E) + " B=" + std::to_string(c.B) +
+                  " H=" + std::to_string(c.H) + " D=" + std::to_string(c.D);
+  const auto flag = [&](bool on, const char* name) {
+    if (on) s += std::string(" ") + name;
+  };
+  flag(c.reverse, "reverse");
+  flag(c.with_state, "state");
+  flag(c.with_bias, "bias");
+  flag(c.with_lengths, "lengths");
+  flag(c.with_reset, "reset");
+  flag(c.reset_to_initial, "reset_to_initial");
+  flag(c.keep, "keep");
+  flag(c.with_nan, "nan");
+  flag(c.clip_cell > 0, "clip_cell");
+  flag(c.clip_grad > 0, "clip_grad");
+  return s;
+}
+}  // namespace fusedrnn::test
+
+namespace {
+
+using namespace fusedrnn;
+using namespace fusedrnn::test;
+using dev::sim::Policy;
+
+constexpr const char* kPolicyNames[] = {"round_robin", "random", "skewed"};
+
+struct Settings {
+  std::vector<std::string> only;
+  uint64_t seeds = 1, first_seed = 1;
+  int only_case = -1;
+  bool list = false, quiet = false;
+
+  bool wants(const std::string& name) const {
+    for (const std::string& text : only)
+      if (name.find(text) == std::string::npos) return false;
+    return true;
+  }
+};
+
+Settings parse(int count, char** words) {
+  Settings s;
+  for (int i = 1; i < count; ++i) {
+    const std::string word = words[i];
+    const auto value = [&]() -> const char* {
+      if (i + 1 < count) return words[++i];
+      std::fprintf(stderr, "%s wants a value\n", word.c_str());
+      std::exit(2);
+    };
+    if (word == "--only") {
+      s.only.push_back(value());
+    } else if (word == "--seeds") {
+      s.seeds = std::strtoull(value(), nullptr, 10);
+    } else if (word == "--first-seed") {
+      s.first_seed = std::strtoull(value(), nullptr, 10);
+    } else if (word == "--case") {
+      s.only_case = std::atoi(value());
+    } else if (word == "--list") {
+      s.list = true;
+    } else if (word == "--quiet") {
+      s.quiet = true;
+    } else {
+      std::fprintf(stderr, "%s: not an option; there are --only, --seeds, --first-seed, --case, --list, --quiet\n",
+                   word.c_str());
+      std::exit(2);
+    }
+  }
+  return s;
+}
+
+}  // namespace
+
+int main(int count, char** words) {
+  const Settings settings = parse(count, words);
+  std::vector<Run> runs;
+  add_lstm(runs);
+  add_gru(runs);
+  add_rnn(runs);
+  int launches = 0, wrong = 0;
+  for (const Run& run : runs) {
+    if (!settings.wants(run.name)) continue;
+    if (settings.list) {
+      for (size_t i = 0; i < run.cases.size(); ++i)
+        std::printf("%s case %zu: %s\n", run.name.c_str(), i, describe(run.cases[i]).c_str());
+      continue;
+    }
+    const auto start = std::chrono::steady_clock::now();
+    double worst = 0;
+    int bad = 0, tried = 0;
+    for (size_t i = 0; i < run.cases.size(); ++i) {
+      if (settings.only_case >= 0 && static_cast<size_t>(settings.only_case) != i) continue;
+      for (uint64_t seed = settings.first_seed; seed < settings.first_seed + settings.seeds; ++seed)
+        for (const Policy policy : {Policy::round_robin, Policy::random, Policy::skewed}) {
+          const Outcome o = run.run(run.cases[i], {.seed = seed, .policy = policy}, seed + 100 * i);
+          ++tried;
+          worst = std::max(worst, o.worst);
+          if (o.wrong.empty()) continue;
+          ++bad;
+          if (bad <= 6)
+            std::printf("WRONG %s case %zu (%s) seed %llu %s: %s\n", run.name.c_str(), i,
+                        describe(run.cases[i]).c_str(), static_cast<unsigned long long>(seed),
+                        kPolicyNames[static_cast<int>(policy)], o.wrong.c_str());
+        }
+    }
+    const double ms = std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count();
+    if (!settings.quiet || bad)
+      std::printf("%-36s %3d of %3d wrong, off by %.2g at most, %.0f ms\n", run.name.c_str(), bad, tried, worst, ms);
+    launches += tried;
+    wrong += bad;
+  }
+  if (!settings.list) std::printf("%d runs, %d wrong\n", launches, wrong);
+  return wrong != 0 || (launches == 0 && !settings.list);
+}
