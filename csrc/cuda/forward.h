@@ -20,7 +20,7 @@ struct ForwardArgs {
   bool reverse;          // with one direction: walk backwards
   bool reset_to_initial;
   bool keep;  // write what backward needs
-  bool wide;  // y can be written in 16-byte pieces
+  bool wide;  // y can be written in 16-byte pieces: H, its strides and its address are multiples of one
   float clip_cell;
   const U4* weights;
   const float* bias;  // may be null
@@ -446,7 +446,7 @@ struct Forward {
 
   FUSEDRNN_DEVICE void write_y(Storage* row, int unit, const U4& v) const {
     if (a.wide) {
-      *reinterpret_cast<U4*>(row + unit) = v;
+      if (unit < a.H) *reinterpret_cast<U4*>(row + unit) = v;
       return;
     }
     union {
