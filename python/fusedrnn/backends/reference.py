@@ -27,22 +27,22 @@ def tape_elements(problem: Problem) -> int:
 
 def forward(problem: Problem, p: Arguments, out: Results, tape: Any) -> None:
     """Fill out's arrays."""
-    _store_results(out, _forward(problem, _wide_arguments(p))[0])
+    store_results(out, _forward(problem, _wide_arguments(p))[0])
 
 
 def backward(problem: Problem, p: Arguments, tape: Any, g: Results, dp: Arguments) -> None:
     """Fill dp's arrays with the gradients."""
-    _store_arguments(dp, _backward(problem, _wide_arguments(p), _wide_results(g)))
+    store_arguments(dp, _backward(problem, _wide_arguments(p), _wide_results(g)))
 
 
 def jvp(problem: Problem, p: Arguments, v: Arguments, tout: Results) -> None:
     """Fill tout's arrays with the tangents of the results."""
-    _store_results(tout, _forward(problem, _wide_arguments(p, v))[0], tangent=True)
+    store_results(tout, _forward(problem, _wide_arguments(p, v))[0], tangent=True)
 
 
 def hvp(problem: Problem, p: Arguments, v: Arguments, g: Results, t: Results, tdp: Arguments) -> None:
     """Fill tdp's arrays with the tangents of the gradients."""
-    _store_arguments(tdp, _backward(problem, _wide_arguments(p, v), _wide_results(g, t)), tangent=True)
+    store_arguments(tdp, _backward(problem, _wide_arguments(p, v), _wide_results(g, t)), tangent=True)
 
 
 # Numbers in and out.
@@ -99,12 +99,12 @@ def _store(to: Any, value: Any, e_axis: int, tangent: bool) -> None:
     to[...] = value
 
 
-def _store_results(to: Results, value: Results, tangent: bool = False) -> None:
+def store_results(to: Results, value: Results, tangent: bool = False) -> None:
     for name, e_axis in (("y", 1), ("hn", 1), ("cn", 1), ("cells", 2)):
         _store(getattr(to, name), getattr(value, name), e_axis, tangent)
 
 
-def _store_arguments(to: Arguments, value: Arguments, tangent: bool = False) -> None:
+def store_arguments(to: Arguments, value: Arguments, tangent: bool = False) -> None:
     for name in ("x", "h0", "c0"):
         _store(getattr(to, name), getattr(value, name), 1, tangent)
     for arrays, values in zip(to.params, value.params, strict=False):
