@@ -40,7 +40,7 @@ struct Lstm {
     da[2] = dc * k[0] * (1 - k[2] * k[2]);
     da[3] = dh * tc * k[3] * (1 - k[3]);
     dc_prev = dc * k[1];
-    dh_prev = dh * 0;
+    dh_prev = V(0);
   }
 };
 

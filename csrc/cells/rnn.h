@@ -31,7 +31,7 @@ struct Rnn {
       da[0] = positive(dh, h);  // dh where h > 0, else 0
     else
       da[0] = dh * (1 - h * h);
-    dh_prev = dh * 0;
+    dh_prev = V(0);
   }
 };
 

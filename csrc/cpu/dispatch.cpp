@@ -10,3 +10,210 @@
 //     avx512    -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c -mprefer-vector-width=512
 //     neon      (aarch64, in place of avx2 and avx512; nothing more)
 //   dispatch.cpp gets one -DFUSEDRNN_HAVE_<NAME> for each ISA beside baseline: FUSEDRNN_HAVE_AVX2, _AVX512, _NEON.
+
+#include <atomic>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+
+#include "cpu.h"
+#include "isa.h"
+#include "rows.h"
+
+namespace fusedrnn::cpu {
+namespace {
+
+struct Table {
+  const char* name;
+  void (*forward)(const Call&);
+  void (*backward)(const Call&);
+  void (*jvp)(const Call&);
+  void (*hvp)(const Call&);
+  double (*sum_of_squares[2])(const void*, int64_t);
+  double (*sum_of_sizes[2])(const void*, int64_t);
+  double (*largest_size[2])(const void*, int64_t);
+  void (*scale[2])(void*, int64_t, double);
+  void (*clip_value[2])(void*, int64_t, double);
+  bool (*found)();
+};
+
+template <class S, double (*f)(const S*, int64_t)>
+double read(const void* data, int64_t n) {
+  return f(static_cast<const S*>(data), n);
+}
+template <class S, void (*f)(S*, int64_t, S)>
+void change(void* data, int64_t n, double by) {
+  f(static_cast<S*>(data), n, static_cast<S>(by));
+}
+
+bool always() { return true; }
+#if defined(FUSEDRNN_HAVE_AVX2)
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+#endif
+#if defined(FUSEDRNN_HAVE_AVX512)
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+#endif
+
+#define FUSEDRNN_TABLE(isa, found)                                                        \
+  {#isa,                                                                                  \
+   isa::forward,                                                                          \
+   isa::backward,                                                                         \
+   isa::jvp,                                                                              \
+   isa::hvp,                                                                              \
+   {read<float, isa::sum_of_squares>, read<double, isa::sum_of_squares>},                 \
+   {read<float, isa::sum_of_sizes>, read<double, isa::sum_of_sizes>},                     \
+   {read<float, isa::largest_size>, read<double, isa::largest_size>},                     \
+   {change<float, isa::scale>, change<double, isa::scale>},                               \
+   {change<float, isa::clip_value>, change<double, isa::clip_value>},                     \
+   found}
+
+// Weakest first.
+const Table kTables[] = {
+    FUSEDRNN_TABLE(baseline, always),
+#if defined(FUSEDRNN_HAVE_AVX2)
+    FUSEDRNN_TABLE(avx2, has_avx2),
+#endif
+#if defined(FUSEDRNN_HAVE_AVX512)
+    FUSEDRNN_TABLE(avx512, has_avx512),
+#endif
+#if defined(FUSEDRNN_HAVE_NEON)
+    FUSEDRNN_TABLE(neon, always),
+#endif
+};
+
+std::atomic<const Table*> chosen{nullptr};
+
+const Table& table() {
+  if (const Table* now = chosen.load(std::memory_order_acquire)) return *now;
+  const char* wish = std::getenv("FUSEDRNN_ISA");
+  if (!wish || !set_isa(wish)) set_isa(isas_found().back());
+  return *chosen.load(std::memory_order_acquire);
+}
+
+// Threads that pay for their meetings: a barrier a step against the step's work.
+int useful_threads(const Problem& problem, int threads) {
+  const Sizes& n = problem.sizes;
+  const double flops = work(problem), tasks = static_cast<double>(n.E) * n.D;
+  const double step = flops / (static_cast<double>(n.T > 0 ? n.T : 1) * n.L * tasks);
+  if (flops < 2e5 || (step < 4e4 && (tasks < 2 || flops < 2e6))) return 1;
+  return threads < 1 ? 1 : threads;
+}
+
+int kept_values(CellKind cell) {
+  return cell == CellKind::lstm || cell == CellKind::gru ? 4 : cell == CellKind::gru_reset_before ? 3 : 0;
+}
+int gates(CellKind cell) {
+  return cell == CellKind::lstm ? 4 : cell == CellKind::gru || cell == CellKind::gru_reset_before ? 3 : 1;
+}
+
+Call make_call(const Problem& problem, const Arguments& p, int threads) {
+  Call call{};
+  call.problem = &problem;
+  call.p = p;
+  call.threads = useful_threads(problem, threads);
+  return call;
+}
+
+}  // namespace
+
+double work(const Problem& problem) {
+  const Sizes& n = problem.sizes;
+  const double rows = static_cast<double>(n.T) * n.E * n.B, H = static_cast<double>(n.H);
+  const double inputs = static_cast<double>(n.I) + (n.L - 1) * static_cast<double>(n.D) * H;
+  return 2 * rows * gates(problem.cell) * H * n.D * (inputs + n.L * H);
+}
+
+size_t tape_elements(const Problem& problem) {
+  const Sizes& n = problem.sizes;
+  const Tape tape(problem, kept_values(problem.cell), problem.cell == CellKind::lstm);
+  return static_cast<size_t>(tape.elements(n.E * n.B)) * static_cast<size_t>(n.L * n.D);
+}
+
+void forward(const Problem& problem, const Arguments& p, const Results& out, void* tape, int threads) {
+  Call call = make_call(problem, p, threads);
+  call.out = out;
+  call.tape = tape;
+  table().forward(call);
+}
+
+void backward(const Problem& problem, const Arguments& p, const void* tape, const Results& g, const Arguments& dp,
+              int threads) {
+  Call call = make_call(problem, p, threads);
+  call.g = g;
+  call.tape = const_cast<void*>(tape);
+  call.dp = dp;
+  table().backward(call);
+}
+
+void jvp(const Problem& problem, const Arguments& p, const Arguments& v, const Results& tout, int threads) {
+  Call call = make_call(problem, p, threads);
+  call.v = v;
+  call.out = tout;
+  table().jvp(call);
+}
+
+void hvp(const Problem& problem, const Arguments& p, const Arguments& v, const Results& g, const Results& t,
+         const Arguments& tdp, int threads) {
+  Call call = make_call(problem, p, threads);
+  call.v = v;
+  call.g = g;
+  call.t = t;
+  call.dp = tdp;
+  table().hvp(call);
+}
+
+std::vector<const char*> isas_built() {
+  std::vector<const char*> names;
+  for (const Table& t : kTables) names.push_back(t.name);
+  return names;
+}
+
+std::vector<const char*> isas_found() {
+  std::vector<const char*> names;
+  for (const Table& t : kTables)
+    if (t.found()) names.push_back(t.name);
+  return names;
+}
+
+const char* isa() { return table().name; }
+
+bool set_isa(const char* name) {
+  for (const Table& t : kTables) {
+    if (std::strcmp(t.name, name) != 0 || !t.found()) continue;
+    chosen.store(&t, std::memory_order_release);
+    return true;
+  }
+  return false;
+}
+
+double global_norm(const Span* spans, size_t count, double norm_type) {
+  const Table& t = table();
+  double sum = 0;
+  for (size_t i = 0; i < count; ++i) {
+    const int f64 = spans[i].dtype == Dtype::f64;
+    if (std::isinf(norm_type)) {
+      const double size = t.largest_size[f64](spans[i].data, spans[i].size);
+      if (!(size <= sum)) sum = std::isnan(sum) ? sum : size;
+    } else {
+      sum += (norm_type == 1 ? t.sum_of_sizes : t.sum_of_squares)[f64](spans[i].data, spans[i].size);
+    }
+  }
+  return norm_type == 2 ? std::sqrt(sum) : sum;
+}
+
+void scale(const Span* spans, size_t count, double factor) {
+  for (size_t i = 0; i < count; ++i)
+    table().scale[spans[i].dtype == Dtype::f64](spans[i].data, spans[i].size, factor);
+}
+
+void clip_value(const Span* spans, size_t count, double limit) {
+  for (size_t i = 0; i < count; ++i)
+    table().clip_value[spans[i].dtype == Dtype::f64](spans[i].data, spans[i].size, limit);
+}
+
+}  // namespace fusedrnn::cpu

@@ -1,0 +1,733 @@
+// SPDX-License-Identifier: Apache-2.0
+// Backward through all layers and directions, from the last step to the first:   da = cell'(dh, dc),   dh = da R;
+// then, for a chunk of steps at once:   dW = da^T x,   dR = da^T h',   db = sum da,   dx = da W
+// Read: what forward read, its tape, dy, dhn, dcn, dcells. Written: dx, dh0, dc0, dW, dR, dbW, dbR.
+// Overwrites. With P = 2 every number is a value with its tangent, and the tangents are what is written.
+// Route: as forward; da of a chunk stays in cache between the recurrence and the products.
+// Limit: FMA for 16 rows and more; for one row the recurrence is limited by reading R, the products by writing dW, dR.
+#pragma once
+
+#include "weights.h"
+
+namespace fusedrnn::cpu::FUSEDRNN_ISA {
+
+template <class S, int P>
+class Backward {
+  static constexpr int L = Vec<S>::lanes;
+  static constexpr int64_t kRowsAtOnce = 48;
+  static constexpr int64_t kPairs = 512;  // of a chunk: enough to pay for reading and writing dW, dR once more
+
+ public:
+  Backward(const Call& call, const Sets& sets, const Layers<S, P>& layers, Workspace& workspace)
+      : problem_(*call.problem),
+        n_(problem_.sizes),
+        cell_(table_of<S, P>(problem_.cell)),
+        dp_(call.dp),
+        sets_(sets),
+        layers_(layers),
+        tape_(layers.layout()),
+        groups_(adds_up(call) ? 1 : sets.count, call.threads, workspace) {
+    p_[0] = &call.p;
+    g_[0] = &call.g;
+    if (P == 2) p_[1] = &call.v, g_[1] = &call.t;
+    inputs_ = layers_.widest();
+    ld_ = padded(n_.H);
+    ld_da_ = cell_.sums * n_.H;
+    const int64_t N = sets_.N, H = n_.H;
+    chunk_ = tape_.every ? tape_.every
+                         : smaller(larger<int64_t>(n_.T, 1), larger<int64_t>(1, kPairs / larger<int64_t>(1, N)));
+    pairs_ = chunk_ * N;
+    if (n_.L > 1)
+      for (int parity = 0; parity < 2; ++parity)
+        for (int q = 0; q < P; ++q) between_[parity][q] = take<S>(workspace, sets_.count * n_.D * n_.T * N * H);
+    zeros_ = take<S>(workspace, H);
+    zero_row(zeros_, 1, H);
+    scratch_ = static_cast<Scratch*>(workspace.take(sizeof(Scratch) * static_cast<size_t>(groups_.count)));
+    const int64_t widest = padded(larger(inputs_, H));
+    for (int g = 0; g < groups_.count; ++g) {
+      Scratch& s = scratch_[g];
+      s = Scratch();
+      if (tape_.every) s.forward.allocate(cell_, inputs_, H, workspace);
+      s.db = take<S>(workspace, ld_da_);
+      for (int q = 0; q < P; ++q) {
+        s.R[q][0].data = take<S>(workspace, ld_ * cell_.gates * H);
+        s.W[q].data = take<S>(workspace, padded(inputs_) * cell_.gates * H);
+        s.da[q] = take<S>(workspace, pairs_ * ld_da_);
+        s.packed[q] = take<S>(workspace, pairs_ * (ld_da_ + kTile * 4));
+        s.x_panels[q] = take<S>(workspace, pairs_ * padded(inputs_));
+        s.h_panels[q] = take<S>(workspace, pairs_ * ld_);
+        s.dx[q] = take<S>(workspace, pairs_ * padded(inputs_));
+        s.copied[q] = take<S>(workspace, pairs_ * inputs_);
+        for (int which = 0; which < 2; ++which) {
+          s.start[which][q] = take<S>(workspace, N * H);
+          s.before[which][q] = take<const S*>(workspace, pairs_);
+          s.d[which][q] = take<S>(workspace, N * ld_);
+          s.d_start[which][q] = take<S>(workspace, N * ld_);
+        }
+        s.x[q] = take<const S*>(workspace, pairs_);
+        s.da_rows[q] = take<const S*>(workspace, pairs_);
+        for (int phase = 0; phase < kPhases; ++phase) s.da_h_rows[phase][q] = take<const S*>(workspace, pairs_);
+        s.picked[q] = take<const S*>(workspace, 4 * pairs_);
+        if (cell_.two_products) {
+          s.rh[q] = take<S>(workspace, pairs_ * ld_);
+          s.rh_rows[q] = take<const S*>(workspace, pairs_);
+          s.drh[q] = take<S>(workspace, N * ld_);
+        }
+        for (int64_t r = 0; r < pairs_; ++r) {
+          s.da_rows[q][r] = s.da[q] + r * ld_da_;
+          s.da_h_rows[0][q][r] = s.da_rows[q][r] + (cell_.sums > cell_.gates ? H : 0);
+          s.da_h_rows[1][q][r] = s.da_rows[q][r] + (cell_.gates - 1) * H;
+          if (cell_.two_products) s.rh_rows[q][r] = s.rh[q] + r * ld_;
+        }
+        if (tape_.every) {
+          s.z[q] = take<S>(workspace, pairs_ * ld_ * cell_.sums);
+          s.kept[q] = take<S>(workspace, pairs_ * cell_.kept * H);
+          s.c_kept[q] = take<S>(workspace, pairs_ * H);
+          for (int which = 0; which < 2; ++which) s.state[which][q] = take<S>(workspace, N * ld_);
+        }
+      }
+      s.sums = take<S>(workspace, cell_.gates * H * widest);
+    }
+  }
+
+  void run(const Team& team) {
+    Team part;
+    const int group = groups_.group_of(team, part);
+    for (int l = n_.L - 1; l >= 0; --l) {
+      if (l == 0) zero_dx(part, group, groups_.used(team));
+      for (int64_t set = group; set < sets_.count; set += groups_.used(team))
+        for (int d = 0; d < n_.D; ++d) direction(part, scratch_[group], l, d, set);
+      team.wait();
+    }
+  }
+
+ private:
+  struct Scratch {
+    ForwardWeights<S, P> forward;      // recompute: to rebuild the gates
+    Panels<S> R[P][kPhases], W[P];     // for da R, da W
+    S *da[P], *packed[P], *x_panels[P], *h_panels[P], *dx[P], *copied[P];
+    S *start[2][P];                    // h0, c0, rows of H
+    S *d[2][P], *d_start[2][P];        // running dh, dc; what reached h0, c0; rows of ld_
+    S *rh[P] = {}, *drh[P] = {}, *db, *sums;
+    S *z[P] = {}, *kept[P] = {}, *c_kept[P] = {}, *state[2][P] = {};
+    const S **before[2][P], **x[P], **da_rows[P], **da_h_rows[kPhases][P], **rh_rows[P] = {}, **picked[P];
+  };
+
+  // One layer, direction and weight set, as seen by one team member.
+  struct Part {
+    const Team& team;
+    Scratch& w;
+    const Rows& rows;
+    int l, d;
+    int64_t set, ld;
+    bool reversed;
+    Source<S> source[P] = {};
+    int64_t u0 = 0, u1 = 0;            // units owned
+    int64_t first = 0, end = 0;        // blocks owned of R's panels
+    int64_t x_first = 0, x_end = 0;    // ... of W's
+    bool fresh = true;                 // nothing has been added into dW, dR, db yet
+  };
+
+  static int64_t padded(int64_t n) { return (n + L - 1) / L * L; }
+
+  // Weight sets that write into the same memory must take turns.
+  static bool adds_up(const Call& call) {
+    const Sizes& n = call.problem->sizes;
+    if (n.E <= 1) return false;
+    const Arguments& dp = call.dp;
+    if ((dp.x.data && !dp.x.stride[1]) || (dp.h0.data && !dp.h0.stride[1]) || (dp.c0.data && !dp.c0.stride[1])) return true;
+    for (int i = 0; dp.params && i < n.L * n.D; ++i) {
+      const Params& w = dp.params[i];
+      if ((w.W.data && !w.W.stride[0]) || (w.R.data && !w.R.stride[0]) || (w.bW.data && !w.bW.stride[0]) ||
+          (w.bR.data && !w.bR.stride[0]))
+        return true;
+    }
+    return false;
+  }
+
+  bool wants_dx(int l) const { return l > 0 || dp_.x.data; }
+  bool dx_adds_up() const { return n_.E > 1 && !dp_.x.stride[1]; }
+
+  void direction(const Team& team, Scratch& w, int l, int d, int64_t set) {
+    Part a{team, w, sets_.rows[set], l, d, set, int64_t{l} * n_.D + d, n_.D == 2 ? d == 1 : problem_.reverse};
+    for (int q = 0; q < P; ++q) a.source[q] = layers_.source(q, l, set);
+    pack(a);
+    begin(a);
+    const Rows& rows = a.rows;
+    for (int64_t s0 = rows.steps > 0 ? (rows.steps - 1) / chunk_ * chunk_ : -1; s0 >= 0; s0 -= chunk_) {
+      const int64_t s1 = smaller(s0 + chunk_, rows.steps);
+      for (int q = 0; q < P; ++q)
+        if (a.source[q].given()) a.source[q].fill(team, rows, a.reversed, s0, s1, w.copied[q], w.x[q]);
+      states_before(a, s0, s1);
+      team.wait();
+      if (tape_.every) rebuild(a, s0, s1);
+      for (int64_t s = s1 - 1; s >= s0; --s) step(a, s, s0);
+      products(a, s0, s1);
+      a.fresh = false;
+      team.wait();
+    }
+    finish(a);
+    team.wait();
+  }
+
+  // ---- before the first chunk ----
+
+  void pack(Part& a) {
+    Scratch& w = a.w;
+    const int64_t H = n_.H, e = sets_.count == 1 ? 0 : a.set, inputs = a.source[0].width;
+    const int apart = cell_.sums > cell_.gates;
+    static constexpr int in_order[4] = {0, 1, 2, 3}, n_first[3] = {2, 0, 1};
+    const int state_gates = cell_.two_products ? cell_.gates - 1 : cell_.gates;
+    const Params* p[P];
+    for (int q = 0; q < P; ++q) {
+      p[q] = p_[q]->params ? &p_[q]->params[a.ld] : nullptr;
+      shape(w.R[q][0], state_gates * H, H, a.team.size);
+      shape(w.R[q][1], (cell_.gates - state_gates) * H, H, a.team.size);
+      shape(w.W[q], cell_.gates * H, inputs, a.team.size);
+      w.R[q][1].data = w.R[q][0].data + w.R[q][0].elements();
+    }
+    a.first = a.team.begin(w.R[0][0].blocks()), a.end = a.team.end(w.R[0][0].blocks());
+    a.x_first = a.team.begin(w.W[0].blocks()), a.x_end = a.team.end(w.W[0].blocks());
+    a.u0 = smaller(a.first * w.R[0][0].block * L, H), a.u1 = smaller(a.end * w.R[0][0].block * L, H);
+    for (int q = 0; q < P; ++q) {
+      if (p[q] && p[q]->R.data) {
+        const Array<3>& R = p[q]->R;
+        for (int64_t b = a.first; b < a.end; ++b) {
+          pack_rows(w.R[q][0], b, element<S>(R, e), R.stride[1], R.stride[2], H, state_gates, in_order);
+          if (cell_.two_products)
+            pack_rows(w.R[q][1], b, element<S>(R, e), R.stride[1], R.stride[2], H, 1, in_order + state_gates);
+        }
+      }
+      if (wants_dx(a.l) && p[q] && p[q]->W.data) {
+        const Array<3>& W = p[q]->W;
+        for (int64_t b = a.x_first; b < a.x_end; ++b)
+          pack_rows(w.W[q], b, element<S>(W, e), W.stride[1], W.stride[2], H, cell_.gates, apart ? n_first : in_order);
+      }
+    }
+    if (!tape_.every) return;
+    w.forward.pack(a.team, cell_, p, e, inputs, H);
+  }
+
+  static void shape(Panels<S>& w, int64_t K, int64_t columns, int threads) {
+    w.K = K;
+    w.units = columns;
+    w.block = block_tiles(1, w.tiles(), threads);
+  }
+
+  void begin(Part& a) {
+    for (int64_t i = 0; i < sets_.N; ++i) {
+      for (int which = 0; which < 1 + cell_.cell_state; ++which) {
+        for (int q = 0; q < P; ++q) {
+          const Array<4>& given = which ? p_[q]->c0 : p_[q]->h0;
+          S* to = a.w.start[which][q] + i * n_.H + a.u0;
+          zero_row(to, 1, a.u1 - a.u0);
+          if (given.data)
+            copy_row(element<S>(given, a.ld, a.rows.e[i], a.rows.b[i], a.u0), given.stride[3], to, 1, a.u1 - a.u0);
+          S* sum = a.w.d_start[which][q] + i * ld_;
+          zero_row(sum + a.u0, 1, pad_end(a) - a.u0);
+          if (a.rows.length[i] == 0) last_gradient(a, which, q, i, sum);
+        }
+      }
+    }
+    a.team.wait();
+  }
+  int64_t pad_end(const Part& a) const { return a.u1 > a.u0 && a.u1 == n_.H ? ld_ : a.u1; }
+
+  // dhn (which = 0) or dcn (1) of row i, added.
+  void last_gradient(const Part& a, int which, int q, int64_t i, S* to) const {
+    const Array<4>& g = which ? g_[q]->cn : g_[q]->hn;
+    if (g.data) add_row(element<S>(g, a.ld, a.rows.e[i], a.rows.b[i], a.u0), g.stride[3], to + a.u0, 1, a.u1 - a.u0);
+  }
+
+  // ---- a chunk ----
+
+  const S* tape(const Part& a, int q) const {
+    return layers_.plane(q, a.l, a.d, a.set);
+  }
+
+  // Row pointers to h and c before each step.
+  void states_before(Part& a, int64_t s0, int64_t s1) {
+    const Rows& rows = a.rows;
+    const int64_t H = n_.H, pair0 = rows.off[s0];
+    const int64_t low = a.team.begin(rows.off[s1] - pair0) + pair0, high = a.team.end(rows.off[s1] - pair0) + pair0;
+    for (int which = 0; which < 1 + cell_.cell_state; ++which) {
+      for (int q = 0; q < P; ++q) {
+        const S* from = tape(a, q) + (which ? tape_.c_offset(sets_.N) : 0);
+        if (which && tape_.every) from = a.w.c_kept[q] - pair0 * H;
+        for (int64_t s = s0; s < s1; ++s) {
+          const int64_t end = smaller(rows.live[s], high - rows.off[s]);
+          for (int64_t i = larger<int64_t>(0, low - rows.off[s]); i < end; ++i) {
+            const bool cut = rows.is_cut(a.reversed, s, i);
+            const S* row;
+            if (cut && !problem_.reset_to_initial)
+              row = zeros_;
+            else if (cut || s == 0)
+              row = a.w.start[which][q] + i * H;
+            else if (which && tape_.every && s == s0)
+              row = tape(a, q) + tape_.c_offset(sets_.N) + (s / tape_.every * sets_.N + i) * H;
+            else
+              row = from + (rows.off[s - 1] + i) * H;
+            a.w.before[which][q][rows.off[s] - pair0 + i] = row;
+          }
+        }
+      }
+    }
+  }
+
+  // recompute: the kept values and c of a chunk, from x and h.
+  void rebuild(Part& a, int64_t s0, int64_t s1) {
+    Scratch& w = a.w;
+    const Rows& rows = a.rows;
+    const int64_t H = n_.H, pairs = rows.off[s1] - rows.off[s0];
+    const int64_t first = a.team.begin(w.forward.blocks()), end = a.team.end(w.forward.blocks());
+    const S* const* x[P];
+    for (int q = 0; q < P; ++q) x[q] = a.source[q].given() ? w.x[q] : nullptr;
+    for (int phase = 0; phase < w.forward.phases; ++phase) {
+      const bool gate = cell_.two_products && phase == 0;
+      const S* const* h[P];
+      for (int q = 0; q < P; ++q) h[q] = phase ? w.rh_rows[q] : w.before[0][q];
+      for (int64_t b = first; b < end; ++b) {
+        if (phase == 0) w.forward.input_product(cell_, b, x, pairs, w.z);
+        w.forward.state_product(phase, b, h, pairs, w.z);
+        const int64_t u0 = w.forward.unit(b), units = w.forward.unit(b + 1) - u0;
+        for (int64_t s = s0; s < s1; ++s) {
+          const int64_t pair = rows.off[s] - rows.off[s0];
+          ForwardTile<S, P> t{};
+          t.rows = rows.live[s];
+          t.units = units;
+          t.ldz = w.forward.ldz;
+          t.ld = ld_;
+          t.H = H;
+          t.ld_kept = cell_.kept * H;
+          t.clip = clip_cell();
+          for (int q = 0; q < P; ++q) {
+            for (int64_t i = 0; i < t.rows; ++i)
+              for (int which = 0; which < 1 + cell_.cell_state; ++which)
+                copy_row(w.before[which][q][pair + i] + u0, 1, w.state[which][q] + i * ld_ + u0, 1, units);
+            t.z[q] = w.z[q] + pair * t.ldz + u0 * cell_.sums;
+            t.h_prev[q] = w.state[0][q] + u0;
+            t.h[q] = w.state[0][q] + u0;
+            t.c[q] = w.state[1][q] + u0;
+            t.rh[q] = cell_.two_products ? w.rh[q] + pair * ld_ + u0 : nullptr;
+            t.kept[q] = w.kept[q] + pair * t.ld_kept + u0;
+            t.c_kept[q] = w.c_kept[q] + pair * H + u0;
+          }
+          gate ? cell_.gate(t) : cell_.forward(t);
+        }
+      }
+      if (gate) a.team.wait();
+    }
+    a.team.wait();  // units are owned in other blocks from here on
+  }
+  S clip_cell() const {
+    return problem_.clip_cell > 0 ? static_cast<S>(problem_.clip_cell) : static_cast<S>(__builtin_inf());
+  }
+
+  void step(Part& a, int64_t s, int64_t s0) {
+    Scratch& w = a.w;
+    const Rows& rows = a.rows;
+    const int64_t N = sets_.N, H = n_.H, live = rows.live[s], pair = rows.off[s], in_chunk = pair - rows.off[s0];
+    arriving(a, s);
+    BackwardTile<S, P> t{};
+    t.rows = live;
+    t.units = a.u1 - a.u0;
+    t.ld_kept = cell_.kept * H;
+    t.H = H;
+    t.unit = a.u0;
+    t.ld = ld_;
+    t.ld_da = ld_da_;
+    t.clip = clip_cell();
+    for (int q = 0; q < P; ++q) {
+      const S* data = tape(a, q);
+      t.h[q] = data + pair * H + a.u0;
+      t.kept[q] = tape_.every ? w.kept[q] + in_chunk * t.ld_kept + a.u0
+                              : data + tape_.kept_offset(N) + pair * t.ld_kept + a.u0;
+      t.c[q] = tape_.every ? w.c_kept[q] + in_chunk * H + a.u0 : data + tape_.c_offset(N) + pair * H + a.u0;
+      t.h_prev[q] = w.before[0][q] + in_chunk;
+      t.c_prev[q] = w.before[1][q] + in_chunk;
+      t.dh[q] = w.d[0][q] + a.u0;
+      t.dc[q] = w.d[1][q] + a.u0;
+      t.da[q] = w.da[q] + in_chunk * ld_da_ + a.u0;
+      if (cell_.two_products) {
+        t.drh[q] = w.drh[q] + a.u0;
+        t.rh[q] = w.rh[q] + in_chunk * ld_ + a.u0;
+      }
+    }
+    if (t.units > 0) cell_.backward(t);
+    a.team.wait();
+    if (cell_.two_products) {
+      state_product(a, 1, in_chunk, live, false, w.drh);
+      if (t.units > 0) cell_.backward_gate(t);
+      a.team.wait();
+    }
+    state_product(a, 0, in_chunk, live, true, w.d[0]);
+    leaving(a, s);
+  }
+
+  // dh (or drh) of the units owned: da R, added or written.
+  void state_product(Part& a, int phase, int64_t in_chunk, int64_t n, bool add, S* const* to) {
+    Scratch& w = a.w;
+    const S* const* rows[P];
+    for (int q = 0; q < P; ++q) rows[q] = w.da_h_rows[phase][q] + in_chunk;
+    for (int64_t b = a.first; b < a.end; ++b) {
+      multiply(w.R[0][phase], b, rows[0], n, add ? to[0] : nullptr, ld_, to[0], ld_);
+      if constexpr (P == 2) {
+        multiply(w.R[0][phase], b, rows[1], n, add ? to[1] : nullptr, ld_, to[1], ld_);
+        if (has_R(a, 1)) multiply(w.R[1][phase], b, rows[0], n, to[1], ld_, to[1], ld_);
+      }
+    }
+  }
+  bool has_R(const Part& a, int q) const { return p_[q]->params && p_[q]->params[a.ld].R.data; }
+  bool has_W(const Part& a, int q) const { return p_[q]->params && p_[q]->params[a.ld].W.data; }
+
+  // What comes from the results into dh, dc before step s is taken back; clipping.
+  void arriving(Part& a, int64_t s) {
+    const Rows& rows = a.rows;
+    const int64_t H = n_.H, n = a.u1 - a.u0, column = a.d * H + a.u0;
+    const int64_t already = s + 1 < rows.steps ? rows.live[s + 1] : 0;
+    for (int64_t i = 0; i < rows.live[s]; ++i) {
+      const int64_t t = rows.time(a.reversed, s, i);
+      S *dh[P], *dc[P];
+      for (int q = 0; q < P; ++q) {
+        dh[q] = a.w.d[0][q] + i * ld_;
+        dc[q] = a.w.d[1][q] + i * ld_;
+        if (i >= already) {
+          for (int which = 0; which < 1 + cell_.cell_state; ++which) {
+            S* to = which ? dc[q] : dh[q];
+            zero_row(to + a.u0, 1, pad_end(a) - a.u0);
+            last_gradient(a, which, q, i, to);
+          }
+        }
+        const Array<4>& dy = g_[q]->y;
+        if (a.l + 1 < n_.L)
+          add_row(dplane(q, a.l, a.d, a.set) + (rows.off[s] + i) * H + a.u0, 1, dh[q] + a.u0, 1, n);
+        else if (dy.data)
+          add_row(element<S>(dy, t, rows.e[i], rows.b[i], column), dy.stride[3], dh[q] + a.u0, 1, n);
+        const Array<5>& dcells = g_[q]->cells;
+        if (dcells.data)
+          add_row(element<S>(dcells, a.l, t, rows.e[i], rows.b[i], column), dcells.stride[4],
+                  (cell_.cell_state ? dc[q] : dh[q]) + a.u0, 1, n);
+      }
+      if (problem_.clip_grad > 0) {
+        clip_gradient(dh, a.u0, a.u1);
+        if (cell_.cell_state) clip_gradient(dc, a.u0, a.u1);
+      }
+    }
+  }
+  void clip_gradient(S* const* d, int64_t u0, int64_t u1) const {
+    using Pl = Planes<S, P>;
+    for (int64_t u = u0; u < u1; u += L) Pl::write(d, u, clamp(Pl::read(d, u, L), static_cast<S>(problem_.clip_grad)), L);
+  }
+
+  // What step s hands on: to the step before, or to h0, c0 at a row's first step and at cuts.
+  void leaving(Part& a, int64_t s) {
+    const Rows& rows = a.rows;
+    if (s > 0 && !rows.step_cut(a.reversed, s)) return;
+    for (int64_t i = 0; i < rows.live[s]; ++i) {
+      const bool cut = rows.is_cut(a.reversed, s, i);
+      if (s > 0 && !cut) continue;
+      for (int which = 0; which < 1 + cell_.cell_state; ++which) {
+        for (int q = 0; q < P; ++q) {
+          S* from = a.w.d[which][q] + i * ld_ + a.u0;
+          if (!cut || problem_.reset_to_initial)
+            add_row(from, 1, a.w.d_start[which][q] + i * ld_ + a.u0, 1, a.u1 - a.u0);
+          zero_row(from, 1, a.u1 - a.u0);
+        }
+      }
+    }
+  }
+
+  // ---- the time-batched products ----
+
+  // Columns of da and the rows of W and R that they belong to; -1: none.
+  struct Segment {
+    int64_t column, count, w_row, r_row;
+    bool reset;  // multiplies r h' instead of h'
+  };
+  int segments(Segment* s) const {
+    const int64_t H = n_.H;
+    if (cell_.sums > cell_.gates) {  // n of x | r, z | n of h
+      s[0] = {0, H, 2 * H, -1, false};
+      s[1] = {H, 2 * H, 0, 0, false};
+      s[2] = {3 * H, H, -1, 2 * H, false};
+      return 3;
+    }
+    const int64_t first = (cell_.two_products ? cell_.gates - 1 : cell_.gates) * H, all = cell_.gates * H;
+    s[0] = {0, first, 0, 0, false};
+    s[1] = {first, all - first, first, first, true};
+    return cell_.two_products ? 2 : 1;
+  }
+
+  // The weight gradients' rows: all of the chunk, or, where shared weights have a gradient for each e, those of one e.
+  void products(Part& a, int64_t s0, int64_t s1) {
+    Scratch& w = a.w;
+    const Rows& rows = a.rows;
+    const int64_t pairs = rows.off[s1] - rows.off[s0];
+    const Params* dp = dp_.params ? &dp_.params[a.ld] : nullptr;
+    if (dp) {
+      const bool split = sets_.count == 1 && n_.E > 1;
+      const S *const *da[P], *const *x[P], *const *h[P], *const *rh[P];
+      for (int q = 0; q < P; ++q)
+        da[q] = w.da_rows[q], x[q] = a.source[q].given() ? w.x[q] : nullptr, h[q] = w.before[0][q], rh[q] = w.rh_rows[q];
+      if (split && !all_shared(*dp)) {
+        for (int64_t e = 0; e < n_.E; ++e) {
+          int64_t count = 0;
+          for (int64_t s = s0; s < s1; ++s)
+            for (int64_t i = 0; i < rows.live[s]; ++i)
+              if (rows.e[i] == e) {
+                const int64_t r = rows.off[s] - rows.off[s0] + i;
+                for (int q = 0; q < P && a.team.rank == 0; ++q) {
+                  w.picked[q][count] = da[q][r];
+                  w.picked[q][pairs_ + count] = x[q] ? x[q][r] : nullptr;
+                  w.picked[q][2 * pairs_ + count] = h[q][r];
+                  w.picked[q][3 * pairs_ + count] = rh[q] ? rh[q][r] : nullptr;
+                }
+                ++count;
+              }
+          const S *const *da_e[P], *const *x_e[P], *const *h_e[P], *const *rh_e[P];
+          for (int q = 0; q < P; ++q) {
+            da_e[q] = w.picked[q];
+            x_e[q] = x[q] ? w.picked[q] + pairs_ : nullptr;
+            h_e[q] = w.picked[q] + 2 * pairs_;
+            rh_e[q] = rh[q] ? w.picked[q] + 3 * pairs_ : nullptr;
+          }
+          a.team.wait();
+          weight_gradients(a, *dp, e, count, da_e, x_e, h_e, rh_e);
+        }
+      } else {
+        weight_gradients(a, *dp, sets_.count == 1 ? 0 : a.set, pairs, da, x, h, rh);
+      }
+    }
+    if (wants_dx(a.l)) input_gradient(a, s0, s1);
+  }
+  static bool all_shared(const Params& p) {
+    return !((p.W.data && p.W.stride[0]) || (p.R.data && p.R.stride[0]) || (p.bW.data && p.bW.stride[0]) ||
+             (p.bR.data && p.bR.stride[0]));
+  }
+
+  void weight_gradients(Part& a, const Params& dp, int64_t e, int64_t R, const S* const* const* da,
+                        const S* const* const* x, const S* const* const* h, const S* const* const* rh) {
+    Scratch& w = a.w;
+    Segment segment[3];
+    const int count = segments(segment);
+    const int64_t inputs = a.source[0].width;
+    for (int q = 0; q < P; ++q) {
+      if (dp.W.data && x[q]) pack_panels(a.team, x[q], R, inputs, w.x_panels[q]);
+      if (dp.R.data) pack_panels(a.team, h[q], R, n_.H, w.h_panels[q]);
+    }
+    a.team.wait();
+    for (int i = 0; i < count; ++i) {
+      const Segment& s = segment[i];
+      const int64_t tiles = (s.count + kTile - 1) / kTile;
+      const int64_t m0 = a.team.begin(tiles) * kTile, m1 = smaller(a.team.end(tiles) * kTile, s.count);
+      if (s.reset && dp.R.data) {  // r h' takes the place of h'; everyone has done with it
+        a.team.wait();
+        for (int q = 0; q < P; ++q) pack_panels(a.team, rh[q], R, n_.H, w.h_panels[q]);
+        a.team.wait();
+      }
+      if (m1 > m0) {
+        S* packed[P];
+        for (int q = 0; q < P; ++q) {
+          packed[q] = w.packed[q] + (s.column + kTile * i + m0) * pairs_;
+          pack_columns(da[q], R, s.column + m0, m1 - m0, packed[q]);
+        }
+        if (dp.W.data && s.w_row >= 0)
+          gradient(a, dp.W, e, s.w_row, m0, m1, inputs, R, packed, w.x_panels, x[0] != nullptr, P == 2 && x[P - 1]);
+        if (dp.R.data && s.r_row >= 0) gradient(a, dp.R, e, s.r_row, m0, m1, n_.H, R, packed, w.h_panels, true, true);
+      }
+      bias_gradient(a, dp, e, s, a.team.begin(tiles) * kTile, m1, R, da[P - 1]);
+    }
+    a.team.wait();
+  }
+
+  void pack_panels(const Team& team, const S* const* rows, int64_t R, int64_t columns, S* out) const {
+    const int64_t width = kWidest * L, panels = (columns + width - 1) / width;
+    for (int64_t panel = team.begin(panels); panel < team.end(panels); ++panel) {
+      const int64_t column = panel * width, valid = smaller(width, columns - column);
+      pack_panel(rows, R, column, valid, static_cast<int>((valid + L - 1) / L), out + column * R);
+    }
+  }
+
+  // Rows [row + m0, row + m1) of a gradient of `columns` columns: A^T B. Added into what is there unless it is the first.
+  void gradient(const Part& a, const Array<3>& to, int64_t e, int64_t row, int64_t m0, int64_t m1, int64_t columns,
+                int64_t R, S* const* packed, S* const* panels, bool value, bool tangent) {
+    const bool add = !a.fresh || (to.stride[0] == 0 && e > 0);
+    const bool straight = to.stride[2] == 1;
+    // Memory with other strides gets a copy: `sums` is the place to add up.
+    const int64_t ld = straight ? to.stride[1] : padded(columns);
+    S* base = straight ? element<S>(to, e, row + m0) : a.w.sums + (row + m0) * ld;
+    if (!straight && add)
+      for (int64_t m = m0; m < m1; ++m) copy_row(element<S>(to, e, row + m), to.stride[2], base + (m - m0) * ld, 1, columns);
+    const int64_t width = kWidest * L;
+    for (int64_t column = 0; column < columns; column += width) {
+      const int64_t valid = smaller(width, columns - column);
+      const int nv = static_cast<int>((valid + L - 1) / L);
+      Tile<S> t{};
+      t.ldb = nv * L;
+      t.K = R;
+      t.ldi = t.ldc = ld;
+      t.last = valid - (nv - 1) * L;
+      for (int j = 0; j < nv; ++j) t.offset[j] = j * L;
+      for (int64_t m = m0; m < m1; m += kTile) {
+        t.c = base + (m - m0) * ld + column;
+        bool begun = add;
+        auto product = [&](int qa, int qb) {
+          t.packed = packed[qa] + (m - m0) * R;
+          t.b = panels[qb] + column * R;
+          t.init = begun ? t.c : nullptr;
+          // A tile has at most as many rows as registers allow.
+          for (int64_t i = 0; i < smaller<int64_t>(kTile, m1 - m); i += rows_of(nv)) {
+            Tile<S> part = t;
+            part.packed += i;
+            part.c += i * ld;
+            if (part.init) part.init += i * ld;
+            run_tile<S, true>(part, static_cast<int>(smaller<int64_t>(rows_of(nv), smaller<int64_t>(kTile, m1 - m) - i)), nv);
+          }
+          begun = true;
+        };
+        if (P == 1) {
+          product(0, 0);
+        } else {
+          if (value) product(P - 1, 0);
+          if (tangent) product(0, P - 1);
+          if (!begun)
+            for (int64_t i = m; i < smaller(m + kTile, m1); ++i) zero_row(base + (i - m0) * ld + column, 1, valid);
+        }
+      }
+    }
+    if (!straight)
+      for (int64_t m = m0; m < m1; ++m) copy_row(base + (m - m0) * ld, 1, element<S>(to, e, row + m), to.stride[2], columns);
+  }
+
+  void bias_gradient(const Part& a, const Params& dp, int64_t e, const Segment& s, int64_t m0, int64_t m1, int64_t R,
+                     const S* const* da) {
+    if (!dp.bW.data && !dp.bR.data) return;
+    for (int64_t m = m0; m < m1; m += L) {
+      const int64_t n = smaller<int64_t>(L, m1 - m);
+      Vec<S> sum(S(0));
+      for (int64_t r = 0; r < R; ++r) sum = sum + load(da[r] + s.column + m, n);
+      for (int64_t j = 0; j < n; ++j) {
+        if (dp.bW.data && s.w_row >= 0) write_bias(a, dp.bW, e, s.w_row + m + j, sum.v[j]);
+        if (dp.bR.data && s.r_row >= 0) write_bias(a, dp.bR, e, s.r_row + m + j, sum.v[j]);
+      }
+    }
+  }
+  void write_bias(const Part& a, const Array<2>& to, int64_t e, int64_t m, S sum) const {
+    S& at = *element<S>(to, e, m);
+    at = !a.fresh || (to.stride[0] == 0 && e > 0) ? at + sum : sum;
+  }
+
+  // dx of the columns owned: to the user, or to the layer below.
+  void input_gradient(Part& a, int64_t s0, int64_t s1) {
+    Scratch& w = a.w;
+    const Rows& rows = a.rows;
+    const int64_t pair0 = rows.off[s0], pairs = rows.off[s1] - pair0, H = n_.H, ld = padded(a.source[0].width);
+    const int64_t c0 = smaller(a.x_first * w.W[0].block * L, a.source[0].width);
+    const int64_t c1 = smaller(a.x_end * w.W[0].block * L, a.source[0].width);
+    for (int64_t b = a.x_first; b < a.x_end; ++b) {
+      if (P == 1 || a.l > 0) multiply(w.W[0], b, w.da_rows[0], pairs, static_cast<S*>(nullptr), 0, w.dx[0], ld);
+      if constexpr (P == 2) {
+        multiply(w.W[0], b, w.da_rows[1], pairs, static_cast<S*>(nullptr), 0, w.dx[1], ld);
+        if (has_W(a, 1)) multiply(w.W[1], b, w.da_rows[0], pairs, w.dx[1], ld, w.dx[1], ld);
+      }
+    }
+    if (c1 <= c0) return;
+    for (int64_t s = s0; s < s1; ++s) {
+      for (int64_t i = 0; i < rows.live[s]; ++i) {
+        const int64_t r = rows.off[s] - pair0 + i, t = rows.time(a.reversed, s, i);
+        if (a.l == 0) {
+          S* to = element<S>(dp_.x, t, rows.e[i], rows.b[i], c0);
+          const S* from = w.dx[P - 1] + r * ld + c0;
+          if (a.d == 0 && !dx_adds_up())
+            copy_row(from, 1, to, dp_.x.stride[3], c1 - c0);
+          else
+            add_row(from, 1, to, dp_.x.stride[3], c1 - c0);
+          continue;
+        }
+        for (int q = 0; q < P; ++q) {
+          S* from = w.dx[q] + r * ld;
+          if (problem_.dropout > 0) {
+            const uint64_t row = static_cast<uint64_t>((t * n_.E + rows.e[i]) * n_.B + rows.b[i]);
+            Dropout{problem_.dropout, problem_.seed}.apply(from + c0, c1 - c0, row * static_cast<uint64_t>(n_.D * H) + c0,
+                                                           a.l - 1);
+          }
+          for (int d = 0; d < n_.D; ++d) {
+            const int64_t low = larger(c0, d * H), high = smaller(c1, (d + 1) * H);
+            if (high <= low) continue;
+            const int64_t walk = n_.D == 1 ? s : rows.time(d == 1, t, i);
+            S* to = dplane(q, a.l - 1, d, a.set) + (rows.off[walk] + i) * H + low - d * H;
+            if (a.d == 0)
+              copy_row(from + low, 1, to, 1, high - low);
+            else
+              add_row(from + low, 1, to, 1, high - low);
+          }
+        }
+      }
+    }
+  }
+
+  S* dplane(int q, int l, int d, int64_t set) const {
+    return between_[l & 1][q] + (set * n_.D + d) * n_.T * sets_.N * n_.H;
+  }
+
+  // dx where no step writes it, or where all weight sets add into it.
+  void zero_dx(const Team& part, int group, int groups) {
+    if (!dp_.x.data) return;
+    for (int64_t set = group; set < sets_.count; set += groups) {
+      const Rows& rows = sets_.rows[set];
+      for (int64_t i = part.begin(sets_.N); i < part.end(sets_.N); ++i)
+        for (int64_t t = dx_adds_up() ? 0 : rows.length[i]; t < n_.T; ++t)
+          zero_row(element<S>(dp_.x, t, rows.e[i], rows.b[i]), dp_.x.stride[3], n_.I);
+    }
+    part.wait();
+  }
+
+  // ---- after the last chunk ----
+
+  void finish(Part& a) {
+    const int64_t n = a.u1 - a.u0;
+    for (int which = 0; which < 1 + cell_.cell_state; ++which) {
+      const Array<4>& to = which ? dp_.c0 : dp_.h0;
+      if (!to.data) continue;
+      const bool adds = n_.E > 1 && to.stride[1] == 0;
+      if (adds && a.set == 0)
+        for (int64_t b = 0; b < n_.B; ++b) zero_row(element<S>(to, a.ld, 0, b, a.u0), to.stride[3], n);
+      for (int64_t i = 0; i < sets_.N; ++i) {
+        const S* from = a.w.d_start[which][P - 1] + i * ld_ + a.u0;
+        S* at = element<S>(to, a.ld, a.rows.e[i], a.rows.b[i], a.u0);
+        adds ? add_row(from, 1, at, to.stride[3], n) : copy_row(from, 1, at, to.stride[3], n);
+      }
+    }
+    if (a.fresh && dp_.params && a.team.rank == 0) zero_gradients(dp_.params[a.ld], a.set, a.source[0].width);
+  }
+
+  // No step at all: every weight gradient is zero.
+  void zero_gradients(const Params& dp, int64_t set, int64_t inputs) const {
+    const int64_t rows = cell_.gates * n_.H;
+    for (int64_t e = sets_.count == 1 ? 0 : set; e < (sets_.count == 1 ? n_.E : set + 1); ++e) {
+      for (int64_t m = 0; m < rows; ++m) {
+        if (dp.W.data && (e == 0 || dp.W.stride[0])) zero_row(element<S>(dp.W, e, m), dp.W.stride[2], inputs);
+        if (dp.R.data && (e == 0 || dp.R.stride[0])) zero_row(element<S>(dp.R, e, m), dp.R.stride[2], n_.H);
+        if (dp.bW.data && (e == 0 || dp.bW.stride[0])) *element<S>(dp.bW, e, m) = 0;
+        if (dp.bR.data && (e == 0 || dp.bR.stride[0])) *element<S>(dp.bR, e, m) = 0;
+      }
+    }
+  }
+
+  const Problem& problem_;
+  const Sizes& n_;
+  const CellTable<S, P>& cell_;
+  const Arguments* p_[P];
+  const Results* g_[P];
+  const Arguments& dp_;
+  const Sets& sets_;
+  const Layers<S, P>& layers_;
+  const Tape& tape_;
+  Groups groups_;
+  S* between_[2][P] = {};
+  S* zeros_;
+  Scratch* scratch_;
+  int64_t inputs_, ld_, ld_da_, chunk_, pairs_;
+};
+
+}  // namespace fusedrnn::cpu::FUSEDRNN_ISA

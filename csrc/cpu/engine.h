@@ -1,0 +1,317 @@
+// SPDX-License-Identifier: Apache-2.0
+// What forward.cpp, backward.cpp and the cells' files of one instruction set agree on. The engine never names a cell: it
+// sees a table of numbers (how many gates, sums, kept values) and functions that do a cell's elementwise part on a tile.
+//
+// S = float or double. P planes: 1 for values, 2 for values and tangents (dual numbers): every array then is a pair.
+#pragma once
+
+#include "gemm.h"
+#include "isa.h"
+#include "rows.h"
+
+namespace fusedrnn::cpu::FUSEDRNN_ISA {
+
+// Pre-activations of row r lie in z + r * ldz: unit tile by unit tile, in each all sums, each one register.
+template <class S, int P>
+struct ForwardTile {
+  int64_t rows, units;  // units that exist; states and z are padded to whole registers
+  S* z[P];
+  int64_t ldz;
+  const S* h_prev[P];
+  S *h[P], *c[P], *rh[P];  // c is updated in place; rh: reset gate times state, for cells with two products
+  int64_t ld;
+  S* kept[P];  // row r, value j, unit u at kept + r * ld_kept + j * H + u; null in inference
+  int64_t ld_kept, H;
+  S* c_kept[P];  // rows of H; may be null
+  S clip;
+};
+
+template <class S, int P>
+struct BackwardTile {
+  int64_t rows, units;
+  const S* kept[P];
+  int64_t ld_kept, H;
+  const S *h[P], *c[P];                          // rows of H: after the step
+  const S* const *h_prev[P], *const *c_prev[P];  // before the step, by row pointers ...
+  int64_t unit;                                  // ... to unit 0: the tile starts at this one
+  S *dh[P], *dc[P], *drh[P];  // in: gradient after the step; out: the part that reaches back past the product
+  int64_t ld;
+  S* da[P];  // gradient of sum j, unit u at da + r * ld_da + place[j] * H + u
+  int64_t ld_da;
+  S* rh[P];  // written by backward_gate, rows of ld
+  S clip;
+};
+
+template <class S, int P>
+struct CellTable {
+  int gates, sums, kept;
+  bool cell_state, two_products;
+  const int *x_sum, *h_sum;
+  void (*gate)(const ForwardTile<S, P>&);
+  void (*forward)(const ForwardTile<S, P>&);
+  void (*backward)(const BackwardTile<S, P>&);
+  void (*backward_gate)(const BackwardTile<S, P>&);
+};
+// Defined in lstm.cpp, gru.cpp, rnn.cpp.
+template <class S, int P>
+const CellTable<S, P>& lstm_table();
+template <class S, int P>
+const CellTable<S, P>& gru_table();
+template <class S, int P>
+const CellTable<S, P>& gru_reset_before_table();
+template <class S, int P>
+const CellTable<S, P>& rnn_tanh_table();
+template <class S, int P>
+const CellTable<S, P>& rnn_relu_table();
+
+template <class S, int P>
+const CellTable<S, P>& table_of(CellKind cell) {
+  switch (cell) {
+    case CellKind::lstm: return lstm_table<S, P>();
+    case CellKind::gru: return gru_table<S, P>();
+    case CellKind::gru_reset_before: return gru_reset_before_table<S, P>();
+    case CellKind::rnn_relu: return rnn_relu_table<S, P>();
+    default: return rnn_tanh_table<S, P>();
+  }
+}
+
+// Where sums go in a row of da: so that those of the product with x, and those of the product with h, are each contiguous.
+// With sums of n apart (GRU): n of x, r, z, n of h.
+inline int place_of(int sums, int gates, int sum) {
+  if (sums == gates) return sum;
+  return sum == 3 ? 3 : sum == 2 ? 0 : sum + 1;
+}
+
+template <class S>
+S* element(const Array<2>& a, int64_t i, int64_t j) {
+  return static_cast<S*>(a.data) + i * a.stride[0] + j * a.stride[1];
+}
+template <class S>
+S* element(const Array<3>& a, int64_t i, int64_t j = 0, int64_t k = 0) {
+  return static_cast<S*>(a.data) + i * a.stride[0] + j * a.stride[1] + k * a.stride[2];
+}
+template <class S>
+S* element(const Array<4>& a, int64_t i, int64_t j, int64_t k, int64_t l = 0) {
+  return static_cast<S*>(a.data) + i * a.stride[0] + j * a.stride[1] + k * a.stride[2] + l * a.stride[3];
+}
+template <class S>
+S* element(const Array<5>& a, int64_t i, int64_t j, int64_t k, int64_t l, int64_t m = 0) {
+  return static_cast<S*>(a.data) + i * a.stride[0] + j * a.stride[1] + k * a.stride[2] + l * a.stride[3] +
+         m * a.stride[4];
+}
+
+template <class S>
+FUSEDRNN_FORCE void copy_row(const S* from, int64_t from_stride, S* to, int64_t to_stride, int64_t n) {
+  if (from_stride == 1 && to_stride == 1) {
+    int64_t u = 0;
+    for (; u + Vec<S>::lanes <= n; u += Vec<S>::lanes) store(to + u, load(from + u));
+    if (u < n) store(to + u, load(from + u, n - u), n - u);
+  } else {
+    for (int64_t u = 0; u < n; ++u) to[u * to_stride] = from[u * from_stride];
+  }
+}
+template <class S>
+FUSEDRNN_FORCE void add_row(const S* from, int64_t from_stride, S* to, int64_t to_stride, int64_t n) {
+  if (from_stride == 1 && to_stride == 1) {
+    int64_t u = 0;
+    for (; u + Vec<S>::lanes <= n; u += Vec<S>::lanes) store(to + u, load(to + u) + load(from + u));
+    if (u < n) store(to + u, load(to + u, n - u) + load(from + u, n - u), n - u);
+  } else {
+    for (int64_t u = 0; u < n; ++u) to[u * to_stride] += from[u * from_stride];
+  }
+}
+template <class S>
+FUSEDRNN_FORCE void zero_row(S* to, int64_t stride, int64_t n) {
+  for (int64_t u = 0; u < n; ++u) to[u * stride] = 0;
+}
+
+// The mask of csrc/README.md: multiplies elements number `first`, `first` + 1, ... of one layer's output in place.
+struct Dropout {
+  double p;
+  uint64_t seed;
+
+  template <class S>
+  void apply(S* row, int64_t count, uint64_t first, int layer) const {
+    const uint64_t limit = static_cast<uint64_t>(p * 4294967296.0);
+    const S scale = static_cast<S>(1 / (1 - p));
+    uint32_t word[4];
+    uint64_t drawn = ~uint64_t{0};
+    for (int64_t j = 0; j < count; ++j) {
+      const uint64_t n = first + static_cast<uint64_t>(j);
+      if (n / 4 != drawn) draw(drawn = n / 4, layer, word);
+      row[j] = word[n % 4] < limit ? S(0) : row[j] * scale;
+    }
+  }
+
+ private:
+  void draw(uint64_t block, int layer, uint32_t* word) const {
+    uint32_t c0 = static_cast<uint32_t>(block), c1 = static_cast<uint32_t>(block >> 32);
+    uint32_t c2 = static_cast<uint32_t>(layer), c3 = 0;
+    uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+    for (int round = 0; round < 10; ++round, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) {
+      const uint64_t a = uint64_t{0xD2511F53u} * c0, b = uint64_t{0xCD9E8D57u} * c2;
+      c0 = static_cast<uint32_t>(b >> 32) ^ c1 ^ k0;
+      c2 = static_cast<uint32_t>(a >> 32) ^ c3 ^ k1;
+      c1 = static_cast<uint32_t>(b);
+      c3 = static_cast<uint32_t>(a);
+    }
+    word[0] = c0, word[1] = c1, word[2] = c2, word[3] = c3;
+  }
+};
+
+// How a call is cut into weight sets: one with all rows (e, b) where every weight has stride 0 on E, else E with B rows.
+struct Sets {
+  int64_t count, N;
+  Rows* rows;
+
+  Sets(const Call& call, Workspace& workspace) {
+    const Problem& problem = *call.problem;
+    const Sizes& n = problem.sizes;
+    const bool one = n.E <= 1 || (shared(call.p, n) && shared(call.v, n));
+    count = one ? 1 : n.E;
+    N = one ? n.E * n.B : n.B;
+    rows = static_cast<Rows*>(workspace.take(static_cast<size_t>(count) * sizeof(Rows)));
+    for (int64_t i = 0; i < count; ++i) rows[i] = make_rows(problem, one ? 0 : i, one ? n.E : i + 1, workspace);
+  }
+  static bool shared(const Arguments& p, const Sizes& n) {
+    if (!p.params) return true;
+    for (int i = 0; i < n.L * n.D; ++i) {
+      const Params& w = p.params[i];
+      if ((w.W.data && w.W.stride[0]) || (w.R.data && w.R.stride[0]) || (w.bW.data && w.bW.stride[0]) ||
+          (w.bR.data && w.bR.stride[0]))
+        return false;
+    }
+    return true;
+  }
+};
+
+// One plane of a layer's input: the user's x, or the h of the layer below (one packed plane per direction).
+template <class S>
+struct Source {
+  const S* x = nullptr;
+  int64_t t = 0, e = 0, b = 0, i = 1;
+  const S* plane[2] = {};
+  int64_t H = 0, width = 0;
+  int D = 1, layer = 0;  // layer: the one below
+  const Problem* dropout = nullptr;
+
+  bool given() const { return x || plane[0]; }
+  bool direct() const { return x ? i == 1 : D == 1 && !dropout; }
+
+  // Pointers to the input rows of pairs [rows.off[s0], rows.off[s1]); copied into `buffer` (rows of width) if not direct.
+  void fill(const Team& team, const Rows& rows, bool reversed, int64_t s0, int64_t s1, S* buffer, const S** out) const {
+    const int64_t first = rows.off[s0], begin = team.begin(rows.off[s1] - first), end = team.end(rows.off[s1] - first);
+    for (int64_t s = s0; s < s1; ++s) {
+      const int64_t low = larger<int64_t>(0, begin - (rows.off[s] - first));
+      const int64_t high = smaller(rows.live[s], end - (rows.off[s] - first));
+      for (int64_t i_row = low; i_row < high; ++i_row) {
+        const int64_t r = rows.off[s] - first + i_row;
+        if (x) {
+          const S* from = x + rows.time(reversed, s, i_row) * t + rows.e[i_row] * e + rows.b[i_row] * b;
+          out[r] = from;
+          if (i != 1) copy_row(from, i, buffer + r * width, 1, width), out[r] = buffer + r * width;
+        } else if (direct()) {
+          out[r] = plane[0] + (rows.off[s] + i_row) * H;
+        } else {
+          S* to = buffer + r * width;
+          out[r] = to;
+          const int64_t time = rows.time(reversed, s, i_row);
+          for (int d = 0; d < D; ++d) {
+            const int64_t walk = D == 1 ? s : rows.time(d == 1, time, i_row);
+            copy_row(plane[d] + (rows.off[walk] + i_row) * H, 1, to + d * H, 1, H);
+          }
+          if (dropout) {
+            const Sizes& n = dropout->sizes;
+            const int64_t row = (time * n.E + rows.e[i_row]) * n.B + rows.b[i_row];
+            Dropout{dropout->dropout, dropout->seed}.apply(to, width, static_cast<uint64_t>(row * width), layer);
+          }
+        }
+      }
+    }
+  }
+};
+
+// Where the layers' outputs lie, and so the inputs of the layers above: on the tape, or in workspace between two layers.
+template <class S, int P>
+class Layers {
+ public:
+  // `tape[q]`: null in inference.
+  Layers(const Call& call, const Sets& sets, const CellTable<S, P>& cell, S* const* tape, Workspace& workspace)
+      : problem_(*call.problem), n_(problem_.sizes), count_(sets.count), N_(sets.N), layout_(problem_, cell.kept, cell.cell_state) {
+    p_[0] = &call.p;
+    if (P == 2) p_[1] = &call.v;
+    const int64_t size = count_ * n_.D * n_.T * N_ * n_.H;
+    for (int q = 0; q < P; ++q) {
+      tape_[q] = tape ? tape[q] : nullptr;
+      for (int parity = 0; !tape && parity < smaller(n_.L - 1, 2); ++parity)
+        between_[parity][q] = static_cast<S*>(workspace.take(static_cast<size_t>(size) * sizeof(S)));
+    }
+  }
+
+  const Tape& layout() const { return layout_; }
+  bool taped() const { return tape_[0] != nullptr; }
+
+  // h of one layer and direction in walking order, c and kept values behind it (tape only); null: not wanted.
+  S* plane(int q, int l, int d, int64_t set) const {
+    if (tape_[q]) return tape_[q] + ((l * n_.D + d) * count_ + set) * layout_.elements(N_);
+    return l + 1 < n_.L ? between_[l & 1][q] + (set * n_.D + d) * n_.T * N_ * n_.H : nullptr;
+  }
+
+  // Plane q of layer l's input.
+  Source<S> source(int q, int l, int64_t set) const {
+    Source<S> s;
+    s.width = l ? n_.D * n_.H : n_.I;
+    if (l == 0) {
+      const Array<4>& x = p_[q]->x;
+      s.x = static_cast<const S*>(x.data);
+      s.t = x.stride[0], s.e = x.stride[1], s.b = x.stride[2], s.i = x.stride[3];
+    } else {
+      for (int d = 0; d < n_.D; ++d) s.plane[d] = plane(q, l - 1, d, set);
+      s.H = n_.H;
+      s.D = n_.D;
+      s.layer = l - 1;
+      s.dropout = problem_.dropout > 0 ? &problem_ : nullptr;
+    }
+    return s;
+  }
+
+  // The widest input, and whether all of them can be read in place.
+  int64_t widest() const { return n_.L > 1 ? larger<int64_t>(n_.I, n_.D * n_.H) : n_.I; }
+  bool direct() const {
+    for (int q = 0; q < P; ++q)
+      if (p_[q]->x.data && p_[q]->x.stride[3] != 1) return false;
+    return n_.L == 1 || (n_.D == 1 && problem_.dropout == 0);
+  }
+
+ private:
+  const Problem& problem_;
+  const Sizes& n_;
+  int64_t count_, N_;
+  Tape layout_;
+  const Arguments* p_[P];
+  S* tape_[P];
+  S* between_[2][P] = {};
+};
+
+// Threads of a call: `groups` teams that work on different weight sets or directions; `body(team, group)` runs in each.
+struct Groups {
+  int count;
+  Barrier* barriers;
+
+  Groups(int64_t tasks, int threads, Workspace& workspace)
+      : count(static_cast<int>(smaller<int64_t>(larger<int64_t>(tasks, 1), threads))),
+        barriers(static_cast<Barrier*>(workspace.take(static_cast<size_t>(count) * sizeof(Barrier)))) {
+    for (int i = 0; i < count; ++i) barriers[i] = Barrier();
+  }
+  // The group of a member of the whole team, and its place there. OpenMP may have given fewer threads than asked for.
+  int group_of(const Team& team, Team& part) const {
+    const int groups = smaller(count, team.size);
+    const int group = team.rank * groups / team.size;
+    const int begin = (group * team.size + groups - 1) / groups, end = ((group + 1) * team.size + groups - 1) / groups;
+    part = Team{team.rank - begin, end - begin, &barriers[group]};
+    return group;
+  }
+  int used(const Team& team) const { return smaller(count, team.size); }
+};
+
+}  // namespace fusedrnn::cpu::FUSEDRNN_ISA

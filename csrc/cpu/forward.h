@@ -1,0 +1,261 @@
+// SPDX-License-Identifier: Apache-2.0
+// Forward through all layers and directions:   z = x W^T + b for a chunk of steps, then step by step z += h R^T, h = cell(z)
+// Read: x (T,E,B,I), h0, c0 (L*D,E,B,H), weights. Written: y (T,E,B,D*H), hn, cn, cells, the tape.
+// Overwrites. With P = 2 every number is a value with its tangent, and the tangents are what is written.
+// Route: weights packed once a call; a thread owns blocks of units, so one barrier a step is all the recurrence needs.
+// Limit: FMA for 16 rows and more; the bandwidth of the cache that holds R for one row.
+#pragma once
+
+#include "weights.h"
+
+namespace fusedrnn::cpu::FUSEDRNN_ISA {
+
+template <class S, int P>
+class Forward {
+  static constexpr int L = Vec<S>::lanes;
+  static constexpr int64_t kRowsAtOnce = 48;  // a step's rows are multiplied and finished in groups that stay in L1
+
+ public:
+  Forward(const Call& call, const Sets& sets, const Layers<S, P>& layers, Workspace& workspace)
+      : problem_(*call.problem),
+        n_(problem_.sizes),
+        cell_(table_of<S, P>(problem_.cell)),
+        out_(call.out),
+        sets_(sets),
+        layers_(layers),
+        groups_(sets.count * n_.D, call.threads, workspace) {
+    p_[0] = &call.p;
+    if (P == 2) p_[1] = &call.v;
+    const int64_t inputs = layers_.widest();
+    ld_ = (n_.H + L - 1) / L * L;
+    const int64_t ldz = ld_ * cell_.sums, N = sets_.N;
+    chunk_ = smaller(larger<int64_t>(n_.T, 1),
+                     larger<int64_t>(1, (int64_t{1} << 20) / larger<int64_t>(1, N * ldz * int64_t{sizeof(S)})));
+    const int64_t pairs = chunk_ * N;
+    scratch_ = static_cast<Scratch*>(workspace.take(sizeof(Scratch) * static_cast<size_t>(groups_.count)));
+    for (int g = 0; g < groups_.count; ++g) {
+      Scratch& s = scratch_[g];
+      s = Scratch();
+      s.weights.allocate(cell_, inputs, n_.H, workspace);
+      for (int q = 0; q < P; ++q) {
+        s.z[q] = take<S>(workspace, pairs * ldz);
+        s.x[q] = take<const S*>(workspace, pairs);
+        if (!layers_.direct()) s.copied[q] = take<S>(workspace, pairs * inputs);
+        for (int parity = 0; parity < 2; ++parity) {
+          s.h[parity][q] = take<S>(workspace, N * ld_);
+          s.h_rows[parity][q] = take<const S*>(workspace, N);
+          for (int64_t i = 0; i < N; ++i) s.h_rows[parity][q][i] = s.h[parity][q] + i * ld_;
+        }
+        if (cell_.cell_state) s.c[q] = take<S>(workspace, N * ld_);
+        if (cell_.two_products) {
+          s.rh[q] = take<S>(workspace, N * ld_);
+          s.rh_rows[q] = take<const S*>(workspace, N);
+          for (int64_t i = 0; i < N; ++i) s.rh_rows[q][i] = s.rh[q] + i * ld_;
+        }
+      }
+    }
+  }
+
+  void run(const Team& team) {
+    Team part;
+    const int group = groups_.group_of(team, part);
+    const int64_t tasks = sets_.count * n_.D;
+    for (int l = 0; l < n_.L; ++l) {
+      for (int64_t task = group; task < tasks; task += groups_.used(team))
+        direction(part, scratch_[group], l, static_cast<int>(task % n_.D), task / n_.D);
+      team.wait();
+    }
+  }
+
+ private:
+  struct Scratch {
+    ForwardWeights<S, P> weights;
+    S *z[P], *copied[P] = {}, *h[2][P], *c[P] = {}, *rh[P] = {};
+    const S **x[P], **h_rows[2][P], **rh_rows[P] = {};
+  };
+
+  void direction(const Team& team, Scratch& w, int l, int d, int64_t set) {
+    const Rows& rows = sets_.rows[set];
+    const bool reversed = n_.D == 2 ? d == 1 : problem_.reverse;
+    const int64_t H = n_.H, ld = l * n_.D + d;
+    const Params* p[P];
+    Source<S> source_of[P];
+    for (int q = 0; q < P; ++q) {
+      p[q] = p_[q]->params ? &p_[q]->params[ld] : nullptr;
+      source_of[q] = layers_.source(q, l, set);
+    }
+    w.weights.pack(team, cell_, p, sets_.count == 1 ? 0 : set, source_of[0].width, H);
+    const int64_t first = team.begin(w.weights.blocks()), end = team.end(w.weights.blocks());
+    const int64_t u0 = w.weights.unit(first), u1 = w.weights.unit(end);
+    start(w, rows, reversed, ld, u0, u1);
+    finish_padding(rows, l, d, u0, u1);
+    for (int64_t s0 = 0; s0 < rows.steps; s0 += chunk_) {
+      const int64_t s1 = smaller(s0 + chunk_, rows.steps), pairs = rows.off[s1] - rows.off[s0];
+      const S* const* x[P];
+      for (int q = 0; q < P; ++q) {
+        x[q] = source_of[q].given() ? w.x[q] : nullptr;
+        if (x[q]) source_of[q].fill(team, rows, reversed, s0, s1, w.copied[q], w.x[q]);
+      }
+      team.wait();
+      for (int64_t b = first; b < end; ++b) w.weights.input_product(cell_, b, x, pairs, w.z);
+      for (int64_t s = s0; s < s1; ++s) {
+        if (cell_.two_products) {
+          each_tile(w, rows, set, l, d, s, s0, first, end, true);
+          team.wait();
+        }
+        each_tile(w, rows, set, l, d, s, s0, first, end, false);
+        if (s + 1 < rows.steps && rows.step_cut(reversed, s + 1)) restart(w, rows, reversed, ld, s + 1, u0, u1);
+        team.wait();
+      }
+    }
+  }
+
+  // The state before the first step; rows of length 0 have it as their last one, too.
+  void start(Scratch& w, const Rows& rows, bool reversed, int64_t ld, int64_t u0, int64_t u1) {
+    const int64_t padded = u1 > u0 && u1 == n_.H ? ld_ : u1;
+    for (int64_t i = 0; i < sets_.N; ++i) {
+      for (int q = 0; q < P; ++q) {
+        S* state[2] = {w.h[0][q] + i * ld_, cell_.cell_state ? w.c[q] + i * ld_ : nullptr};
+        zero_row(w.h[1][q] + i * ld_ + u0, 1, padded - u0);
+        for (int which = 0; which < 2; ++which) {
+          if (!state[which]) continue;
+          zero_row(state[which] + u0, 1, padded - u0);
+          initial(q, which, rows, i, ld, u0, u1, state[which]);
+        }
+      }
+      if (rows.length[i] == 0) final_state(w, rows, 0, i, ld, u0, u1);
+    }
+    if (rows.steps && rows.step_cut(reversed, 0)) restart(w, rows, reversed, ld, 0, u0, u1);
+  }
+
+  // h0 (which = 0) or c0 (1) of row i into `to`, if given.
+  void initial(int q, int which, const Rows& rows, int64_t i, int64_t ld, int64_t u0, int64_t u1, S* to) const {
+    const Array<4>& a = which ? p_[q]->c0 : p_[q]->h0;
+    if (a.data) copy_row(element<S>(a, ld, rows.e[i], rows.b[i], u0), a.stride[3], to + u0, 1, u1 - u0);
+  }
+
+  // Rows that begin a new sequence at step s: their state before it.
+  void restart(Scratch& w, const Rows& rows, bool reversed, int64_t ld, int64_t s, int64_t u0, int64_t u1) {
+    for (int64_t i = 0; i < rows.live[s]; ++i) {
+      if (!rows.is_cut(reversed, s, i)) continue;
+      for (int q = 0; q < P; ++q) {
+        S* state[2] = {w.h[s & 1][q] + i * ld_, cell_.cell_state ? w.c[q] + i * ld_ : nullptr};
+        for (int which = 0; which < 2; ++which) {
+          if (!state[which]) continue;
+          zero_row(state[which] + u0, 1, u1 - u0);
+          if (problem_.reset_to_initial) initial(q, which, rows, i, ld, u0, u1, state[which]);
+        }
+      }
+    }
+  }
+
+  void final_state(Scratch& w, const Rows& rows, int parity, int64_t i, int64_t ld, int64_t u0, int64_t u1) {
+    const Array<4>*last[2] = {&out_.hn, &out_.cn};
+    for (int which = 0; which < 1 + cell_.cell_state; ++which) {
+      const Array<4>& a = *last[which];
+      const S* from = (which ? w.c[P - 1] : w.h[parity][P - 1]) + i * ld_ + u0;
+      if (a.data) copy_row(from, 1, element<S>(a, ld, rows.e[i], rows.b[i], u0), a.stride[3], u1 - u0);
+    }
+  }
+
+  // Zeros past the rows' ends.
+  void finish_padding(const Rows& rows, int l, int d, int64_t u0, int64_t u1) {
+    const int64_t column = d * n_.H + u0;
+    for (int64_t i = 0; i < sets_.N; ++i) {
+      for (int64_t t = rows.length[i]; t < n_.T; ++t) {
+        if (out_.y.data && l + 1 == n_.L)
+          zero_row(element<S>(out_.y, t, rows.e[i], rows.b[i], column), out_.y.stride[3], u1 - u0);
+        if (out_.cells.data)
+          zero_row(element<S>(out_.cells, l, t, rows.e[i], rows.b[i], column), out_.cells.stride[4], u1 - u0);
+      }
+    }
+  }
+
+  // One step of the rows alive: product with the state, then the cell, block by block and a few rows at a time.
+  void each_tile(Scratch& w, const Rows& rows, int64_t set, int l, int d, int64_t s, int64_t s0, int64_t first,
+                 int64_t end, bool gate) {
+    const int64_t N = sets_.N, H = n_.H, live = rows.live[s], pair = rows.off[s], chunk_pair = pair - rows.off[s0];
+    const int now = s & 1, phase = cell_.two_products && !gate;
+    const ForwardWeights<S, P>& weights = w.weights;
+    // Every other step the other way round: what was read last is still in the cache.
+    for (int64_t k = first; k < end; ++k) {
+      const int64_t b = s & 1 ? first + end - 1 - k : k;
+      const int64_t u0 = weights.unit(b), u1 = weights.unit(b + 1);
+      for (int64_t r = 0; r < live; r += kRowsAtOnce) {
+        ForwardTile<S, P> t{};
+        t.rows = smaller(kRowsAtOnce, live - r);
+        t.units = u1 - u0;
+        t.ldz = weights.ldz;
+        t.ld = ld_;
+        t.H = H;
+        t.ld_kept = cell_.kept * H;
+        t.clip = problem_.clip_cell > 0 ? static_cast<S>(problem_.clip_cell) : static_cast<S>(__builtin_inf());
+        const S* const* a[P];
+        S* z[P];
+        for (int q = 0; q < P; ++q) {
+          a[q] = (phase ? w.rh_rows[q] : w.h_rows[now][q]) + r;
+          z[q] = w.z[q] + (chunk_pair + r) * weights.ldz;
+          t.z[q] = z[q] + u0 * cell_.sums;
+          t.h_prev[q] = w.h[now][q] + r * ld_ + u0;
+          t.h[q] = w.h[!now][q] + r * ld_ + u0;
+          if (cell_.cell_state) t.c[q] = w.c[q] + r * ld_ + u0;
+          if (cell_.two_products) t.rh[q] = w.rh[q] + r * ld_ + u0;
+          if (layers_.taped()) {
+            const Tape& layout = layers_.layout();
+            S* tape = layers_.plane(q, l, d, set);
+            if (layout.kept) t.kept[q] = tape + layout.kept_offset(N) + (pair + r) * t.ld_kept + u0;
+            if (cell_.cell_state && !layout.every) t.c_kept[q] = tape + layout.c_offset(N) + (pair + r) * H + u0;
+            if (cell_.cell_state && layout.every && s % layout.every == 0 && !gate)
+              for (int64_t i = r; i < r + t.rows; ++i)
+                copy_row(w.c[q] + i * ld_ + u0, 1, tape + layout.c_offset(N) + (s / layout.every * N + i) * H + u0, 1,
+                         u1 - u0);
+          }
+        }
+        weights.state_product(phase, b, a, t.rows, z);
+        if (gate) {
+          cell_.gate(t);
+        } else {
+          cell_.forward(t);
+          hand_out(w, rows, set, l, d, s, r, r + t.rows, u0, u1);
+        }
+      }
+    }
+  }
+
+  // h and c of units [u0, u1) after step s, to everyone who wants them.
+  void hand_out(Scratch& w, const Rows& rows, int64_t set, int l, int d, int64_t s, int64_t r0, int64_t r1, int64_t u0,
+                int64_t u1) {
+    const int64_t H = n_.H, column = d * H + u0, n = u1 - u0;
+    const bool reversed = n_.D == 2 ? d == 1 : problem_.reverse, last = l + 1 == n_.L;
+    const int next = !(s & 1);
+    for (int q = 0; q < P; ++q)
+      if (S* to = layers_.plane(q, l, d, set))
+        for (int64_t i = r0; i < r1; ++i)
+          copy_row(w.h[next][q] + i * ld_ + u0, 1, to + (rows.off[s] + i) * H + u0, 1, n);
+    const S* h = w.h[next][P - 1] + u0;
+    if (out_.y.data && last)
+      for (int64_t i = r0; i < r1; ++i)
+        copy_row(h + i * ld_, 1, element<S>(out_.y, rows.time(reversed, s, i), rows.e[i], rows.b[i], column),
+                 out_.y.stride[3], n);
+    if (out_.cells.data)
+      for (int64_t i = r0; i < r1; ++i)
+        copy_row(cell_.cell_state ? w.c[P - 1] + i * ld_ + u0 : h + i * ld_, 1,
+                 element<S>(out_.cells, l, rows.time(reversed, s, i), rows.e[i], rows.b[i], column),
+                 out_.cells.stride[4], n);
+    for (int64_t i = larger(r0, s + 1 < rows.steps ? rows.live[s + 1] : 0); i < r1; ++i)
+      final_state(w, rows, next, i, l * n_.D + d, u0, u1);
+  }
+
+  const Problem& problem_;
+  const Sizes& n_;
+  const CellTable<S, P>& cell_;
+  const Arguments* p_[P];
+  const Results& out_;
+  const Sets& sets_;
+  const Layers<S, P>& layers_;
+  Groups groups_;
+  Scratch* scratch_;
+  int64_t ld_, chunk_;
+};
+
+}  // namespace fusedrnn::cpu::FUSEDRNN_ISA

@@ -1,0 +1,273 @@
+// SPDX-License-Identifier: Apache-2.0
+// The products.   C[r][n] = init + sum_k A[r][k] B[k][n]
+// Read: A by row pointers, or packed k-major; B packed in panels of up to 4 registers' width. Written: C, affine rows.
+// Overwrites C, starting from zero, from a bias row or from C itself (then it accumulates).
+// Route: packed; `dot` below needs no packing and wins where a weight is used by few rows.
+// Limit: FMA from 2 rows of A on; one row streams B at the bandwidth of the cache that holds it.
+// Every element of C is one chain of FMAs over k, whatever tile it falls into: that is why threads do not change a bit.
+#pragma once
+
+#include "vec.h"
+
+namespace fusedrnn::cpu::FUSEDRNN_ISA {
+
+template <class T>
+FUSEDRNN_FORCE T smaller(T a, T b) {
+  return a < b ? a : b;
+}
+template <class T>
+FUSEDRNN_FORCE T larger(T a, T b) {
+  return a > b ? a : b;
+}
+
+// Rows of C that one micro-kernel holds in registers beside `nv` registers of B.
+constexpr int rows_of(int nv) {
+  if (kManyRegisters) return nv == 4 ? 6 : 8;
+  return nv == 4 ? 2 : nv == 3 ? 4 : 6;
+}
+constexpr int kWidest = kManyRegisters ? 4 : 2;  // best width of a panel, in registers; 3 where 3 gates ask for it
+constexpr int kTile = 6;                         // rows of a packed A panel
+
+template <class S>
+struct Tile {
+  const S* const* rows;  // A by rows ...
+  const S* packed;       // ... or A packed: element (i, k) at packed[k * kTile + i]
+  const S* b;            // panel: register j of step k at b + k * ldb + j * lanes
+  int64_t ldb, K;
+  const S* init;  // null: zero
+  int64_t ldi;    // 0: one bias row for all
+  S* c;
+  int64_t ldc;
+  int64_t offset[4];  // of register j in a row of C (and of init)
+  int64_t last;       // lanes of the last register that exist in C
+};
+
+template <class S, int MR, int NV, bool Packed>
+void tile_kernel(const Tile<S>& t) {
+  using V = Vec<S>;
+  V acc[MR][NV];
+#pragma GCC unroll 8
+  for (int i = 0; i < MR; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) {
+      if (!t.init)
+        acc[i][j] = V(0);
+      else
+        acc[i][j] = load(t.init + i * t.ldi + t.offset[j], j == NV - 1 ? t.last : V::lanes);
+    }
+  }
+  const S* a[MR];
+  if constexpr (!Packed) {
+#pragma GCC unroll 8
+    for (int i = 0; i < MR; ++i) a[i] = t.rows[i];
+  }
+  const S* b = t.b;
+  const S* packed = t.packed;
+  const int64_t ldb = t.ldb, K = t.K;
+  for (int64_t k = 0; k < K; ++k, b += ldb) {
+    V bv[NV];
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) bv[j] = load(b + j * V::lanes);
+#pragma GCC unroll 8
+    for (int i = 0; i < MR; ++i) {
+      const V av(Packed ? packed[i] : a[i][k]);
+#pragma GCC unroll 4
+      for (int j = 0; j < NV; ++j) acc[i][j] = acc[i][j] + av * bv[j];
+    }
+    if constexpr (Packed) packed += kTile;
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < MR; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) store(t.c + i * t.ldc + t.offset[j], acc[i][j], j == NV - 1 ? t.last : V::lanes);
+  }
+}
+
+template <class S, bool Packed, int NV, int MR = rows_of(NV)>
+FUSEDRNN_FORCE void run_rows(const Tile<S>& t, int rows) {
+  if constexpr (Packed && MR > kTile)
+    run_rows<S, Packed, NV, kTile>(t, rows);
+  else if (rows == MR)
+    tile_kernel<S, MR, NV, Packed>(t);
+  else if constexpr (MR > 1)
+    run_rows<S, Packed, NV, MR - 1>(t, rows);
+}
+// One tile of `rows` <= rows_of(nv) (and <= kTile where A is packed) by nv registers.
+template <class S, bool Packed>
+void run_tile(const Tile<S>& t, int rows, int nv) {
+  switch (nv) {
+    case 1: return run_rows<S, Packed, 1>(t, rows);
+    case 2: return run_rows<S, Packed, 2>(t, rows);
+    case 3: return run_rows<S, Packed, 3>(t, rows);
+    default: return run_rows<S, Packed, 4>(t, rows);
+  }
+}
+
+// Weights in panels. The registers of B are numbered v = tile * gates + gate, so that a panel holds all gates of its units;
+// `sum[gate]` says where in C's row (tile * sums + sum) register v lands. Blocks of `block` unit tiles are what threads own.
+template <class S>
+struct Panels {
+  static constexpr int lanes = Vec<S>::lanes;
+  S* data = nullptr;
+  int64_t K = 0, units = 0;
+  int gates = 1, sums = 1, block = 1;
+  int sum[4] = {0, 1, 2, 3};
+  bool plain = false;  // C is user-like memory: `units` columns without padding
+
+  int64_t tiles() const { return (units + lanes - 1) / lanes; }
+  int64_t blocks() const { return (tiles() + block - 1) / block; }
+  int width() const { return gates * block % kWidest == 0 ? kWidest : gates == 3 ? 3 : smaller(gates * block, kWidest); }
+  int64_t elements() const { return tiles() * lanes * gates * K; }
+};
+// Unit tiles that a block has: enough to fill a panel, fewer where that leaves a thread without a block.
+inline int block_tiles(int gates, int64_t tiles, int threads) {
+  int block = gates >= 3 ? 1 : kWidest / gates;
+  while (block > 1 && (tiles + block - 1) / block < threads) block /= 2;
+  return block < 1 ? 1 : block;
+}
+
+// C rows [0, n) of one block. `rows`: A.
+template <class S>
+void multiply(const Panels<S>& w, int64_t block, const S* const* rows, int64_t n, const S* init, int64_t ldi, S* c,
+              int64_t ldc) {
+  const int64_t first = block * w.block * w.gates;
+  const int64_t end = smaller((block + 1) * w.block, w.tiles()) * w.gates;
+  const int width = w.width();
+  Tile<S> t{};
+  t.K = w.K;
+  t.ldi = ldi;
+  t.ldc = ldc;
+  for (int64_t v = first; v < end; v += width) {
+    const int nv = static_cast<int>(smaller<int64_t>(width, end - v));
+    t.b = w.data + v * w.lanes * w.K;
+    t.ldb = nv * w.lanes;
+    for (int j = 0; j < nv; ++j) {
+      const int64_t tile = (v + j) / w.gates;
+      t.offset[j] = (tile * w.sums + w.sum[(v + j) % w.gates]) * w.lanes;
+    }
+    t.last = w.plain ? smaller<int64_t>(w.lanes, w.units - (v + nv - 1) * w.lanes) : w.lanes;
+    const int height = rows_of(nv);
+    for (int64_t r = 0; r < n; r += height) {
+      t.rows = rows + r;
+      t.init = init ? init + r * ldi : nullptr;
+      t.c = c + r * ldc;
+      run_tile<S, false>(t, static_cast<int>(smaller<int64_t>(height, n - r)), nv);
+    }
+  }
+}
+
+// ---- packing ----
+
+// `lanes` rows of `count` elements become `count` registers: out[k * ldo + lane] = in[lane][k].
+template <class S>
+void transpose_rows(const S* const* in, int64_t stride, int64_t valid, int64_t count, S* out, int64_t ldo) {
+  using V = Vec<S>;
+  constexpr int L = V::lanes;
+  using Int = typename V::Int;
+  int64_t k = 0;
+  if (stride == 1 && valid == L) {
+    Int low, high;  // interleave the first halves, the second halves, of two registers
+    for (int j = 0; j < L; ++j) {
+      low[j] = j / 2 + (j & 1) * L;
+      high[j] = L / 2 + j / 2 + (j & 1) * L;
+    }
+    for (; k + L <= count; k += L) {
+      typename V::Native v[L], w[L];
+#pragma GCC unroll 16
+      for (int i = 0; i < L; ++i) v[i] = load(in[i] + k).v;
+#pragma GCC unroll 4
+      for (int half = 1; half < L; half *= 2) {
+#pragma GCC unroll 16
+        for (int i = 0; i < L / 2; ++i) {
+          w[2 * i] = __builtin_shuffle(v[i], v[i + L / 2], low);
+          w[2 * i + 1] = __builtin_shuffle(v[i], v[i + L / 2], high);
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < L; ++i) v[i] = w[i];
+      }
+#pragma GCC unroll 16
+      for (int i = 0; i < L; ++i) store(out + (k + i) * ldo, V(v[i]));
+    }
+  }
+  for (; k < count; ++k)
+    for (int i = 0; i < L; ++i) out[k * ldo + i] = i < valid ? in[i][k * stride] : S(0);
+}
+
+// Panels of a matrix M (gates * H, K) for C = A M^T: the forward products. `gate[g]`: row block of gate g.
+template <class S>
+void pack_transposed(const Panels<S>& w, int64_t block, const S* m, int64_t row_stride, int64_t stride, int64_t H,
+                     const int* gate) {
+  const int64_t first = block * w.block * w.gates;
+  const int64_t end = smaller((block + 1) * w.block, w.tiles()) * w.gates;
+  const int width = w.width();
+  for (int64_t v = first; v < end; v += width) {
+    const int nv = static_cast<int>(smaller<int64_t>(width, end - v));
+    for (int j = 0; j < nv; ++j) {
+      const int64_t u = (v + j) / w.gates * w.lanes;
+      const int64_t valid = smaller<int64_t>(w.lanes, w.units - u);
+      const S* in[Vec<S>::lanes];
+      for (int64_t i = 0; i < w.lanes; ++i)
+        in[i] = i < valid ? m + (gate[(v + j) % w.gates] * H + u + i) * row_stride : nullptr;
+      transpose_rows(in, stride, valid, w.K, w.data + v * w.lanes * w.K + j * w.lanes, nv * w.lanes);
+    }
+  }
+}
+
+// Panels of M's rows for C = A M: k runs over `parts` row blocks of H rows, in the order of `part`. The backward products.
+template <class S>
+void pack_rows(const Panels<S>& w, int64_t block, const S* m, int64_t row_stride, int64_t stride, int64_t H, int parts,
+               const int* part) {
+  const int64_t first = block * w.block, end = smaller((block + 1) * w.block, w.tiles());
+  const int width = w.width();
+  for (int64_t v = first; v < end; v += width) {
+    const int nv = static_cast<int>(smaller<int64_t>(width, end - v));
+    S* out = w.data + v * w.lanes * w.K;
+    const int64_t column = v * w.lanes, columns = nv * w.lanes, valid = smaller(columns, w.units - column);
+    for (int p = 0; p < parts; ++p) {
+      for (int64_t k = 0; k < H; ++k, out += columns) {
+        const S* in = m + (part[p] * H + k) * row_stride + column * stride;
+        if (stride == 1 && valid == columns) {
+          for (int j = 0; j < nv; ++j) store(out + j * w.lanes, load(in + j * w.lanes));
+        } else {
+          for (int64_t j = 0; j < columns; ++j) out[j] = j < valid ? in[j * stride] : S(0);
+        }
+      }
+    }
+  }
+}
+
+// ---- C[m][n] += sum_r A[r][m] B[r][n]: weight gradients. A and B packed over a chunk of R rows. ----
+
+// A columns [0, M) of R rows, in panels of kTile columns: element (r, m) at panel(m / kTile) + r * kTile + m % kTile.
+template <class S>
+void pack_columns(const S* const* rows, int64_t R, int64_t column, int64_t M, S* out) {
+  for (int64_t r0 = 0; r0 < R; r0 += 8) {
+    const int64_t r1 = smaller(R, r0 + 8);
+    for (int64_t m = 0; m < M; m += kTile) {
+      S* to = out + m * R;
+      const int64_t valid = smaller<int64_t>(kTile, M - m);
+      for (int64_t r = r0; r < r1; ++r) {
+        const S* from = rows[r] + column + m;
+        if (valid == kTile) {
+          for (int i = 0; i < kTile; ++i) to[r * kTile + i] = from[i];
+        } else {
+          for (int i = 0; i < kTile; ++i) to[r * kTile + i] = i < valid ? from[i] : S(0);
+        }
+      }
+    }
+  }
+}
+// B: one panel of up to kWidest registers, columns [column, column + nv * lanes) of which `valid` exist.
+template <class S>
+void pack_panel(const S* const* rows, int64_t R, int64_t column, int64_t valid, int nv, S* out) {
+  constexpr int L = Vec<S>::lanes;
+  for (int64_t r = 0; r < R; ++r, out += nv * L) {
+    const S* in = rows[r] + column;
+    for (int j = 0; j < nv; ++j) {
+      const int64_t n = smaller<int64_t>(L, valid - j * L);
+      store(out + j * L, load(in + j * L, n));
+    }
+  }
+}
+
+}  // namespace fusedrnn::cpu::FUSEDRNN_ISA

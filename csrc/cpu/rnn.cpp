@@ -1,0 +1,12 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "vec.h"
+// The formulas need FUSEDRNN_INLINE from vec.h.
+#include "../cells/rnn.h"
+#include "cell.h"
+
+namespace fusedrnn::cpu::FUSEDRNN_ISA {
+
+FUSEDRNN_TABLE(rnn_tanh_table, cells::Rnn<false>)
+FUSEDRNN_TABLE(rnn_relu_table, cells::Rnn<true>)
+
+}  // namespace fusedrnn::cpu::FUSEDRNN_ISA

@@ -1,0 +1,50 @@
+// SPDX-License-Identifier: Apache-2.0
+// The rows of one weight set in walking order. Rows are sorted by length, longest first, so that the rows alive at any step
+// are a prefix, and (step, row) pairs lie packed: pair (s, i) is number off[s] + i. The reverse direction walks every row
+// from its own last step, so the same numbering serves both directions.
+#pragma once
+
+#include <cstdint>
+
+#include "../api.h"
+#include "threads.h"
+
+namespace fusedrnn::cpu {
+
+struct Rows {
+  int64_t N = 0, steps = 0, total = 0;  // rows, longest length, pairs
+  bool uniform = true;                  // every row has length `steps`, rows in natural order
+  int64_t *e = nullptr, *b = nullptr, *length = nullptr;  // [N]
+  int64_t *live = nullptr, *off = nullptr;                // [steps + 1]; live[steps] = 0, off[steps] = total
+  uint8_t* cut[2] = {};                                   // [direction][pair]: the state before the step is not the last one
+  uint8_t* any_cut[2] = {};                               // [direction][step]
+
+  FUSEDRNN_FORCE int64_t time(bool reversed, int64_t s, int64_t i) const { return reversed ? length[i] - 1 - s : s; }
+  FUSEDRNN_FORCE bool is_cut(bool reversed, int64_t s, int64_t i) const { return cut[reversed] && cut[reversed][off[s] + i]; }
+  FUSEDRNN_FORCE bool step_cut(bool reversed, int64_t s) const { return cut[reversed] && any_cut[reversed][s]; }
+};
+
+// Rows (e, b) with e in [e_begin, e_end). Directions for which no cut is wanted are left out.
+Rows make_rows(const Problem& problem, int64_t e_begin, int64_t e_end, Workspace& workspace);
+
+// The tape, in elements: per layer and direction, per weight set, h of all pairs, then c, then the kept values.
+struct Tape {
+  int64_t T, H, every;  // c is kept before every `every`-th step (recompute) or after each step (0)
+  int kept;
+  bool cell_state;
+
+  FUSEDRNN_FORCE Tape(const Problem& problem, int kept_values, bool has_c)
+      : T(problem.sizes.T), H(problem.sizes.H), every(0), kept(kept_values), cell_state(has_c) {
+    if (problem.recompute && kept > 0) {
+      const int64_t B = problem.sizes.B > 0 ? problem.sizes.B : 1;
+      every = B > 32 ? 8 : 256 / B;
+      kept = 0;
+    }
+  }
+  FUSEDRNN_FORCE int64_t c_steps() const { return !cell_state ? 0 : every ? (T + every - 1) / every : T; }
+  FUSEDRNN_FORCE int64_t elements(int64_t N) const { return N * H * (T + c_steps() + T * kept); }  // of one direction and weight set
+  FUSEDRNN_FORCE int64_t c_offset(int64_t N) const { return T * N * H; }
+  FUSEDRNN_FORCE int64_t kept_offset(int64_t N) const { return (T + c_steps()) * N * H; }
+};
+
+}  // namespace fusedrnn::cpu

@@ -1,0 +1,94 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "threads.h"
+
+#include <omp.h>
+#include <pthread.h>
+
+#include <cstdlib>
+#include <new>
+
+#include "cpu.h"
+
+namespace fusedrnn::cpu {
+namespace {
+
+bool started = false;  // this process has run a region of more than one thread
+bool forked = false;   // ... and then this child was made: its OpenMP threads do not exist
+
+void note_fork() { forked = __atomic_load_n(&started, __ATOMIC_RELAXED); }
+
+[[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, note_fork);
+
+constexpr size_t kKept = size_t{512} << 20;  // a thread keeps at most so much between calls
+
+struct Kept {
+  void* data = nullptr;
+  size_t size = 0;
+  bool busy = false;
+  ~Kept() { std::free(data); }
+};
+thread_local Kept kept;
+
+void* allocate(size_t bytes) {
+  void* data = std::aligned_alloc(64, (bytes + 63) / 64 * 64);
+  if (!data) throw std::bad_alloc();
+  return data;
+}
+
+}  // namespace
+
+void parallel(int threads, void (*body)(void* argument, const Team& team), void* argument) {
+  if (threads <= 1 || forked || omp_in_parallel()) {
+    body(argument, Team{0, 1, nullptr});
+    return;
+  }
+  __atomic_store_n(&started, true, __ATOMIC_RELAXED);
+  Barrier barrier;
+#pragma omp parallel num_threads(threads)
+  body(argument, Team{omp_get_thread_num(), omp_get_num_threads(), &barrier});
+}
+
+int get_num_threads() { return omp_get_max_threads(); }
+void set_num_threads(int threads) { omp_set_num_threads(threads < 1 ? 1 : threads); }
+
+struct Workspace::Block {
+  Block* next;
+  char padding[64 - sizeof(Block*)];
+};
+
+Workspace::Workspace() : owner_(!kept.busy) {
+  if (owner_) kept.busy = true;
+}
+
+void* Workspace::take(size_t bytes) {
+  bytes = (bytes + 63) / 64 * 64;
+  total_ += bytes;
+  if (owner_ && used_ + bytes <= kept.size) {
+    void* data = static_cast<char*>(kept.data) + used_;
+    used_ += bytes;
+    return data;
+  }
+  Block* block = new (allocate(bytes + sizeof(Block))) Block;
+  block->next = blocks_;
+  blocks_ = block;
+  return block + 1;
+}
+
+// What did not fit came in single blocks; next time it fits.
+Workspace::~Workspace() {
+  const bool grow = blocks_ && owner_ && total_ <= kKept;
+  while (blocks_) {
+    Block* next = blocks_->next;
+    std::free(blocks_);
+    blocks_ = next;
+  }
+  if (!owner_) return;
+  if (grow) {
+    std::free(kept.data);
+    kept.data = std::aligned_alloc(64, total_);
+    kept.size = kept.data ? total_ : 0;
+  }
+  kept.busy = false;
+}
+
+}  // namespace fusedrnn::cpu

@@ -1,0 +1,129 @@
+// SPDX-License-Identifier: Apache-2.0
+// One layer's weights in one direction, packed for the forward products, and the time-batched forward product itself.
+// Forward uses them step by step; backward with recompute uses them to rebuild a chunk of steps at once.
+#pragma once
+
+#include "engine.h"
+
+namespace fusedrnn::cpu::FUSEDRNN_ISA {
+
+constexpr int kPhases = 2;  // products with the state in a step: 1, or 2 for cells with two products
+
+// Memory for S elements, zero bytes allowed.
+template <class S>
+S* take(Workspace& workspace, int64_t count) {
+  return static_cast<S*>(workspace.take(static_cast<size_t>(count) * sizeof(S)));
+}
+
+template <class S, int P>
+struct ForwardWeights {
+  Panels<S> W[P], R[P][kPhases];
+  S* bias[P];  // one row of z
+  bool has_W[P], has_R[P];
+  int phases;
+  int64_t ldz;
+
+  // Room for the widest layer of a call.
+  void allocate(const CellTable<S, P>& cell, int64_t inputs, int64_t H, Workspace& workspace) {
+    const int64_t units = (H + Vec<S>::lanes - 1) / Vec<S>::lanes * Vec<S>::lanes;
+    for (int q = 0; q < P; ++q) {
+      W[q].data = take<S>(workspace, units * cell.gates * inputs);
+      R[q][0].data = take<S>(workspace, units * cell.gates * H);
+      bias[q] = take<S>(workspace, units * cell.sums);
+    }
+  }
+
+  // Packs the blocks of this team member. `p[q]`: values, tangents (null pointers: not given).
+  void pack(const Team& team, const CellTable<S, P>& cell, const Params* const* p, int64_t e, int64_t inputs, int64_t H) {
+    constexpr int L = Vec<S>::lanes;
+    const int64_t tiles = (H + L - 1) / L;
+    const int block = block_tiles(cell.two_products ? 1 : cell.gates, tiles, team.size);
+    ldz = tiles * cell.sums * L;
+    phases = cell.two_products ? 2 : 1;
+    const int first_gates = cell.two_products ? cell.gates - 1 : cell.gates;
+    static constexpr int gate[4] = {0, 1, 2, 3};
+    for (int q = 0; q < P; ++q) {
+      shape(W[q], inputs, H, cell.gates, cell, block, cell.x_sum);
+      shape(R[q][0], H, H, first_gates, cell, block, cell.h_sum);
+      shape(R[q][1], H, H, cell.gates - first_gates, cell, block, cell.h_sum + first_gates);
+      R[q][1].data = R[q][0].data + R[q][0].elements();
+      has_W[q] = p[q] && p[q]->W.data;
+      has_R[q] = p[q] && p[q]->R.data;
+      const int64_t begin = team.begin(W[q].blocks()), end = team.end(W[q].blocks());
+      for (int64_t b = begin; b < end; ++b) {
+        if (has_W[q])
+          pack_transposed(W[q], b, element<S>(p[q]->W, e), p[q]->W.stride[1], p[q]->W.stride[2], H, gate);
+        if (!has_R[q]) continue;
+        for (int phase = 0; phase < phases; ++phase)
+          pack_transposed(R[q][phase], b, element<S>(p[q]->R, e), p[q]->R.stride[1], p[q]->R.stride[2], H,
+                          gate + phase * first_gates);
+      }
+      pack_bias(cell, p[q], e, begin * block * L, end * block * L, H, bias[q]);
+    }
+  }
+
+  // z of `n` pairs, one block of units: bias + x W^T. `x[q]`: row pointers, null where not given.
+  void input_product(const CellTable<S, P>& cell, int64_t block, const S* const* const* x, int64_t n, S* const* z) const {
+    multiply(W[0], block, x[0], n, bias[0], 0, z[0], ldz);
+    if constexpr (P == 2) {
+      bool begun = false;
+      auto add = [&](const Panels<S>& w, const S* const* rows) {
+        multiply(w, block, rows, n, begun ? z[1] : bias[1], begun ? ldz : 0, z[1], ldz);
+        begun = true;
+      };
+      if (x[1]) add(W[0], x[1]);
+      if (has_W[1]) add(W[1], x[0]);
+      if (!begun) fill_bias(cell, block, 0, cell.sums, n, z[1], bias[1]);
+    }
+    if (cell.gates < cell.sums)  // the sum that takes nothing from x
+      for (int q = 0; q < P; ++q) fill_bias(cell, block, cell.sums - 1, cell.sums, n, z[q], bias[q]);
+  }
+
+  // z += h R^T (phase 0), (r h) R^T (phase 1).
+  void state_product(int phase, int64_t block, const S* const* const* h, int64_t n, S* const* z) const {
+    multiply(R[0][phase], block, h[0], n, z[0], ldz, z[0], ldz);
+    if constexpr (P == 2) {
+      multiply(R[0][phase], block, h[1], n, z[1], ldz, z[1], ldz);
+      if (has_R[1]) multiply(R[1][phase], block, h[0], n, z[1], ldz, z[1], ldz);
+    }
+  }
+
+  int64_t blocks() const { return W[0].blocks(); }
+  int64_t unit(int64_t block) const { return smaller(block * W[0].block * W[0].lanes, W[0].units); }
+
+ private:
+  static void shape(Panels<S>& w, int64_t K, int64_t H, int gates, const CellTable<S, P>& cell, int block,
+                    const int* sum) {
+    w.K = K;
+    w.units = H;
+    w.gates = gates;
+    w.sums = cell.sums;
+    w.block = block;
+    for (int g = 0; g < gates; ++g) w.sum[g] = sum[g];
+  }
+
+  static void pack_bias(const CellTable<S, P>& cell, const Params* p, int64_t e, int64_t begin, int64_t end, int64_t H,
+                        S* bias) {
+    constexpr int L = Vec<S>::lanes;
+    for (int64_t u = begin; u < end; ++u) {
+      S* at = bias + u / L * cell.sums * L + u % L;
+      if (u >= H && u % L == 0) break;
+      for (int j = 0; j < cell.sums; ++j) at[j * L] = 0;
+      if (!p || u >= H) continue;
+      for (int g = 0; g < cell.gates; ++g) {
+        if (p->bW.data) at[cell.x_sum[g] * L] += *element<S>(p->bW, e, g * H + u);
+        if (p->bR.data) at[cell.h_sum[g] * L] += *element<S>(p->bR, e, g * H + u);
+      }
+    }
+  }
+
+  void fill_bias(const CellTable<S, P>& cell, int64_t block, int first, int end, int64_t n, S* z, const S* from) const {
+    constexpr int L = Vec<S>::lanes;
+    const int64_t tile_end = smaller((block + 1) * W[0].block, W[0].tiles());
+    for (int64_t tile = block * W[0].block; tile < tile_end; ++tile)
+      for (int j = first; j < end; ++j)
+        for (int64_t r = 0, at = (tile * cell.sums + j) * L; r < n; ++r) store(z + r * ldz + at, load(from + at));
+  }
+};
+
+}  // namespace fusedrnn::cpu::FUSEDRNN_ISA
