@@ -6,9 +6,21 @@ import math
 import numpy as np
 import pytest
 
+import fusedrnn
 from fusedrnn.clip import clip_each_norm_, clip_grad_norm_, clip_grad_value_
 
 torch = pytest.importorskip("torch")
+
+
+@pytest.fixture(autouse=True, params=["native", "reference"])
+def backend(request):
+    """Once in C++, once in NumPy."""
+    if fusedrnn.backends.missing(request.param):
+        pytest.skip(f"no {request.param} backend here")
+    fusedrnn.set_backend(request.param)
+    yield
+    fusedrnn.set_backend(None)
+
 
 SHAPES = [(512, 128), (512,), (1,), (3, 1), (37, 5, 2)]
 

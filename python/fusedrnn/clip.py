@@ -3,13 +3,16 @@
 
 `grads` is an array, or any nesting of dicts, lists and tuples of arrays (None entries are skipped), so what `backward`
 returns can be passed as it is. Everything passed counts: leave out `x` and `state` where only the weights shall count.
-Arrays may be non-contiguous. Sums are float64. Nothing is written before every check has passed.
+Arrays may be non-contiguous. Sums are float64. Nothing is written before every check has passed. The native backend
+does the work in one pass over memory, NumPy otherwise.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
+from . import backends
 
 __all__ = ["clip_each_norm_", "clip_grad_norm_", "clip_grad_value_"]
 
@@ -48,11 +51,18 @@ def clip_grad_value_(grads: Any, clip_value: float) -> None:
     arrays = [array for _, array in leaves("clip_grad_value_", grads)]
     if not clip_value >= 0:
         raise ValueError(f"clip_grad_value_: clip_value is {clip_value}; expected a number >= 0")
+    native = getattr(backends.choose(), "clip_value_", None)
+    if native:
+        native(arrays, float(clip_value))
+        return
     for array in arrays:
         np.clip(array, -clip_value, clip_value, out=array)
 
 
 def norm_of(arrays: Sequence[np.ndarray], norm_type: float) -> float:
+    native = getattr(backends.choose(), "global_norm", None)
+    if native:
+        return float(native(arrays, float(norm_type)))
     if norm_type == np.inf:
         largest = 0.0
         for array in arrays:
@@ -78,6 +88,10 @@ def norm_of(arrays: Sequence[np.ndarray], norm_type: float) -> float:
 def scale(arrays: Sequence[np.ndarray], norm: float, max_norm: float) -> None:
     factor = max_norm / (norm + 1e-6)  # 1e-6 as torch.nn.utils has it
     if factor >= 1:
+        return
+    native = getattr(backends.choose(), "scale_", None)
+    if native:
+        native(arrays, factor)
         return
     with np.errstate(invalid="ignore"):  # a NaN norm gives NaN gradients, an infinite one 0 * inf: as torch.nn.utils
         for array in arrays:

@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training loop, and checkpoints from which it goes on as if never interrupted."""
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .. import tbptt
+from ..clip import clip_grad_norm_
+from .adam import Adam
+from .model import CharacterModel
+from .text import Text, rows
+
+BITS = 1 / math.log(2)  # nats to bits
+
+
+@dataclass
+class Options:
+    """All that decides what is computed. The command line sets a few of these; a checkpoint keeps them all."""
+
+    text: str | None = None
+    cell: str = "lstm"
+    hidden: int = 256
+    layers: int = 2
+    batch: int = 32
+    chunk: int = 64
+    rate: float = 3e-3
+    clip: float = 1.0
+    seconds: float | None = 100.0
+    steps: int | None = None
+    seed: int = 0
+    backend: str | None = None
+
+
+@dataclass
+class Progress:
+    """Where the run is. Plain numbers, kept in the checkpoint beside the arrays."""
+
+    step: int = 0
+    total: int | None = None  # steps in all; with `seconds` known after the first few
+    position: int = 0  # steps walked along the rows in this epoch
+    shift: int = 0  # where in the text this epoch's rows begin
+    seconds: float = 0.0  # spent training, over all sittings
+    characters: int = 0
+    losses: list[float] = field(default_factory=list)  # training loss in nats, one a step
+    held_out: list[tuple[int, float]] = field(default_factory=list)  # (step, bits per character)
+
+
+class Trainer:
+    """`steps()` trains; everything else can be called between two steps."""
+
+    WARM = 20  # steps of rising rate; with `seconds`, also those whose time sets the number of steps
+    EVALUATIONS = 8
+
+    def __init__(self, options: Options, text: Text) -> None:
+        self.options, self.text = options, text
+        self.model = CharacterModel(
+            len(text.vocabulary), options.cell, options.hidden, options.layers, options.seed, options.backend
+        )
+        self.adam = Adam(self.model.parameters)
+        self.rng = np.random.default_rng([options.seed, 2])
+        self.progress = Progress(total=options.steps)
+        self.state: Any = None  # of the recurrent layer, carried from chunk to chunk
+        self.state_is_pair = options.cell == "lstm"
+
+    def steps(self) -> Iterator[float]:
+        """Train to the end, giving the loss (nats per character) after each update."""
+        self.model.layer.train()
+        times: list[float] = []
+        progress = self.progress
+        begun = time.perf_counter()
+        while not self.finished():
+            if progress.position == 0:
+                # every epoch begins somewhere else, so that rows and chunks are cut at other places
+                progress.shift, self.state = int(self.rng.integers(len(self.text.train))), None
+            columns = rows(np.roll(self.text.train, -progress.shift), self.options.batch)
+            ids, targets = columns[progress.position : -1], columns[progress.position + 1 :]
+            # one block at a time, embedded only when it is needed: after the update before it
+            blocks = (
+                self.model.embed(ids[t : t + self.options.chunk]) for t in range(0, len(ids), self.options.chunk)
+            )
+            for chunk in tbptt.chunks(self.model.layer, blocks, k1=self.options.chunk, state=self.state):
+                here = slice(chunk.start, chunk.stop)
+                loss, grads = self.model.gradients(chunk, ids[here], targets[here])
+                clip_grad_norm_(grads, self.options.clip, error_if_nonfinite=True)
+                self.adam.step(grads, self.rate())
+                self.state = chunk.state
+                progress.step += 1
+                progress.position += chunk.stop - chunk.start
+                progress.characters += ids[here].size
+                progress.losses.append(loss)
+                now = time.perf_counter()
+                progress.seconds += now - begun
+                if progress.total is None:
+                    times.append(now - begun)
+                    if len(times) == self.WARM:
+                        self.plan(float(np.median(times)))
+                yield loss
+                begun = time.perf_counter()
+                if self.finished():
+                    return
+            progress.position = 0
+
+    def finished(self) -> bool:
+        return self.progress.total is not None and self.progress.step >= self.progress.total
+
+    def plan(self, seconds_a_step: float) -> None:
+        """Fix the number of steps, once: the rate depends on it, and so does every number from here on."""
+        assert self.options.seconds is not None
+        left = self.options.seconds - self.progress.seconds
+        self.progress.total = self.progress.step + max(int(left / seconds_a_step), 1)
+
+    def rate(self) -> float:
+        """Adam's step size: up in a line, then down along half a cosine to a twentieth."""
+        step, total = self.progress.step, self.progress.total
+        if step < self.WARM or total is None:
+            return self.options.rate * min((step + 1) / self.WARM, 1.0)
+        done = (step - self.WARM) / max(total - self.WARM, 1)
+        return self.options.rate * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done)))
+
+    def evaluation_due(self) -> bool:
+        step, total = self.progress.step, self.progress.total
+        return total is not None and (step == total or step % max(total // self.EVALUATIONS, 1) == 0)
+
+    def evaluate(self) -> float:
+        """Bits per character on the text that is never trained on."""
+        columns = rows(self.text.held_out, min(16, len(self.text.held_out) // 50))
+        self.model.layer.eval()
+        total, state = 0.0, None
+        for t in range(0, len(columns) - 1, 256):
+            targets = columns[t + 1 : t + 257]
+            y, state = self.model.layer(self.model.embed(columns[t : t + len(targets)]), state)
+            total += self.model.loss(y, targets) * targets.size
+        self.model.layer.train()
+        bits = total / columns[1:].size * BITS
+        self.progress.held_out.append((self.progress.step, bits))
+        return bits
+
+    def sample(self, length: int, temperature: float = 0.6) -> str:
+        """What the model writes. Draws from random numbers of its own, so it changes nothing in training."""
+        rng = np.random.default_rng([self.options.seed, 3, self.progress.step])
+        start = int(self.text.encode("\n")[0])
+        self.model.layer.eval()
+        ids = self.model.sample(start, length, temperature, rng)
+        self.model.layer.train()
+        return self.text.decode(ids)
+
+    def save(self, path: Path) -> None:
+        """All of it in one file, put in place only when it is complete."""
+        meta = {
+            "options": asdict(self.options),
+            "progress": asdict(self.progress),
+            "text": self.text.digest,
+            "rng": self.rng.bit_generator.state,
+            "adam": self.adam.count,
+        }
+        arrays = {f"p/{name}": array for name, array in self.model.parameters.items()}
+        arrays |= {f"m/{name}": array for name, array in self.adam.m.items()}
+        arrays |= {f"v/{name}": array for name, array in self.adam.v.items()}
+        if self.state is not None:
+            states = self.state if self.state_is_pair else (self.state,)
+            arrays |= {f"state/{n}": array for n, array in enumerate(states)}
+        partial = path.with_name(path.name + ".partial")
+        with open(partial, "wb") as file:
+            np.savez(file, meta=np.array(json.dumps(meta)), **arrays)
+        os.replace(partial, path)
+
+    @classmethod
+    def load(cls, path: Path, read_text: Any) -> "Trainer":
+        """The trainer that `save` wrote. `read_text` gives the text for the saved path."""
+        with np.load(path, allow_pickle=False) as file:
+            meta = json.loads(str(file["meta"]))
+            options = Options(**meta["options"])
+            text = Text(read_text(options.text))
+            if text.digest != meta["text"]:
+                raise ValueError(
+                    f"demo: the text is not the one that {path} was trained on (sha256 {text.digest[:12]}, expected "
+                    f"{meta['text'][:12]}); resume with the same file and the same Python, or begin anew without --resume"
+                )
+            trainer = cls(options, text)
+            for kind, arrays in (("p", trainer.model.parameters), ("m", trainer.adam.m), ("v", trainer.adam.v)):
+                for name, array in arrays.items():
+                    array[...] = file[f"{kind}/{name}"]
+            if "state/0" in file:
+                pair = trainer.state_is_pair
+                trainer.state = (file["state/0"], file["state/1"]) if pair else file["state/0"]
+        trainer.adam.count = meta["adam"]
+        trainer.rng.bit_generator.state = meta["rng"]
+        trainer.progress = Progress(**meta["progress"])
+        trainer.progress.held_out = [(int(step), bits) for step, bits in trainer.progress.held_out]
+        return trainer

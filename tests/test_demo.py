@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The demo: its optimizer and loss against torch, its training against torch's, resuming, Ctrl-C, and what it prints."""
+
+import importlib.util
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import fusedrnn
+from fusedrnn.__main__ import main
+from fusedrnn.demo.adam import Adam
+from fusedrnn.demo.model import CharacterModel
+from fusedrnn.demo.text import OTHER, Text, read, rows
+from fusedrnn.demo.train import Options, Trainer
+
+torch = pytest.importorskip("torch")
+
+ROOT = Path(__file__).parents[1]
+SMALL = dict(hidden=16, layers=2, batch=8, chunk=16, seconds=None)
+
+
+def bench_module():
+    spec = importlib.util.spec_from_file_location("demo_vs_torch", ROOT / "bench" / "demo_vs_torch.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def text() -> Text:
+    return Text(read(None))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_adam_equals_torch(dtype):
+    rng = np.random.default_rng(0)
+    shapes = [(300, 70), (5,), (1, 1), (2, 20000)]
+    ours = {str(n): rng.standard_normal(shape).astype(dtype) for n, shape in enumerate(shapes)}
+    ours["strided"] = rng.standard_normal((40, 30)).astype(dtype).T[:, ::2]
+    theirs = {name: torch.nn.Parameter(torch.from_numpy(array.copy())) for name, array in ours.items()}
+    adam, reference = Adam(ours), torch.optim.Adam(theirs.values(), lr=1.0)
+    for step in range(25):
+        grads = {name: (rng.standard_normal(a.shape) * 10.0 ** (step % 5 - 2)).astype(dtype) for name, a in ours.items()}
+        for name, parameter in theirs.items():
+            parameter.grad = torch.from_numpy(grads[name].copy())
+        for group in reference.param_groups:
+            group["lr"] = 0.01 + 0.001 * step
+        adam.step(grads, 0.01 + 0.001 * step)
+        reference.step()
+    tolerance = 2e-6 if dtype == np.float32 else 1e-13
+    for name, array in ours.items():
+        np.testing.assert_allclose(array, theirs[name].detach().numpy(), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_loss_and_all_gradients_equal_torch(cell):
+    model = CharacterModel(37, cell, 24, 2, seed=1)
+    rng = np.random.default_rng(0)
+    ids, targets = rng.integers(0, 30, (2, 11, 6), dtype=np.int32)  # characters 30..36 do not occur
+    chunk = next(fusedrnn.tbptt.chunks(model.layer, model.embed(ids), k1=11))
+    loss, grads = model.gradients(chunk, ids, targets)
+    net = bench_module().TorchModel(model, cell)
+    logits, _ = net(torch.from_numpy(ids), None)
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.from_numpy(targets).long().flatten())
+    expected.backward()
+    assert loss == pytest.approx(expected.item(), rel=1e-6)
+    for name, parameter in net.named_parameters():
+        reference = parameter.grad.numpy()
+        np.testing.assert_allclose(grads[name], reference, rtol=1e-4, atol=1e-5 * np.abs(reference).max(), err_msg=name)
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
+def test_torchs_loss_curve_is_followed_over_200_updates(cell, text):
+    bench = bench_module()
+    model = CharacterModel(len(text.vocabulary), cell, 48, 2, seed=0)
+    rival = bench.TorchModel(model, cell)
+    columns = rows(text.train, 16)
+
+    def losses(make):
+        source = bench.batches(columns, 24)
+        return np.array([loss for _, loss in zip(range(200), make(source), strict=False)])
+
+    ours = losses(lambda source: bench.ours(model, source, 24, 2e-3, 1.0))
+    theirs = losses(lambda source: bench.theirs(rival, source, 2e-3, 1.0))
+    assert len(ours) == len(theirs) == 200
+    assert theirs[-20:].mean() < theirs[:5].mean() - 1.0  # something is learnt
+    np.testing.assert_allclose(ours, theirs, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+@pytest.mark.parametrize("stop", [1, 13, 29])
+def test_resuming_changes_no_bit(cell, stop, tmp_path, text):
+    # rows of 59 steps: an epoch has four chunks, the last one shorter, so both runs pass several ends
+    options = Options(cell=cell, steps=30, **SMALL)
+    short = Text("".join(text.vocabulary[n] for n in text.train[:500]))
+    whole = Trainer(options, short)
+    for _ in whole.steps():
+        if whole.progress.step % 10 == 0:
+            whole.evaluate(), whole.sample(5)  # these must not disturb training
+    first = Trainer(options, short)
+    for _ in first.steps():
+        if first.progress.step == stop:
+            break
+    first.save(tmp_path / "checkpoint.npz")
+    second = Trainer.load(tmp_path / "checkpoint.npz", lambda path: "".join(text.vocabulary[n] for n in text.train[:500]))
+    for _ in second.steps():
+        pass
+    assert second.progress.losses == whole.progress.losses
+    assert len(set(whole.progress.losses)) == 30
+    for name, array in whole.model.parameters.items():
+        np.testing.assert_array_equal(array, second.model.parameters[name], err_msg=name)
+
+
+def run(*arguments, **options):
+    command = [sys.executable, "-m", "fusedrnn", "demo", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
+
+
+SIZES = ("--hidden", "16", "--layers", "1")
+
+
+def losses_in(checkpoint: Path) -> list[float]:
+    with np.load(checkpoint) as file:
+        return json.loads(str(file["meta"]))["progress"]["losses"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Ctrl-C is sent as a POSIX signal")
+def test_ctrl_c_saves_and_resume_goes_on(tmp_path):
+    arguments = (*SIZES, "--steps", "120", "--seed", "7", "--out")
+    command = [sys.executable, "-u", "-m", "fusedrnn", "demo", *arguments, str(tmp_path / "a")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    seen = ""
+    while "bits/char held out" not in seen:  # the first evaluation, after 15 updates
+        line = process.stdout.readline()
+        assert line, seen
+        seen += line
+    process.send_signal(signal.SIGINT)
+    seen += process.communicate(timeout=120)[0]
+    assert process.returncode == 130, seen
+    assert "--resume" in seen and "Traceback" not in seen
+    checkpoint = tmp_path / "a" / "checkpoint.npz"
+    done = len(losses_in(checkpoint))
+    assert 15 <= done < 120
+    resumed = run("--resume", "--out", tmp_path / "a")
+    assert resumed.returncode == 0, resumed.stderr
+    assert f"resumed after step {done}" in resumed.stdout
+    assert run(*arguments, tmp_path / "b").returncode == 0
+    assert losses_in(checkpoint) == losses_in(tmp_path / "b" / "checkpoint.npz")
+    # done: nothing is left to train, the results are given again
+    again = run("--resume", "--out", tmp_path / "a")
+    assert again.returncode == 0 and "what it writes" in again.stdout
+
+
+def test_it_learns_a_text_by_heart_and_leaves_its_results(tmp_path, capsys):
+    verse = "the quick brown fox jumps over the lazy dog; \n"
+    (tmp_path / "verse.txt").write_text(verse * 120)
+    out = tmp_path / "out"
+    arguments = ["demo", "--text", tmp_path / "verse.txt", "--cell", "gru", "--hidden", 48, "--layers", 1]
+    assert main([str(a) for a in [*arguments, "--steps", 250, "--out", out]]) == 0
+    printed = capsys.readouterr().out
+    assert verse.strip() in printed
+    assert float(re.search(r"held out: ([\d.]+) bits per character", printed)[1]) < 0.2
+    assert re.search(r"250 updates, [\d,]+ characters in [\d.]+ s of training \([\d,]+ characters/s\)", printed)
+    assert verse.strip() in (out / "sample.txt").read_text()
+    assert {path.name for path in out.iterdir()} >= {"checkpoint.npz", "sample.txt"}
+
+
+def test_without_the_extra_it_prints_plain_lines(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr("fusedrnn.demo.display.PLAIN_SECONDS", 0.0)
+    assert main(["demo", *SIZES, "--steps", "12", "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "for a progress bar" in printed and "loss.png needs matplotlib" in printed
+    assert re.search(r"step 12/12  loss [\d.]+ bits/char  [\d,]+ chars/s  0m00s left", printed)
+
+
+def test_the_curve_is_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    assert main(["demo", *SIZES, "--steps", "9", "--out", str(tmp_path)]) == 0
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_seconds_set_the_number_of_updates(tmp_path):
+    begun = time.monotonic()
+    assert main(["demo", *SIZES, "--seconds", "3", "--out", str(tmp_path)]) == 0
+    assert len(losses_in(tmp_path / "checkpoint.npz")) > Trainer.WARM
+    assert time.monotonic() - begun < 60
+
+
+def test_what_cannot_be_done_is_said(tmp_path, capsys):
+    def said(*arguments) -> str:
+        with pytest.raises(SystemExit) as left:
+            main(["demo", *map(str, arguments)])
+        assert left.value.code == 2
+        return capsys.readouterr().err
+
+    out = tmp_path / "out"
+    assert "--resume needs a checkpoint" in said("--resume", "--out", out)
+    assert "nowhere.txt" in said("--text", tmp_path / "nowhere.txt", "--out", out)
+    (tmp_path / "tiny.txt").write_text("too short")
+    assert "expected at least 1000" in said("--text", tmp_path / "tiny.txt", "--out", out)
+    assert "not a positive number" in said("--hidden", 0)
+    assert not out.exists()
+    (tmp_path / "some.txt").write_text("abcdefgh " * 200)
+    assert main(["demo", *SIZES, "--steps", "2", "--text", str(tmp_path / "some.txt"), "--out", str(out)]) == 0
+    assert "--hidden is 32, but the checkpoint was made with 16" in said("--resume", "--hidden", 32, "--out", out)
+    (tmp_path / "some.txt").write_text("hgfedcba " * 200)
+    assert "the text is not the one" in said("--resume", "--out", out)
+
+
+def test_the_text_has_no_paragraph_twice(text):
+    paragraphs = [" ".join(p.split()) for p in read(None).split("\n\n")]
+    assert len(paragraphs) == len(set(paragraphs)) > 1000
+    assert len(text.train) > 15 * len(text.held_out) > 100_000
+
+
+def test_characters_and_numbers():
+    many = Text("".join(map(chr, range(0x4E00, 0x4E00 + 2000))) + "ab" * 500)
+    assert len(many.vocabulary) == 256 and OTHER in many.vocabulary
+    assert many.decode(list(many.encode("ba\u4fff"))) == "ba" + OTHER
+    few = Text("hello world " * 100)
+    assert few.decode(list(few.encode("hold"))) == "hold"
+    columns = rows(np.arange(23, dtype=np.int32), 4)
+    np.testing.assert_array_equal(columns, [[t + 5 * b for b in range(4)] for t in range(6)])
+
+
+def test_the_front_door(capsys):
+    with pytest.raises(SystemExit) as left:
+        main([])
+    assert left.value.code == 2
+    with pytest.raises(SystemExit) as left:
+        main(["--help"])
+    assert left.value.code == 0
+    assert "bench" in capsys.readouterr().out
+    assert main(["info"]) == 0
+    assert fusedrnn.__version__ in capsys.readouterr().out
+
+
+def test_the_readmes_example_runs():
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert blocks
+    for block in blocks:
+        assert len(block.strip().splitlines()) <= 12
+        exec(compile(block, "README.md", "exec"), {})
