@@ -731,7 +731,7 @@ void check_judge() {
 }
 
 void check_functions() {
-  // One RNN step with weight 1 shows tanh; one GRU step with known parts shows sigmoid.
+  // One RNN step with weight 1 shows tanh; one GRU step with zero weights but one shows sigmoid.
   for (const char* isa : cpu::isas_found()) {
     cpu::set_isa(isa);
     std::vector<float> x;
@@ -771,14 +771,18 @@ void check_functions() {
     }
     ++checks;
     if (!(worst < 3e-7) && ++failures) std::printf("FAIL sigmoid %s: relative error %.3g\n", isa, worst);
-    // NaN and infinity.
+    // NaN goes through, infinity saturates.
+    p.cell = CellKind::rnn_tanh;
+    w.W = {one.data(), {1, 1, 1}};
+    w.R = {zero.data(), {1, 1, 1}};
+    a.h0 = {};
     for (float special : {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity(), -1e30f}) {
       std::fill(x.begin(), x.end(), special);
       cpu::forward(p, a, r, nullptr, 1);
-      const double want = 1 / (1 + std::exp(-static_cast<double>(special)));
+      const double want = std::tanh(static_cast<double>(special));
       ++checks;
-      if (!(std::isnan(want) ? std::isnan(y[0]) : std::abs(y[0] - want) < 1e-30) && ++failures)
-        std::printf("FAIL sigmoid(%g) %s: %g\n", static_cast<double>(special), isa, static_cast<double>(y[0]));
+      if (!(std::isnan(want) ? std::isnan(y[0]) : y[0] == want) && ++failures)
+        std::printf("FAIL tanh(%g) %s: %g\n", static_cast<double>(special), isa, static_cast<double>(y[0]));
     }
   }
 }
