@@ -51,7 +51,9 @@ struct Forward {
   static constexpr bool kOnChip = S::kRoute != Route::grid;
   static constexpr int kRing = S::kWarps * kStages * S::kOwned * kGates * 64;
   static constexpr int kStaged = S::kWarps * S::kOwned * 3 * 64;
-  static constexpr int kPartial = S::kGroups * S::kBlocks * (S::kSplit - 1) * kGates * 64;
+  static constexpr int kShare = S::kBlocks * (S::kSplit - 1) * kGates * 64;  // of a group: sums of the warps that do not finish them
+  // In a grid a warp may be a step ahead of one that still reads what it wrote: it waits for its part of the depth only.
+  static constexpr int kPartial = S::kGroups * kShare * (kOnChip ? 1 : 2);
   static constexpr int kH = kOnChip ? 2 * S::kLines * S::kTiles * 8 : 0;
 
   static constexpr int shared_bytes() {
@@ -79,7 +81,7 @@ struct Forward {
     U4* const h_lines = shared.take<U4>(kH);
     Storage* const ring = shared.take<Storage>(kRing) + warp * (kStages * S::kOwned * kGates * 64);
     Storage* const staged = shared.take<Storage>(kStaged) + warp * (S::kOwned * 3 * 64);
-    float* const partial = shared.take<float>(kPartial) + group * (S::kBlocks * (S::kSplit - 1) * kGates * 64);
+    float* const partial = shared.take<float>(kPartial) + group * kShare;
     int* const length = shared.take<int>(S::kRows);
     u64* const bar = shared.take<u64>(2);
 
@@ -217,6 +219,7 @@ struct Forward {
       }
 
       // -- sums of the warps that share the depth
+      float* const shares = partial + (kOnChip ? 0 : (s & 1) * (S::kGroups * kShare));
       float sum[S::kOwned][kGates][2] = {};
       FUSEDRNN_UNROLL
       for (int n = 0; n < S::kBlocks; ++n)
@@ -230,7 +233,7 @@ struct Forward {
             sum[n / S::kSplit][k][1] = v1;
           } else {
             const int other = split < n % S::kSplit ? split : split - 1;
-            float* to = partial + (((n * (S::kSplit - 1) + other) * kGates + k) * 32 + lane) * 2;
+            float* to = shares + (((n * (S::kSplit - 1) + other) * kGates + k) * 32 + lane) * 2;
             to[0] = v0;
             to[1] = v1;
           }
@@ -245,7 +248,7 @@ struct Forward {
             FUSEDRNN_UNROLL
             for (int k = 0; k < kGates; ++k) {
               const float* from =
-                  partial + ((((split + i * S::kSplit) * (S::kSplit - 1) + other) * kGates + k) * 32 + lane) * 2;
+                  shares + ((((split + i * S::kSplit) * (S::kSplit - 1) + other) * kGates + k) * 32 + lane) * 2;
               sum[i][k][0] += from[0];
               sum[i][k][1] += from[1];
             }
