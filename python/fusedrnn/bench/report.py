@@ -244,9 +244,9 @@ SUMMARY_HEADS = (
     "vs torch",
     "vs best rival",
     "worst size",
-    "of limit, B ≥ 16",
-    "of limit, B = 1",
-    "sizes behind",
+    "limit, B ≥ 16",
+    "limit, B = 1",
+    "behind",
 )
 
 
@@ -255,7 +255,7 @@ def rich_summary(document: Document) -> Table:
     from rich import box
     from rich.table import Table
 
-    table = Table(title="Times faster, geometric means of the sizes", title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(title="Times faster", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for k, head in enumerate(SUMMARY_HEADS):
         table.add_column(head, justify="right" if k else "left", no_wrap=not k)
     for row in _summary_rows(document):

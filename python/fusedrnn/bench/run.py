@@ -43,7 +43,7 @@ def cases(
     for group in groups:
         workloads, passes, titles = {
             "grid": (sized, PASSES, PEERS),
-            "call": ([Workload(f"{c} call", c, 1, 1, 64, 64) for c in cells], PASSES, PEERS),
+            "call": ([Workload(f"{c.upper()}, I = H = 64", c, 1, 1, 64, 64) for c in cells], PASSES, PEERS),
             "named": ([w for w in NAMED if w.cell in cells], PASSES, PEERS),
             "backends": (several, PASSES, (OURS, "fusedrnn numba", "numpy loop")),
             "recompute": (several, ("train",), (OURS, "fusedrnn recompute")),
