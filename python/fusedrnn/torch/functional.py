@@ -1,0 +1,360 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recurrent layers as functions of tensors, for modules of your own. Weights are ordinary tensors, taken at each call:
+tied, generated, non-contiguous, normed or dropped out; nothing is flattened, nothing kept.
+
+Shapes are torch.nn's; for lengths, reset and cells see fusedrnn.ops. For ensembles use torch.vmap: one kernel call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import dropout as draw
+
+from . import composite, operators
+from .how import How
+from .kernels import DTYPES
+
+_route = "none: nothing ran yet"
+
+
+def route() -> str:
+    """Which road the last eager call took (in any thread): "fused", "torch.nn: why", or "torch operators: why".
+
+    Under torch.compile it tells the road taken while tracing.
+
+    >>> fusedrnn.torch.LSTM(3, 4)(torch.ones(5, 2, 3))[0].shape, fusedrnn.torch.route()
+    (torch.Size([5, 2, 4]), 'fused')
+    """
+    return _route
+
+
+def set_route(text: str) -> None:
+    """For the modules of this package."""
+    global _route
+    _route = text
+
+
+def why_not(tensors: Sequence[Tensor | None]) -> str:
+    """Why the kernels cannot take these tensors; "" if they can."""
+    first = next(tensor for tensor in tensors if tensor is not None)
+    if first.device.type not in ("cpu", "meta"):
+        return f"no kernels for {first.device.type}"
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if tensor.dtype not in DTYPES:
+            return f"no kernels for {tensor.dtype}"
+        if tensor.dtype != first.dtype or tensor.device != first.device:
+            return "tensors differ in dtype or device"
+        if tensor.layout != torch.strided:
+            return f"no kernels for {tensor.layout}"
+    return ""
+
+
+def autocast(tensors: Sequence[Tensor | None]) -> list[Any]:
+    """The tensors as torch.autocast would have them, if it is on."""
+    first = next(tensor for tensor in tensors if tensor is not None)
+    kind = first.device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return list(tensors)
+    to = torch.get_autocast_dtype(kind)
+    return [t.to(to) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors]
+
+
+def run(
+    settings: How,
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    dropout: float,
+) -> tuple[Tensor, ...]:
+    """All results of a stack, from x (T,B,I) and the rest without an axis E. Dropout: drawn as torch.nn draws it."""
+    states = (h0, c0) if settings.states == 2 else (h0,)
+    tensors = autocast((x, *states, *weights))
+    if (why := why_not(tensors)) == "":
+        set_route("fused")
+        grad = torch.is_grad_enabled() and (
+            not torch.compiler.is_exporting()
+            if torch.compiler.is_compiling()
+            else torch._C._are_functorch_transforms_active() or torch._C._any_requires_grad(*tensors)
+        )
+        settings = settings._replace(tape=grad)
+        call = operators.call
+    else:
+        set_route(f"torch operators: {why}")
+        call = composite.forward
+    p = [None if t is None else t.unsqueeze(1) for t in tensors[: 1 + len(states)]]
+    p += [t.unsqueeze(0) for t in tensors[1 + len(states) :]]
+    lengths = None if lengths is None else lengths.unsqueeze(0)
+    reset = None if reset is None else reset.unsqueeze(1)
+    if dropout and settings.layers > 1:
+        results = _layers(call, settings, lengths, reset, p, dropout)
+    else:
+        results = call(settings, lengths, reset, p)
+    return tuple(result.squeeze(axis) for result, axis in zip(results, settings.result_axes, strict=True))
+
+
+def _layers(call: Any, settings: How, lengths: Any, reset: Any, p: list[Any], dropout: float) -> tuple[Tensor, ...]:
+    """Layer by layer, with dropout between: random numbers, vmap's randomness and compile are torch's own affair."""
+    one = settings._replace(layers=1)
+    y, states, weights = p[0], p[1 : 1 + settings.states], p[1 + settings.states :]
+    kept: list[Any] = []
+    for layer in range(settings.layers):
+        if layer:
+            y = draw(y, dropout, True)
+        rows = slice(layer * settings.directions, (layer + 1) * settings.directions)
+        part = weights[layer * one.weights : (layer + 1) * one.weights]
+        y, *rest = call(one, lengths, reset, [y, *(None if s is None else s[rows] for s in states), *part])
+        kept.append(rest)
+    return (y, *(torch.cat(parts) for parts in zip(*kept, strict=True)))
+
+
+def mask(name: str, given: Any, T: int, B: int, batch_first: bool, x: Tensor) -> Tensor:
+    """reset as (T,B), checked."""
+    reset = torch.as_tensor(given, device=x.device)
+    expected = (B, T) if batch_first else (T, B)
+    if tuple(reset.shape) != expected:
+        axes = "(B, T)" if batch_first else "(T, B)"
+        raise ValueError(f"{name}: reset has shape {tuple(reset.shape)}; expected {expected} = {axes}, as x has it")
+    if reset.dtype not in (torch.bool, torch.uint8):
+        reset = reset.ne(0)
+    return reset.t() if batch_first else reset
+
+
+def counts(name: str, given: Any, B: int, x: Tensor) -> Tensor:
+    """lengths as int64 (B,), checked (their values: where they are used)."""
+    lengths = torch.as_tensor(given)
+    if lengths.is_floating_point() or lengths.dtype == torch.bool:
+        raise TypeError(f"{name}: lengths has dtype {lengths.dtype}; expected integers, one for each row")
+    if tuple(lengths.shape) != (B,):
+        raise ValueError(f"{name}: lengths has shape {tuple(lengths.shape)}; expected {(B,)} = (B,), one for each row of x")
+    return lengths.to(x.device, torch.int64)
+
+
+def lstm(
+    x: Tensor,
+    state: tuple[Tensor, Tensor] | None = None,
+    params: Mapping[str, Tensor] | Sequence[Tensor] = (),
+    *,
+    num_layers: int = 1,
+    bidirectional: bool = False,
+    reverse: bool = False,
+    batch_first: bool = False,
+    lengths: Any = None,
+    reset: Any = None,
+    reset_to: str = "zero",
+    dropout: float = 0.0,
+    training: bool = True,
+    clip_cell: float | None = None,
+    clip_grad: float | None = None,
+    recompute: bool = False,
+    return_cells: bool = False,
+) -> Any:
+    """Run an LSTM: (y, (h, c)), or (y, (h, c), cells) with return_cells. The arguments are those of fusedrnn.lstm.
+
+    params: tensors by torch.nn's names (weight_ih_l0, ...) or in torch.nn's order. dropout acts while `training`, with
+    torch's random numbers.
+
+    >>> layer = torch.nn.LSTM(3, 4)
+    >>> y, (h, c) = fusedrnn.torch.lstm(torch.ones(5, 2, 3), None, dict(layer.named_parameters()))
+    >>> y.shape, c.shape
+    (torch.Size([5, 2, 4]), torch.Size([1, 2, 4]))
+    """
+    options = (num_layers, bidirectional, reverse, batch_first, lengths, reset, reset_to)
+    return _function(
+        "lstm", "lstm", x, state, params, *options, dropout * training, clip_cell, clip_grad, recompute, return_cells
+    )
+
+
+def gru(
+    x: Tensor,
+    state: Tensor | None = None,
+    params: Mapping[str, Tensor] | Sequence[Tensor] = (),
+    *,
+    reset_after: bool = True,
+    num_layers: int = 1,
+    bidirectional: bool = False,
+    reverse: bool = False,
+    batch_first: bool = False,
+    lengths: Any = None,
+    reset: Any = None,
+    reset_to: str = "zero",
+    dropout: float = 0.0,
+    training: bool = True,
+    clip_grad: float | None = None,
+    recompute: bool = False,
+    return_cells: bool = False,
+) -> Any:
+    """Run a GRU; reset_after as in fusedrnn.gru, all else as in `lstm`; the state is one tensor h."""
+    options = (num_layers, bidirectional, reverse, batch_first, lengths, reset, reset_to)
+    cell = "gru" if reset_after else "gru_reset_before"
+    return _function("gru", cell, x, state, params, *options, dropout * training, None, clip_grad, recompute, return_cells)
+
+
+def rnn(
+    x: Tensor,
+    state: Tensor | None = None,
+    params: Mapping[str, Tensor] | Sequence[Tensor] = (),
+    *,
+    nonlinearity: str = "tanh",
+    num_layers: int = 1,
+    bidirectional: bool = False,
+    reverse: bool = False,
+    batch_first: bool = False,
+    lengths: Any = None,
+    reset: Any = None,
+    reset_to: str = "zero",
+    dropout: float = 0.0,
+    training: bool = True,
+    clip_grad: float | None = None,
+    recompute: bool = False,
+    return_cells: bool = False,
+) -> Any:
+    """Run a vanilla RNN with nonlinearity "tanh" or "relu"; all else as in `lstm`; the state is one tensor h."""
+    if nonlinearity not in ("tanh", "relu"):
+        raise ValueError(f'rnn: nonlinearity is {nonlinearity!r}; expected "tanh" or "relu"')
+    options = (num_layers, bidirectional, reverse, batch_first, lengths, reset, reset_to)
+    cell = f"rnn_{nonlinearity}"
+    return _function("rnn", cell, x, state, params, *options, dropout * training, None, clip_grad, recompute, return_cells)
+
+
+def names(num_layers: int, directions: int, bias: bool) -> list[str]:
+    """torch.nn's parameter names, in its order."""
+    kinds = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")[: 4 if bias else 2]
+    ends = ("", "_reverse")[:directions]
+    return [f"{kind}_l{layer}{end}" for layer in range(num_layers) for end in ends for kind in kinds]
+
+
+def _flat(name: str, params: Any, num_layers: int, directions: int) -> list[Tensor]:
+    stacks = num_layers * directions
+    if isinstance(params, Mapping):
+        expected = names(num_layers, directions, "bias_ih_l0" in params)
+        if set(expected) != set(params):
+            raise ValueError(f"{name}: params has {', '.join(params)}; expected {', '.join(expected)}")
+        return [params[key] for key in expected]
+    if len(params) not in (2 * stacks, 4 * stacks):
+        raise ValueError(
+            f"{name}: params has {len(params)} tensors; expected {4 * stacks}, or {2 * stacks} without biases, "
+            f"for num_layers={num_layers} and {directions} direction(s)"
+        )
+    return list(params)
+
+
+def _function(
+    name: str,
+    cell: str,
+    x: Tensor,
+    state: Any,
+    params: Any,
+    num_layers: int,
+    bidirectional: bool,
+    reverse: bool,
+    batch_first: bool,
+    lengths: Any,
+    reset: Any,
+    reset_to: str,
+    dropout: float,
+    clip_cell: float | None,
+    clip_grad: float | None,
+    recompute: bool,
+    return_cells: bool,
+) -> Any:
+    directions = 2 if bidirectional else 1
+    weights = _flat(name, params, num_layers, directions)
+    if reset_to not in ("zero", "initial"):
+        raise ValueError(f'{name}: reset_to is {reset_to!r}; expected "zero" or "initial"')
+    if reverse and bidirectional:
+        raise ValueError(f"{name}: reverse is set; expected one direction with it, but bidirectional is set too")
+    if x.dim() not in (2, 3):
+        raise ValueError(f"{name}: x has {x.dim()} dimensions; expected 3, or 2 without a batch")
+    bias = len(weights) == 4 * num_layers * directions
+    settings = How(
+        cell,
+        num_layers,
+        directions,
+        bias,
+        reverse,
+        reset_to == "initial",
+        recompute,
+        float(clip_cell or 0),
+        float(clip_grad or 0),
+        cells=return_cells,
+    )
+    if not torch.compiler.is_compiling():
+        operators.make_operators(settings.states, settings.weights)
+    parts = (state if cell == "lstm" else (state,)) if state is not None else (None, None)
+    if cell == "lstm" and not (isinstance(parts, tuple | list) and len(parts) == 2):
+        raise TypeError(f"{name}: state is a {type(state).__name__}; expected a pair (h, c)")
+    h0, c0 = (*parts, None)[:2]
+    _check(name, x, h0, c0, weights, settings, batch_first)
+    return batched(name, settings, x, h0, c0, weights, batch_first, lengths, reset, dropout)
+
+
+def _check(name: str, x: Tensor, h0: Any, c0: Any, weights: Any, settings: How, batch_first: bool) -> None:
+    H = weights[1].shape[-1]
+    rows = x.shape[0 if batch_first else 1] if x.dim() == 3 else None
+    S = settings.layers * settings.directions
+    state = (S, H) if rows is None else (S, rows, H)
+    for what, given in (("h", h0), ("c", c0)):
+        if given is not None and tuple(given.shape) != state:
+            raise ValueError(f"{name}: {what} of state has shape {tuple(given.shape)}; expected {state}, from x and params")
+    shapes = weight_shapes(settings, x.shape[-1], H)
+    for key, weight, shape in zip(names(settings.layers, settings.directions, settings.bias), weights, shapes, strict=True):
+        if tuple(weight.shape) != shape:
+            raise ValueError(
+                f"{name}: {key} has shape {tuple(weight.shape)}; expected {shape}, with I={x.shape[-1]} from x and H={H} "
+                "from weight_hh_l0"
+            )
+
+
+def weight_shapes(settings: How, I: int, H: int) -> list[tuple[int, ...]]:  # noqa: E741
+    """Of all weights, in order."""
+    from .kernels import Sizes, argument_shapes
+
+    return [shape[1:] for shape in argument_shapes(settings, Sizes(1, 1, 1, I, H))[1 + settings.states :]]
+
+
+def batched(
+    name: str,
+    settings: How,
+    x: Tensor,
+    h0: Any,
+    c0: Any,
+    weights: Sequence[Tensor],
+    batch_first: bool,
+    lengths: Any,
+    reset: Any,
+    dropout: float,
+) -> Any:
+    """`run` on torch.nn's shapes: with or without a batch axis, batch first or not."""
+    single = x.dim() == 2
+    if single:
+        x = x.unsqueeze(1)
+        h0, c0 = (None if s is None else s.unsqueeze(1) for s in (h0, c0))
+        batch_first = False
+    elif batch_first:
+        x = x.transpose(0, 1)
+    T, B = x.shape[0], x.shape[1]
+    if lengths is not None:
+        lengths = torch.as_tensor(lengths)
+        lengths = counts(name, lengths.reshape(1) if single and lengths.dim() == 0 else lengths, B, x)
+    if reset is not None:
+        reset = torch.as_tensor(reset)
+        reset = mask(name, reset.unsqueeze(1) if single and reset.dim() == 1 else reset, T, B, batch_first, x)
+    y, *state = run(settings, x, h0, c0, weights, lengths, reset, dropout)
+    cells = state.pop() if settings.cells else None
+    if single:
+        y, state = y.squeeze(1), [s.squeeze(1) for s in state]
+        cells = None if cells is None else cells.squeeze(2)
+    elif batch_first:
+        y = y.transpose(0, 1)
+        cells = None if cells is None else cells.transpose(1, 2)
+    final = tuple(state) if settings.states == 2 else state[0]
+    return (y, final) if cells is None else (y, final, cells)

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a call is, beside its tensors: one short text, because torch's operators take numbers and text but no objects.
+
+Tensors of a call, everywhere in this package, with an axis E of weight sets (extent 1 or E: broadcast):
+
+    p        x (T,E,B,I), h0 (S,E,B,H) or None, c0 likewise (LSTM only), then per layer and direction W (E,G*H,I_l),
+             R (E,G*H,H) and, with bias, bW, bR (E,G*H); S = layers * directions
+    results  y (T,E,B,D*H), hn (S,E,B,H), cn likewise (LSTM only), cells (L,T,E,B,D*H) or None
+    tape     (E, n): opaque, belongs to the backend whose number stands in its last element
+    lengths  int64 (E,B) or None; reset bool or uint8 (T,E,B) or None
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+CELLS = {"rnn_tanh": 1, "rnn_relu": 1, "lstm": 4, "gru": 3, "gru_reset_before": 3}  # gates
+_KEPT = {"rnn_tanh": 1, "rnn_relu": 1, "lstm": 6, "gru": 5, "gru_reset_before": 4}  # tape: per unit and step, h included
+
+
+class How(NamedTuple):
+    """The settings of a call. `want` says which gradients are wanted, one digit for each of p; `each`: give them for
+    every weight set, also where the argument is shared by all (else their sum)."""
+
+    cell: str
+    layers: int = 1
+    directions: int = 1
+    bias: bool = True
+    reverse: bool = False
+    reset_to_initial: bool = False
+    recompute: bool = False
+    clip_cell: float = 0.0
+    clip_grad: float = 0.0
+    tape: bool = False
+    cells: bool = False
+    want: str = ""
+    each: bool = False
+
+    @property
+    def states(self) -> int:
+        """1, or 2 where there is c."""
+        return 2 if self.cell == "lstm" else 1
+
+    @property
+    def per_layer(self) -> int:
+        """Weights of one layer in one direction."""
+        return 4 if self.bias else 2
+
+    @property
+    def weights(self) -> int:
+        """Weights in all."""
+        return self.layers * self.directions * self.per_layer
+
+    @property
+    def arguments(self) -> int:
+        """How many tensors p has."""
+        return 1 + self.states + self.weights
+
+    @property
+    def results(self) -> int:
+        """How many results there are, the tape not counted."""
+        return 1 + self.states + self.cells
+
+    @property
+    def argument_axes(self) -> tuple[int, ...]:
+        """Where E is, for each of p."""
+        return (1,) * (1 + self.states) + (0,) * self.weights
+
+    @property
+    def result_axes(self) -> tuple[int, ...]:
+        """Where E is, for each result."""
+        return (1,) * (1 + self.states) + (2,) * self.cells
+
+    def text(self) -> str:
+        """As operators take it; `read` is the inverse."""
+        return f"{self.cell} {self.layers} {self.directions} {self.bias:d} {self.reverse:d} {self.reset_to_initial:d} " + (
+            f"{self.recompute:d} {self.clip_cell!r} {self.clip_grad!r} {self.tape:d} {self.cells:d} {self.want or '-'} {self.each:d}"
+        )
+
+    def tape_length(self, T: Any, B: Any, H: Any) -> Any:
+        """Elements of a tape for one weight set, one for the backend's number included; sizes may be symbolic."""
+        if not self.tape:
+            return 0
+        per_unit = _KEPT[self.cell] * T
+        if self.recompute:
+            per_unit = T + (T + 7) // 8 if self.cell == "lstm" else T
+        return self.layers * self.directions * B * H * per_unit + 1
+
+
+@lru_cache(maxsize=4096)
+def read(text: str) -> How:
+    """What `How.text` wrote."""
+    cell, *rest = text.split(" ")
+    n, m = (int(word) for word in rest[:2])
+    bias, reverse, initial, recompute = (word == "1" for word in rest[2:6])
+    return How(
+        cell,
+        n,
+        m,
+        bias,
+        reverse,
+        initial,
+        recompute,
+        float(rest[6]),
+        float(rest[7]),
+        rest[8] == "1",
+        rest[9] == "1",
+        "" if rest[10] == "-" else rest[10],
+        rest[11] == "1",
+    )

@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The four operations on plain CPU tensors: views for a backend, memory for what it writes. See `how` for the tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import backends
+from ..backends import Arguments, Problem, Results
+from .how import CELLS, How
+
+Tensors = Sequence[Tensor | None]
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def computing(dtype: torch.dtype) -> torch.dtype:
+    """What a dtype is computed in: the 16-bit ones are storage only."""
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+def extent(tensors: Tensors, axes: Sequence[int]) -> Any:
+    """E of a call: the extent that is not 1."""
+    for tensor, axis in zip(tensors, axes, strict=True):
+        if tensor is not None and tensor.shape[axis] != 1:
+            return tensor.shape[axis]
+    return 1
+
+
+def spread(tensor: Tensor, axis: int, E: Any) -> Tensor:
+    """The tensor with E weight sets: a view."""
+    if tensor.shape[axis] == E:
+        return tensor
+    shape = list(tensor.shape)
+    shape[axis] = E
+    return tensor.expand(shape)
+
+
+class Sizes(NamedTuple):
+    """Sizes that may be symbolic."""
+
+    T: Any
+    E: Any
+    B: Any
+    I: Any  # noqa: E741
+    H: Any
+
+
+class Call:
+    """One call: the problem, and how its tensors become arrays."""
+
+    def __init__(self, how: How, p: Tensors, extra: Tensors, extra_axes: Sequence[int], lengths: Any, reset: Any) -> None:
+        x, R = p[0], p[how.states + 2]
+        assert x is not None and R is not None
+        self.how = how
+        self.dtype, self.kind = x.dtype, computing(x.dtype)
+        self.E = extent((*p, *extra), (*how.argument_axes, *extra_axes))
+        if lengths is not None:
+            self.E = max(self.E, lengths.shape[0])
+        if reset is not None:
+            self.E = max(self.E, reset.shape[1])
+        T, _, B, I = x.shape  # noqa: E741
+        self.problem = Problem(
+            how.cell,
+            T,
+            self.E,
+            B,
+            I,
+            R.shape[-1],
+            how.layers,
+            how.directions,
+            how.reverse,
+            how.reset_to_initial,
+            how.recompute,
+            how.clip_cell,
+            how.clip_grad,
+        )
+        if lengths is not None:
+            self.problem.lengths = _lengths(spread(lengths, 0, self.E).numpy(), T)
+        if reset is not None:
+            self.problem.reset = spread(reset, 1, self.E).numpy()
+        self.p = self.arguments(p)
+
+    def array(self, tensor: Tensor | None, axis: int) -> Any:
+        """A view (16-bit: a copy) for reading."""
+        if tensor is None:
+            return None
+        return spread(tensor.detach().to(self.kind), axis, self.E).numpy()
+
+    def arguments(self, p: Tensors) -> Arguments:
+        """Of all p, or of tangents of p: each may be None."""
+        return self._pack([self.array(*pair) for pair in zip(p, self.how.argument_axes, strict=True)])
+
+    def _pack(self, arrays: list[Any]) -> Arguments:
+        states = self.how.states
+        per = self.how.per_layer
+        weights = [
+            (*arrays[n : n + per], None, None)[:4] for n in range(1 + states, len(arrays), per)
+        ]
+        return Arguments(arrays[0], arrays[1], arrays[2] if states == 2 else None, weights)
+
+    def given(self, g: Tensors) -> Results:
+        """Cotangents of the results, or tangents of those: each may be None."""
+        return self._results([self.array(*pair) for pair in zip(g, self.how.result_axes, strict=True)])
+
+    def _results(self, arrays: list[Any]) -> Results:
+        cells = arrays[-1] if self.how.cells else None
+        return Results(arrays[0], arrays[1], arrays[2] if self.how.states == 2 else None, cells)
+
+    def new_results(self) -> tuple[list[Tensor], Results]:
+        """Memory for all results, and the views of it."""
+        tensors = [torch.empty(shape, dtype=self.kind) for shape in result_shapes(self.how, self.problem)]
+        return tensors, self._results([tensor.numpy() for tensor in tensors])
+
+    def new_arguments(self, p: Tensors) -> tuple[list[Tensor], Arguments]:
+        """Memory for the wanted gradients, and the views of it: an argument that all weight sets share gets their sum."""
+        tensors: list[Tensor] = []
+        arrays: list[Any] = []
+        for wanted, tensor, axis, shape in zip(
+            self.how.want, p, self.how.argument_axes, argument_shapes(self.how, self.problem), strict=True
+        ):
+            if wanted == "0":
+                arrays.append(None)
+                continue
+            if not self.how.each and tensor is not None and tensor.shape[axis] == 1:
+                shape = (*shape[:axis], 1, *shape[axis + 1 :])
+            tensors.append(torch.empty(shape, dtype=self.kind))
+            arrays.append(spread(tensors[-1], axis, self.E).numpy())
+        return tensors, self._pack(arrays)
+
+    def stored(self, tensors: list[Tensor]) -> tuple[Tensor, ...]:
+        """What was written, in the caller's dtype."""
+        return tuple(tensor.to(self.dtype) for tensor in tensors)
+
+
+def _lengths(lengths: np.ndarray, T: int) -> np.ndarray:
+    if lengths.size and not (lengths.min() >= 0 and lengths.max() <= T):
+        raise ValueError(f"lengths: got {lengths.min()}..{lengths.max()}; expected 0 <= length <= T = {T}")
+    return lengths
+
+
+def result_shapes(how: How, problem: Any) -> list[tuple[Any, ...]]:
+    """Shapes of all results; `problem` has the sizes."""
+    T, E, B, H = problem.T, problem.E, problem.B, problem.H
+    S, DH = how.layers * how.directions, how.directions * H
+    shapes: list[tuple[Any, ...]] = [(T, E, B, DH), *[(S, E, B, H)] * how.states]
+    return [*shapes, (how.layers, T, E, B, DH)] if how.cells else shapes
+
+
+def argument_shapes(how: How, problem: Any) -> list[tuple[Any, ...]]:
+    """Shapes of all p with E weight sets."""
+    T, E, B, I, H = problem.T, problem.E, problem.B, problem.I, problem.H  # noqa: E741
+    GH = CELLS[how.cell] * H
+    shapes: list[tuple[Any, ...]] = [(T, E, B, I), *[(how.layers * how.directions, E, B, H)] * how.states]
+    for layer in range(how.layers):
+        inputs = I if layer == 0 else how.directions * H
+        for _ in range(how.directions):
+            shapes += [(E, GH, inputs), (E, GH, H), (E, GH), (E, GH)][: how.per_layer]
+    return shapes
+
+
+def _new_tape(call: Call) -> Tensor:
+    problem = call.problem
+    return torch.empty((call.E, call.how.tape_length(problem.T, problem.B, problem.H)), dtype=call.kind)
+
+
+def _run_forward(call: Call, out: Results, tape: Tensor) -> None:
+    backend: Any = backends.choose()
+    flat = None
+    if tape.numel():
+        flat = tape.numpy().reshape(-1)
+        flat[-1] = backends.NAMES.index(backend.__name__.rpartition(".")[2])
+        if backend.tape_elements(call.problem) >= flat.size:
+            raise RuntimeError(f"fusedrnn: {backend.__name__}'s tape is longer than How.tape_length says")
+        flat = flat[:-1]
+    backend.forward(call.problem, call.p, out, flat)
+
+
+def forward(how: How, lengths: Any, reset: Any, p: Tensors) -> tuple[Tensor, ...]:
+    """The results and the tape (empty unless how.tape)."""
+    call = Call(how, p, (), (), lengths, reset)
+    tensors, out = call.new_results()
+    tape = _new_tape(call)
+    _run_forward(call, out, tape)
+    return (*call.stored(tensors), tape)
+
+
+def backward(how: How, lengths: Any, reset: Any, p: Tensors, tape: Tensor | None, g: Tensors) -> tuple[Tensor, ...]:
+    """The wanted gradients. Without a tape that fits, forward runs again."""
+    call = Call(how, p, g, how.result_axes, lengths, reset)
+    tensors, out = call.new_arguments(p)
+    if tape is None or tape.shape[0] != call.E or not tape.numel():
+        call.how = how._replace(tape=True)
+        tape = _new_tape(call)
+        call.how = how
+        _run_forward(call, Results(), tape)
+    flat = tape.numpy().reshape(-1)
+    backend: Any = backends.load(backends.NAMES[int(flat[-1])])
+    backend.backward(call.problem, call.p, flat[:-1], call.given(g), out)
+    return call.stored(tensors)
+
+
+def jvp(how: How, lengths: Any, reset: Any, p: Tensors, v: Tensors) -> tuple[Tensor, ...]:
+    """Tangents of the results along v."""
+    call = Call(how, p, v, how.argument_axes, lengths, reset)
+    tensors, out = call.new_results()
+    backend: Any = backends.choose()
+    backend.jvp(call.problem, call.p, call.arguments(v), out)
+    return call.stored(tensors)
+
+
+def hvp(how: How, lengths: Any, reset: Any, p: Tensors, v: Tensors, g: Tensors, t: Tensors) -> tuple[Tensor, ...]:
+    """Tangents of the wanted gradients, along v of p and t of g."""
+    axes = (*how.argument_axes, *how.result_axes, *how.result_axes)
+    call = Call(how, p, (*v, *g, *t), axes, lengths, reset)
+    tensors, out = call.new_arguments(p)
+    backend: Any = backends.choose()
+    backend.hvp(call.problem, call.p, call.arguments(v), call.given(g), call.given(t), out)
+    return call.stored(tensors)

@@ -1,0 +1,296 @@
+# SPDX-License-Identifier: Apache-2.0
+"""torch.nn's recurrent modules on the fused kernels: the same constructors, parameters, outputs and errors.
+
+What the kernels do not cover (another device, proj_size, arguments that are wrong) goes through torch.nn's own code;
+fusedrnn.torch.route() tells. They are no subclasses of nn.RNN, nn.LSTM and nn.GRU, because torch.compile refuses those.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from . import functional, operators
+from .how import How
+
+_CELLS = {"LSTM": "lstm", "GRU": "gru", "RNN_TANH": "rnn_tanh", "RNN_RELU": "rnn_relu"}
+
+
+class _Layer(nn.RNNBase):
+    """What RNN, LSTM and GRU share.
+
+    Attributes that torch.nn does not have, to be set when wanted: recompute (keep half the tape or less, for a slower
+    backward), reset_to ("zero" or "initial": what a reset goes back to), clip_cell (LSTM: limits |c| after every step)
+    and clip_grad (limits |dh|, |dc| at every step of backward), both None = off.
+    """
+
+    _torch: Any
+    recompute: bool = False
+    reset_to: str = "zero"
+    clip_cell: float | None = None
+    clip_grad: float | None = None
+
+    def _settings(self, recompute: bool | None, cells: bool) -> How:
+        return How(
+            _CELLS[self.mode],
+            self.num_layers,
+            2 if self.bidirectional else 1,
+            self.bias,
+            False,
+            self.reset_to == "initial",
+            self.recompute if recompute is None else recompute,
+            self.clip_cell or 0.0,
+            self.clip_grad or 0.0,
+            cells=cells,
+        )
+
+    def forward(  # type: ignore[override]
+        self,
+        input: Any,
+        hx: Any = None,
+        *,
+        lengths: Any = None,
+        reset: Any = None,
+        return_cells: bool = False,
+        recompute: bool | None = None,
+    ) -> Any:
+        """As torch.nn's, and: lengths (B,) of rows, in any order, 0 allowed; reset (T,B) or as input lies: True where a
+        row begins a new sequence; return_cells: also the state of every layer and step (L,T,B,D*H); recompute: for this
+        call."""
+        if isinstance(input, PackedSequence):
+            return self._packed(input, hx, lengths, reset, return_cells, recompute)
+        states = hx if self.mode == "LSTM" and isinstance(hx, tuple | list) else (hx,)
+        weights = [getattr(self, name) for name in self._flat_weights_names]
+        more = not (lengths is None and reset is None) or return_cells
+        why = self._why_not(input, states, weights)
+        if why and not (more and why.startswith("no kernels for")):
+            if more:
+                raise ValueError(
+                    f"{type(self).__name__}: lengths, reset and return_cells need the fused kernels, which cannot run: {why}"
+                )
+            return self._fall_back(why, input, hx)
+        h0, c0 = (*states, None, None)[:2]
+        settings = self._settings(recompute, return_cells)
+        dropout = self.dropout if self.training else 0.0
+        name = type(self).__name__
+        return functional.batched(name, settings, input, h0, c0, weights, self.batch_first, lengths, reset, dropout)
+
+    def _why_not(self, input: Tensor, states: Any, weights: list[Tensor]) -> str:
+        """Why torch.nn's own code must run; "" if the kernels can. Wrong arguments too: torch.nn words the errors."""
+        if self.proj_size:
+            return "proj_size"
+        if input.dim() not in (2, 3) or input.shape[-1] != self.input_size:
+            return "input's shape"
+        if 0 in input.shape:
+            return "an empty input"
+        S = self.num_layers * (2 if self.bidirectional else 1)
+        expected: tuple[int, ...] = (S, self.hidden_size)
+        if input.dim() == 3:
+            expected = (S, input.shape[0 if self.batch_first else 1], self.hidden_size)
+        if states[0] is not None or len(states) != 1:
+            if len(states) != (2 if self.mode == "LSTM" else 1):
+                return "hx's type"
+            for state in states:
+                if not isinstance(state, Tensor) or state.shape != expected:
+                    return "hx's shape"
+        for weight, shape in zip(
+            weights, functional.weight_shapes(self._settings(None, False), self.input_size, self.hidden_size), strict=True
+        ):
+            if weight.shape != shape:
+                return "a weight's shape"
+        given = [input, *(state for state in states if state is not None), *weights]
+        if input.dtype != weights[0].dtype and not torch.is_autocast_enabled(input.device.type):
+            return "input's dtype"
+        return functional.why_not(functional.autocast(given))
+
+    def _fall_back(self, why: str, input: Any, hx: Any) -> Any:
+        functional.set_route(f"torch.nn: {why}")
+        return self._torch.forward(self, input, hx)
+
+    def _packed(
+        self, input: PackedSequence, hx: Any, lengths: Any, reset: Any, return_cells: bool, recompute: bool | None
+    ) -> Any:
+        if lengths is not None or reset is not None or return_cells:
+            raise ValueError(
+                f"{type(self).__name__}: lengths, reset and return_cells were given with a PackedSequence; expected a "
+                "padded tensor with them. Use torch.nn.utils.rnn.pad_packed_sequence, which gives both."
+            )
+        data, sizes, order, back = input
+        weights = [getattr(self, name) for name in self._flat_weights_names]
+        if self.proj_size or functional.why_not(functional.autocast([data, *weights])):
+            return self._fall_back("proj_size" if self.proj_size else "device or dtype", input, hx)
+        states: tuple[Any, ...] = (None, None)
+        if hx is not None:
+            hx = self.permute_hidden(hx, order)
+            self.check_forward_args(data, hx, sizes)
+            states = hx if self.mode == "LSTM" else (hx,)
+        else:
+            self.check_input(data, sizes)
+        x, rows = torch._VF._pad_packed_sequence(data, sizes, False, 0.0, len(sizes))  # type: ignore[attr-defined]
+        h0, c0 = (*states, None)[:2]
+        dropout = self.dropout if self.training else 0.0
+        y, *final = functional.run(self._settings(recompute, False), x, h0, c0, weights, rows, None, dropout)
+        packed = torch._VF._pack_padded_sequence(y, rows, False)[0]  # type: ignore[attr-defined]
+        state = self.permute_hidden(tuple(final) if self.mode == "LSTM" else final[0], back)  # type: ignore[arg-type]
+        return PackedSequence(packed, sizes, order, back), state
+
+    def flatten_parameters(self) -> None:
+        """Nothing: weights are read where they lie (on a GPU torch.nn's own code still finds them in one piece)."""
+        if self._flat_weights and isinstance(self._flat_weights[0], Tensor) and self._flat_weights[0].is_cuda:
+            super().flatten_parameters()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._prepare()
+
+    def _prepare(self) -> None:
+        settings = self._settings(None, False)
+        operators.make_operators(settings.states, settings.weights)
+        one = settings._replace(layers=1)
+        operators.make_operators(one.states, one.weights)
+
+
+class RNN(_Layer):
+    """torch.nn.RNN on the fused kernels; see its documentation, and `_Layer` for what is new.
+
+    >>> y, h = fusedrnn.torch.RNN(3, 4, nonlinearity="relu")(torch.ones(5, 2, 3), lengths=[5, 2])
+    >>> y.shape, h.shape
+    (torch.Size([5, 2, 4]), torch.Size([1, 2, 4]))
+    """
+
+    _torch = nn.RNN
+    nonlinearity: str
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        _no_projection(kwargs)
+        if len(args) > 3:
+            self.nonlinearity = args[3]
+            args = args[:3] + args[4:]
+        else:
+            self.nonlinearity = kwargs.pop("nonlinearity", "tanh")
+        if self.nonlinearity not in ("tanh", "relu"):
+            raise ValueError(f"Unknown nonlinearity '{self.nonlinearity}'. Select from 'tanh' or 'relu'.")
+        super().__init__(f"RNN_{self.nonlinearity.upper()}", *args, **kwargs)
+        self._prepare()
+
+
+class LSTM(_Layer):
+    """torch.nn.LSTM on the fused kernels; see its documentation, and `_Layer` for what is new.
+
+    >>> layer = fusedrnn.torch.LSTM(3, 4, batch_first=True)
+    >>> y, (h, c), cells = layer(torch.ones(2, 5, 3), return_cells=True)
+    >>> y.shape, cells.shape
+    (torch.Size([2, 5, 4]), torch.Size([1, 2, 5, 4]))
+    """
+
+    _torch = nn.LSTM
+    get_expected_cell_size = nn.LSTM.get_expected_cell_size
+    check_forward_args = nn.LSTM.check_forward_args
+    permute_hidden = nn.LSTM.permute_hidden
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__("LSTM", *args, **kwargs)
+        self._prepare()
+
+
+class GRU(_Layer):
+    """torch.nn.GRU on the fused kernels; see its documentation, and `_Layer` for what is new.
+
+    >>> layer = fusedrnn.torch.GRU(3, 4)
+    >>> y, h = layer(torch.ones(5, 2, 3), reset=torch.zeros(5, 2, dtype=torch.bool))
+    >>> y.shape, h.shape
+    (torch.Size([5, 2, 4]), torch.Size([1, 2, 4]))
+    """
+
+    _torch = nn.GRU
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        _no_projection(kwargs)
+        super().__init__("GRU", *args, **kwargs)
+        self._prepare()
+
+
+def _no_projection(options: dict[str, Any]) -> None:
+    if "proj_size" in options:
+        raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+
+
+def _step(module: Any, cell: str, input: Any, hx: Any) -> Any:
+    """One step of a cell module; None where torch.nn's own code must run."""
+    states = hx if cell == "lstm" and isinstance(hx, tuple | list) else (hx,)
+    weights = [module.weight_ih, module.weight_hh]
+    H = module.hidden_size
+    gates = {"lstm": 4, "gru": 3}.get(cell, 1) * H
+    if module.bias_ih is not None:
+        weights += [module.bias_ih, module.bias_hh]
+    if input.dim() not in (1, 2) or input.shape[-1] != module.input_size or 0 in input.shape:
+        return _refuse("input's shape")
+    single = input.dim() == 1
+    expected = (H,) if single else (input.shape[0], H)
+    if hx is not None:
+        if len(states) != (2 if cell == "lstm" else 1):
+            return _refuse("hx's type")
+        if any(not isinstance(state, Tensor) or state.shape != expected for state in states):
+            return _refuse("hx's shape")
+    if [w.shape for w in weights] != [(gates, module.input_size), (gates, H), (gates,), (gates,)][: len(weights)]:
+        return _refuse("a weight's shape")
+    given = [input, *(state for state in states if state is not None), *weights]
+    if input.dtype != weights[0].dtype and not torch.is_autocast_enabled(input.device.type):
+        return _refuse("input's dtype")
+    if why := functional.why_not(functional.autocast(given)):
+        return _refuse(why)
+    settings = How(cell, bias=len(weights) == 4)
+    at: Any = (None, None) if single else (None,)
+    h0, c0 = (*(None if state is None else state[at] for state in states), None)[:2]
+    _, *final = functional.run(settings, input[at], h0, c0, weights, None, None, 0.0)
+    place: Any = (0, 0) if single else 0
+    return tuple(state[place] for state in final) if cell == "lstm" else final[0][place]
+
+
+def _refuse(why: str) -> None:
+    functional.set_route(f"torch.nn: {why}")
+
+
+class RNNCell(nn.RNNCell):
+    """torch.nn.RNNCell on the fused kernels.
+
+    >>> fusedrnn.torch.RNNCell(3, 4)(torch.ones(2, 3)).shape
+    torch.Size([2, 4])
+    """
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        """As torch.nn's."""
+        if self.nonlinearity not in ("tanh", "relu"):
+            return super().forward(input, hx)
+        out = _step(self, f"rnn_{self.nonlinearity}", input, hx)
+        return super().forward(input, hx) if out is None else out
+
+
+class LSTMCell(nn.LSTMCell):
+    """torch.nn.LSTMCell on the fused kernels.
+
+    >>> h, c = fusedrnn.torch.LSTMCell(3, 4)(torch.ones(2, 3))
+    >>> h.shape, c.shape
+    (torch.Size([2, 4]), torch.Size([2, 4]))
+    """
+
+    def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """As torch.nn's."""
+        out = _step(self, "lstm", input, hx)
+        return super().forward(input, hx) if out is None else out
+
+
+class GRUCell(nn.GRUCell):
+    """torch.nn.GRUCell on the fused kernels.
+
+    >>> fusedrnn.torch.GRUCell(3, 4)(torch.ones(2, 3)).shape
+    torch.Size([2, 4])
+    """
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        """As torch.nn's."""
+        out = _step(self, "gru", input, hx)
+        return super().forward(input, hx) if out is None else out

@@ -1,0 +1,492 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Four operators, closed under differentiation, as torch wants them.
+
+| operator | gives | reverse rule | forward rule |
+|---|---|---|---|
+| forward(p) | results, tape | backward | jvp |
+| backward(p, tape, g) | gradients of p | hvp for p, jvp for g | hvp |
+| jvp(p, v) | tangents of the results | hvp for p, backward for v | composite |
+| hvp(p, v, g, t) | tangents of the gradients | composite | composite |
+
+(hvp serves backward's reverse rule too, because a Hessian is symmetric.) Each exists twice: as an operator of
+torch.library, for compile and export, with an Autograd kernel of its own, and as an autograd.Function around it, for
+everything eager. Both have the same rules, below. What must not change, because torch then gives wrong numbers in
+silence: a Function calls the operator and not the kernel (linearize); each jvp rule is one apply or one torch.func call
+(jvp of jvp); schemas are flat (is_grads_batched); no register_autograd (jvp and jacfwd inside compile).
+
+vmap is one call too: the new axis goes into E, outermost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C import _after_autograd_keyset, _AutoDispatchBelowAutograd  # type: ignore[attr-defined]
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd.forward_ad import _set_fwd_grad_enabled
+
+from . import composite, how, kernels
+from .how import How
+
+Tensors = tuple[Tensor | None, ...]
+
+_library = torch.library.Library("fusedrnn", "DEF")
+_NAMES = ("forward", "backward", "jvp", "hvp")
+
+
+# What an operator's arguments are: (how, lengths, reset, *tensors); tensors in groups.
+
+
+def _groups(name: str, states: int, weights: int) -> tuple[int, ...]:
+    """How many tensors of each kind: p, then the tape or v, then g and t (which always have a place for cells)."""
+    p, g = 1 + states + weights, 2 + states
+    return {"forward": (p,), "backward": (p, 1, g), "jvp": (p, p), "hvp": (p, p, g, g)}[name]
+
+
+def _cut(tensors: Sequence[Any], groups: Sequence[int]) -> list[tuple[Any, ...]]:
+    parts, begin = [], 0
+    for size in groups:
+        parts.append(tuple(tensors[begin : begin + size]))
+        begin += size
+    return parts
+
+
+def _parts(name: str, settings: How, tensors: Sequence[Any]) -> list[tuple[Any, ...]]:
+    """The groups; cotangents without the place for cells where there are none."""
+    parts = _cut(tensors, _groups(name, settings.states, settings.weights))
+    if not settings.cells:
+        for n, group in enumerate(parts):
+            if name == "backward" and n == 2 or n > 1:
+                parts[n] = group[:-1]
+    return parts
+
+
+def _padded(settings: How, g: Sequence[Any]) -> tuple[Any, ...]:
+    return tuple(g) if settings.cells else (*g, None)
+
+
+def _run(name: str, settings: How, lengths: Any, reset: Any, tensors: Sequence[Any]) -> tuple[Tensor, ...]:
+    """The kernel."""
+    parts = _parts(name, settings, tensors)
+    if name == "backward":
+        p, (tape,), g = parts
+        return kernels.backward(settings, lengths, reset, p, tape, g)
+    function: Callable[..., tuple[Tensor, ...]] = getattr(kernels, name)
+    return function(settings, lengths, reset, *parts)
+
+
+# Rules.
+
+
+def _reduced(tensor: Any, like: Any, axis: int) -> Any:
+    """A gradient over all weight sets as the gradient of an argument that they share."""
+    if tensor is None or like is None or tensor.shape[axis] == like.shape[axis]:
+        return tensor
+    return tensor.sum(axis, keepdim=True)
+
+
+def _placed(settings: How, wanted: str, values: Sequence[Any]) -> tuple[Any, ...]:
+    """Wanted gradients, at their places among all p."""
+    each = iter(values)
+    return tuple(next(each) if digit == "1" else None for digit in wanted)
+
+
+def _digits(needs: Sequence[bool]) -> str:
+    return "".join("1" if need else "0" for need in needs)
+
+
+def _once(settings: How) -> None:
+    if settings.clip_grad:
+        raise RuntimeError(
+            "fusedrnn: clip_grad is set, and a clipped gradient has no second derivative in reverse mode. "
+            "Use clip_grad=None where gradients of gradients are needed."
+        )
+
+
+def _reverse(
+    apply: Callable[..., Any], name: str, settings: How, lengths: Any, reset: Any, saved: Tensors, needs: Any, u: Tensors
+) -> tuple[Any, ...]:
+    """Gradients of an operator's tensors from those of what it returns; `needs` says which."""
+    if all(gradient is None for gradient in u):
+        return (None,) * len(needs)
+    if name == "forward":
+        p, tape = saved[:-1], saved[-1]
+        want = _digits(needs)
+        g = u[: settings.results]
+        if all(gradient is None for gradient in g):
+            return (None,) * len(needs)
+        down = settings._replace(want=want)
+        return _placed(settings, want, apply("backward", down, lengths, reset, *p, tape, *_padded(settings, g)))
+    parts = _parts(name, settings, saved)
+    cut = _cut(needs, _groups(name, settings.states, settings.weights))
+    if name == "backward":
+        _once(settings)
+        p, _, g = parts
+        along = _placed(settings, settings.want, u)
+        dp: tuple[Any, ...] = (None,) * len(p)
+        dg: tuple[Any, ...] = (None,) * len(cut[2])
+        none = (None,) * len(cut[2])
+        if any(cut[0]):
+            want = _digits(cut[0])
+            down = settings._replace(want=want, each=False)
+            dp = _placed(
+                settings, want, apply("hvp", down, lengths, reset, *p, *along, *_padded(settings, g), *none)
+            )
+        if any(cut[2]):
+            down = settings._replace(want="", each=False)
+            dg = apply("jvp", down, lengths, reset, *p, *along)
+            dg = tuple(_reduced(*item) for item in zip(dg, g, settings.result_axes, strict=True))
+            dg = tuple(d if need else None for d, need in zip(_padded(settings, dg), cut[2], strict=True))
+        return (*dp, None, *dg)
+    if name == "jvp":
+        p, v = parts
+        dp = dv = (None,) * len(p)
+        none = (None,) * (2 + settings.states)
+        u = _padded(settings, u)
+        if any(cut[0]):
+            want = _digits(cut[0])
+            down = settings._replace(want=want, each=False)
+            dp = _placed(settings, want, apply("hvp", down, lengths, reset, *p, *v, *u, *none))
+        if any(cut[1]):
+            want = _digits(cut[1])
+            down = settings._replace(want=want, each=True)
+            dv = _placed(settings, want, apply("backward", down, lengths, reset, *p, None, *u))
+            dv = tuple(_reduced(*item) for item in zip(dv, v, settings.argument_axes, strict=True))
+        return (*dp, *dv)
+    # hvp: by the composite, whose own derivatives torch knows
+    wanted = [n for n, need in enumerate(needs) if need]
+
+    def function(*given: Tensor) -> tuple[Tensor, ...]:
+        tensors = list(saved)
+        for n, tensor in zip(wanted, given, strict=True):
+            tensors[n] = tensor
+        return composite.hvp(settings, lengths, reset, *_parts("hvp", settings, tensors))
+
+    outputs, pull = torch.func.vjp(function, *(saved[n] for n in wanted))
+    cotangents = tuple(torch.zeros_like(o) if c is None else c for o, c in zip(outputs, u, strict=True))
+    gradients = dict(zip(wanted, pull(cotangents), strict=True))
+    return tuple(gradients.get(n) for n in range(len(needs)))
+
+
+def _forwards(
+    apply: Callable[..., Any], name: str, settings: How, lengths: Any, reset: Any, saved: Tensors, tangents: Tensors
+) -> tuple[Any, ...]:
+    """Tangents of what an operator returns from those of its tensors."""
+    if name == "forward":
+        down = settings._replace(tape=False)
+        return (*apply("jvp", down, lengths, reset, *saved[:-1], *tangents), None)
+    if name == "backward":
+        p, _, g = _parts(name, settings, saved)
+        v, _, t = _parts(name, settings, tangents)
+        result: tuple[Any, ...] = apply(
+            "hvp", settings, lengths, reset, *p, *v, *_padded(settings, g), *_padded(settings, t)
+        )
+        return result
+    function = composite.jvp if name == "jvp" else composite.hvp
+    moving = [n for n, tangent in enumerate(tangents) if tangent is not None]
+
+    def along(*given: Tensor) -> tuple[Tensor, ...]:
+        tensors = list(saved)
+        for n, tensor in zip(moving, given, strict=True):
+            tensors[n] = tensor
+        return function(settings, lengths, reset, *_parts(name, settings, tensors))
+
+    primals = tuple(saved[n] for n in moving)
+    result = torch.func.jvp(along, primals, tuple(tangents[n] for n in moving))[1]
+    return result
+
+
+def _axes(name: str, settings: How) -> tuple[int, ...]:
+    """Where E is, for each of an operator's tensors."""
+    p = settings.argument_axes
+    g = (1,) * (1 + settings.states) + (2,)
+    return {"forward": p, "backward": (*p, 0, *g), "jvp": (*p, *p), "hvp": (*p, *p, *g, *g)}[name]
+
+
+def _fold(tensor: Any, dim: int | None, axis: int, N: Any, E: Any) -> Any:
+    """A tensor with a vmapped axis (or none) as one of N*E weight sets; a shared one stays shared."""
+    if tensor is None or (dim is None and tensor.shape[axis] == 1):
+        return tensor
+    if dim is None:
+        tensor = tensor.unsqueeze(axis)
+        shape = list(tensor.shape)
+        shape[axis] = N
+        tensor = tensor.expand(shape)
+    else:
+        tensor = tensor.movedim(dim, axis)
+    return kernels.spread(tensor, axis + 1, E).flatten(axis, axis + 1)
+
+
+def _batched(
+    apply: Callable[..., Any], name: str, N: Any, dims: Sequence[Any], settings: How, lengths: Any, reset: Any, tensors: Any
+) -> tuple[Any, Any]:
+    """vmap's rule; `dims` are those of lengths, reset and the tensors."""
+    axes = (0, 1, *_axes(name, settings))
+    everything = (lengths, reset, *tensors)
+    E = 1
+    for tensor, dim, axis in zip(everything, dims, axes, strict=True):
+        if tensor is not None:
+            at = axis if dim is None or dim > axis else axis + 1
+            if tensor.shape[at] != 1:
+                E = tensor.shape[at]
+                break
+    folded = [_fold(*item, N, E) for item in zip(everything, dims, axes, strict=True)]
+    down = settings
+    if name == "backward":
+        place = 2 + settings.arguments
+        tape = folded[place]
+        if dims[place] is None or tape is None or tape.shape[0] != N * E:
+            folded[place] = None  # made outside of this vmap, so of another shape: forward runs again
+    if name in ("backward", "hvp"):
+        down = settings._replace(each=True)
+    outputs = apply(name, down, *folded)
+    if name in ("backward", "hvp"):
+        p, p_dims = tensors[: settings.arguments], dims[2 : 2 + settings.arguments]
+        kept = [n for n, digit in enumerate(settings.want) if digit == "1"]
+        out_axes = [settings.argument_axes[n] for n in kept]
+    else:
+        out_axes = [*settings.result_axes, *([0] if name == "forward" else [])]
+    results = []
+    for n, (output, axis) in enumerate(zip(outputs, out_axes, strict=True)):
+        if output is None:
+            results.append(None)
+            continue
+        output = output.unflatten(axis, (N, output.shape[axis] // N))
+        if name in ("backward", "hvp") and not settings.each and E != 1:
+            like, dim = p[kept[n]], p_dims[kept[n]]
+            if like.shape[axis if dim is None or dim > axis else axis + 1] == 1:
+                output = output.sum(axis + 1, keepdim=True)
+        results.append(output)
+    return tuple(results), tuple(out_axes)
+
+
+# Eager: Functions.
+
+
+def _make_function(name: str) -> Any:
+    def forward(text: str, lengths: Any, reset: Any, *tensors: Any) -> tuple[Any, ...]:
+        settings = how.read(text)
+        with _AutoDispatchBelowAutograd():
+            return _call_operator(name, settings, lengths, reset, *tensors)
+
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        text, lengths, reset, *tensors = inputs
+        ctx.text = text
+        ctx.set_materialize_grads(False)
+        if name == "forward":
+            tensors.append(output[-1])
+            ctx.mark_non_differentiable(output[-1])
+        ctx.save_for_backward(lengths, reset, *tensors)
+        ctx.save_for_forward(lengths, reset, *tensors)
+
+    def backward(ctx: Any, *u: Any) -> tuple[Any, ...]:
+        lengths, reset, *saved = ctx.saved_tensors
+        needs = ctx.needs_input_grad[3:]
+        gradients = _reverse(_apply_function, name, how.read(ctx.text), lengths, reset, tuple(saved), needs, u)
+        return (None, None, None, *gradients)
+
+    def jvp(ctx: Any, _: Any, __: Any, ___: Any, *tangents: Any) -> tuple[Any, ...]:
+        lengths, reset, *saved = ctx.saved_tensors
+        return _forwards(_apply_function, name, how.read(ctx.text), lengths, reset, tuple(saved), tangents)
+
+    def vmap(info: Any, in_dims: Any, text: str, lengths: Any, reset: Any, *tensors: Any) -> tuple[Any, Any]:
+        return _batched(
+            _apply_function, name, info.batch_size, in_dims[1:], how.read(text), lengths, reset, tensors
+        )
+
+    functions = (forward, setup_context, backward, jvp, vmap)
+    members = {function.__name__: staticmethod(function) for function in functions}
+    return type(f"FusedRNN{name.capitalize()}", (torch.autograd.Function,), members)
+
+
+_FUNCTIONS = {name: _make_function(name) for name in _NAMES}
+
+
+def _apply_function(name: str, settings: How, lengths: Any, reset: Any, *tensors: Any) -> tuple[Any, ...]:
+    outputs: tuple[Any, ...] = _FUNCTIONS[name].apply(settings.text(), lengths, reset, *tensors)
+    return outputs
+
+
+# Compile and export: operators.
+
+
+_OPERATORS: dict[tuple[str, int, int], Any] = {}
+
+
+def make_operators(states: int, weights: int) -> None:
+    """Make the four operators for this many tensors, if they are not there: never while torch.compile looks on."""
+    if ("hvp", states, weights) not in _OPERATORS:
+        for name in _NAMES:
+            _OPERATORS[name, states, weights] = _make_operator(name, states, weights)
+
+
+def _make_operator(name: str, states: int, weights: int) -> Any:
+    full = f"{name}_{states}_{weights}"
+    optional = iter(range(10000))
+    groups = _groups(name, states, weights)
+    arguments = []
+    for n, size in enumerate(groups):
+        for m in range(size):
+            needed = n == 0 and (m == 0 or m > states)
+            arguments.append(f"Tensor{'' if needed else '?'} a{next(optional)}")
+    if name in ("forward", "jvp"):
+        returns = 2 + states + (name == "forward")
+    else:
+        returns = groups[0]
+    schema = f"{full}({', '.join(arguments)}, Tensor? lengths, Tensor? reset, str how)"
+    _library.define(f"{schema} -> ({', '.join(['Tensor'] * returns)})")
+    overload = getattr(torch.ops.fusedrnn, full).default
+
+    def unpack(arguments: Sequence[Any]) -> tuple[How, Any, Any, tuple[Any, ...]]:
+        *tensors, lengths, reset, text = arguments
+        return how.read(text), lengths, reset, tuple(tensors)
+
+    def whole(settings: How, outputs: Sequence[Any], like: Tensor) -> tuple[Tensor, ...]:
+        """All that the schema promises: empty tensors for what is not there."""
+        if name in ("backward", "hvp"):
+            outputs = _placed(settings, settings.want, outputs)
+        elif not settings.cells:
+            outputs = (*outputs[: 1 + states], None, *outputs[1 + states :])
+        return tuple(like.new_empty(0) if output is None else output for output in outputs)
+
+    def kernel(*arguments: Any) -> tuple[Tensor, ...]:
+        settings, lengths, reset, tensors = unpack(arguments)
+        return whole(settings, _run(name, settings, lengths, reset, tensors), tensors[0])
+
+    def fake(*arguments: Any) -> tuple[Tensor, ...]:
+        settings, lengths, reset, tensors = unpack(arguments)
+        return whole(settings, _fake(name, settings, lengths, reset, tensors), tensors[0])
+
+    class Single(torch.autograd.Function):
+        """What torch's code generator would write for an operator: one level of derivatives."""
+
+        @staticmethod
+        def forward(ctx: Any, keyset: Any, *arguments: Any) -> tuple[Tensor, ...]:
+            settings, lengths, reset, tensors = unpack(arguments)
+            # this class turns derivatives off; levels below this one still want them
+            with torch.enable_grad(), _set_fwd_grad_enabled(True), _AutoDispatchBelowAutograd():
+                outputs: tuple[Tensor, ...] = overload.redispatch(keyset & _after_autograd_keyset, *arguments)
+            ctx.settings = settings
+            ctx.set_materialize_grads(False)
+            unused = list(_absent(name, settings, outputs))
+            if name == "forward":
+                tensors = (*tensors, outputs[-1])
+                unused.append(outputs[-1])
+            ctx.mark_non_differentiable(*unused)
+            ctx.save_for_backward(lengths, reset, *tensors)
+            ctx.save_for_forward(lengths, reset, *tensors)
+            return outputs
+
+        @staticmethod
+        def backward(ctx: Any, *u: Any) -> tuple[Any, ...]:
+            lengths, reset, *saved = ctx.saved_tensors
+            needs = ctx.needs_input_grad[1:-3]
+            u = _present(name, ctx.settings, u)
+            gradients = _reverse(_call_operator, name, ctx.settings, lengths, reset, tuple(saved), needs, u)
+            return (None, *gradients, None, None, None)
+
+        @staticmethod
+        def jvp(ctx: Any, _: Any, *tangents: Any) -> tuple[Any, ...]:
+            lengths, reset, *saved = ctx.saved_tensors
+            outputs = _forwards(_call_operator, name, ctx.settings, lengths, reset, tuple(saved), tangents[:-3])
+            if name in ("backward", "hvp"):
+                return _placed(ctx.settings, ctx.settings.want, outputs)
+            return tuple(outputs) if ctx.settings.cells else (*outputs[: 1 + states], None, *outputs[1 + states :])
+
+    def autograd(keyset: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        if _differentiated(arguments):
+            with enable_single_level_autograd_function():
+                outputs: tuple[Tensor, ...] = Single.apply(keyset, *arguments)
+            return outputs
+        with _AutoDispatchBelowAutograd():
+            outputs = overload.redispatch(keyset & _after_autograd_keyset, *arguments)
+        return outputs
+
+    def vmap(info: Any, in_dims: Any, *arguments: Any) -> tuple[Any, Any]:
+        settings, lengths, reset, tensors = unpack(arguments)
+        *dims, lengths_dim, reset_dim, _ = in_dims
+        order = (lengths_dim, reset_dim, *dims)
+        outputs, axes = _batched(_call_operator, name, info.batch_size, order, settings, lengths, reset, tensors)
+        if name in ("backward", "hvp"):
+            axes = _placed(settings, settings.want, axes)
+        elif not settings.cells:
+            axes = (*axes[: 1 + states], None, *axes[1 + states :])
+        return whole(settings, outputs, tensors[0]), axes
+
+    _library.impl(full, kernel, "CPU")
+    torch.library.register_fake(f"fusedrnn::{full}", fake, lib=_library)
+    _library.impl(full, autograd, "Autograd", with_keyset=True)
+    torch.library.register_vmap(f"fusedrnn::{full}", vmap, lib=_library)
+    return overload
+
+
+def _absent(name: str, settings: How, outputs: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The empty tensors among what an operator returned."""
+    if name in ("backward", "hvp"):
+        return [output for output, digit in zip(outputs, settings.want, strict=True) if digit == "0"]
+    return [] if settings.cells else [outputs[1 + settings.states]]
+
+
+def _present(name: str, settings: How, outputs: Sequence[Any]) -> tuple[Any, ...]:
+    """The others."""
+    if name in ("backward", "hvp"):
+        return tuple(output for output, digit in zip(outputs, settings.want, strict=True) if digit == "1")
+    if settings.cells:
+        return tuple(outputs)
+    return (*outputs[: 1 + settings.states], *outputs[2 + settings.states :])
+
+
+def _call_operator(name: str, settings: How, lengths: Any, reset: Any, *tensors: Any) -> tuple[Any, ...]:
+    op = _OPERATORS[name, settings.states, settings.weights]
+    return _present(name, settings, op(*tensors, lengths, reset, settings.text()))
+
+
+def _differentiated(arguments: Sequence[Any]) -> bool:
+    if torch._C._is_grad_enabled() and torch._C._any_requires_grad(*arguments):
+        return True
+    return torch._C._is_fwd_grad_enabled()  # whether there are tangents costs more to ask than to assume
+
+
+def _fake(name: str, settings: How, lengths: Any, reset: Any, tensors: Sequence[Any]) -> tuple[Tensor, ...]:
+    """What `_run` returns, by shape."""
+    axes = list(zip((lengths, reset, *tensors), (0, 1, *_axes(name, settings)), strict=True))
+    if name == "backward":
+        del axes[2 + settings.arguments]  # the tape may be of another shape
+    E = kernels.extent(*zip(*axes, strict=True))
+    p = tensors[: settings.arguments]
+    x, R = p[0], p[settings.states + 2]
+    T, _, B, I = x.shape  # noqa: E741
+    sizes = kernels.Sizes(T, E, B, I, R.shape[-1])
+    if name in ("forward", "jvp"):
+        outputs = [x.new_empty(shape) for shape in kernels.result_shapes(settings, sizes)]
+        if name == "forward":
+            length = settings.tape_length(T, B, sizes.H)
+            outputs.append(x.new_empty((E, length), dtype=kernels.computing(x.dtype)))
+        return tuple(outputs)
+    outputs = []
+    for digit, tensor, axis, shape in zip(
+        settings.want, p, settings.argument_axes, kernels.argument_shapes(settings, sizes), strict=True
+    ):
+        if digit == "1":
+            shared = not settings.each and tensor.shape[axis] == 1
+            outputs.append(x.new_empty((*shape[:axis], 1, *shape[axis + 1 :]) if shared else shape))
+    return tuple(outputs)
+
+
+def call(settings: How, lengths: Any, reset: Any, p: Sequence[Any]) -> tuple[Any, ...]:
+    """The results, without the tape, by the road that fits: the operator while torch.compile or export looks on."""
+    if torch.compiler.is_compiling():
+        op = _OPERATORS["forward", settings.states, settings.weights]
+        outputs = _present("forward", settings, op(*p, lengths, reset, settings.text()))
+    else:
+        outputs = _apply_function("forward", settings, lengths, reset, *p)
+    return outputs[:-1]
+
+
+# Those of usual sizes at once, so that an exported program can be loaded before any module is made.
+for _states in (1, 2):
+    for _weights in (2, 4, 6, 8, 12, 16):
+        make_operators(_states, _weights)
