@@ -513,7 +513,7 @@ class _Walk:
 
     def chunks(self) -> list[range]:
         """The steps in walking order, cut into pieces of about _CHUNK rows."""
-        n = max(1, _CHUNK // max(1, self.N))
+        n = max(1, _CHUNK // self.N)
         T = self.problem.T
         pieces = [range(t, min(T, t + n)) for t in range(0, T, n)]
         return [piece[::-1] for piece in pieces[::-1]] if self.backwards else pieces
@@ -584,7 +584,7 @@ class _Walk:
 
     def step(self, ax: Any, h: Any, c: Any, t: int, kept: Any, h_new: Any, c_new: Any) -> None:
         cell, H = self.cell, self.problem.H
-        rows = max(1, self.problem.B)
+        rows = self.problem.B
         if cell.two_products:
             rh = np.empty_like(h_new)
             _STEPS["gate"](rows, ax, self.multiply(h, self.RT[:, :, : 2 * H]), self.bias, h, kept, rh)
@@ -740,6 +740,8 @@ def _input(problem: Problem, p: Arguments, kept: list[Any], masks: Any, layer: i
 
 def forward(problem: Problem, p: Arguments, out: Results, tape: Any) -> None:
     """Fill out's arrays, and the tape."""
+    if problem.B == 0:
+        return reference.forward(problem, p, out, tape)
     cell, dtype = CELLS[problem.cell], p.x.dtype
     shape = (problem.T, problem.E * problem.B, problem.H)
     kept: list[Any] = [] if tape is None else _cut(problem, tape)
@@ -770,6 +772,8 @@ def forward(problem: Problem, p: Arguments, out: Results, tape: Any) -> None:
 
 def backward(problem: Problem, p: Arguments, tape: Any, g: Results, dp: Arguments) -> None:
     """Fill dp's arrays with the gradients."""
+    if problem.B == 0:
+        return reference.backward(problem, p, tape, g, dp)
     cell, dtype = CELLS[problem.cell], p.x.dtype
     kept = _cut(problem, tape)
     E, B, H, D = problem.E, problem.B, problem.H, problem.D

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The routes under test: every backend, and the native one once per instruction set that this machine has.
+
+All backends must be there; set FUSEDRNN_BACKEND to test one only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+
+import fusedrnn
+from fusedrnn import backends, config
+
+
+@dataclass(frozen=True)
+class Route:
+    """A backend and, for the native one, an instruction set."""
+
+    backend: str
+    isa: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.backend}-{self.isa}" if self.isa else self.backend
+
+
+NAMES = [config.backend] if config.backend else list(backends.NAMES)
+
+
+def _routes() -> list[Route]:
+    native = backends.load("native") if "native" in NAMES else None
+    routes = []
+    for name in NAMES:
+        if name == "native" and native:
+            routes += [Route(name, isa) for isa in native.isas_found]
+        else:
+            routes.append(Route(name))
+    return routes
+
+
+@pytest.fixture(params=_routes(), ids=str)
+def route(request: Any) -> Iterator[Any]:
+    """The module of a backend; the native one on one instruction set."""
+    found = backends.choose(request.param.backend)  # fails where it is missing, and says why
+    if not request.param.isa:
+        yield found
+        return
+    before = found.isa()
+    found.set_isa(request.param.isa)
+    yield found
+    found.set_isa(before)
+
+
+@pytest.fixture(params=NAMES)
+def backend(request: Any) -> Iterator[str]:
+    """The name of a backend, which all calls run on meanwhile."""
+    before = config.backend
+    fusedrnn.set_backend(request.param)
+    yield request.param
+    config.backend = before
+
+
+@pytest.fixture(autouse=True)
+def _doctest_names(doctest_namespace: dict[str, Any]) -> None:
+    doctest_namespace["fusedrnn"] = fusedrnn
+    doctest_namespace["np"] = np
