@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Hardware ceilings that decide how fast a recurrent kernel can be on one Hopper GPU, printed as JSON.
 //
 //   nvcc -O3 -std=c++20 -gencode=arch=compute_90a,code=sm_90a -o gpu_ceilings gpu_ceilings.cu

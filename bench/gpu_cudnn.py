@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What torch.nn.LSTM, GRU and RNN (that is, cuDNN) cost per time step on this GPU.
 
     python bench/gpu_cudnn.py --out bench/results/MACHINE/cudnn.json --budget-seconds 300

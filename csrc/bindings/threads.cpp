@@ -1,7 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
 // Threads and instruction sets: which are there, which are used.
-#include <omp.h>
-#include <pthread.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -35,10 +33,6 @@ void set_isa(const std::string& name) {
   throw py::value_error("set_isa: name is '" + name + "'; expected one of " + found);
 }
 
-// libgomp's pool does not survive fork: the child would wait for threads that it does not have. So the forking thread
-// gives its pool back first; parent and child each start a new one at their next call.
-void before_fork() { omp_pause_resource_all(omp_pause_soft); }
-
 }  // namespace
 
 int threads_now() {
@@ -57,7 +51,6 @@ void register_threads(py::module_& module) {
   module.def("set_isa", &set_isa, py::arg("name"));
   module.def("get_num_threads", &threads_now);
   module.def("set_num_threads", &set_num_threads, py::arg("n"));
-  pthread_atfork(&before_fork, nullptr, nullptr);
 }
 
 }  // namespace fusedrnn::bindings

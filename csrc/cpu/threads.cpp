@@ -12,12 +12,11 @@
 namespace fusedrnn::cpu {
 namespace {
 
-bool started = false;  // this process has run a region of more than one thread
-bool forked = false;   // ... and then this child was made: its OpenMP threads do not exist
+// OpenMP's threads do not survive fork: a child would wait for them for ever. So the forking thread gives its own back
+// first; parent and child each start new ones at their next call.
+void before_fork() { omp_pause_resource_all(omp_pause_soft); }
 
-void note_fork() { forked = __atomic_load_n(&started, __ATOMIC_RELAXED); }
-
-[[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, note_fork);
+[[maybe_unused]] const int registered = pthread_atfork(before_fork, nullptr, nullptr);
 
 constexpr size_t kKept = size_t{512} << 20;  // a thread keeps at most so much between calls
 
@@ -38,11 +37,10 @@ void* allocate(size_t bytes) {
 }  // namespace
 
 void parallel(int threads, void (*body)(void* argument, const Team& team), void* argument) {
-  if (threads <= 1 || forked || omp_in_parallel()) {
+  if (threads <= 1 || omp_in_parallel()) {
     body(argument, Team{0, 1, nullptr});
     return;
   }
-  __atomic_store_n(&started, true, __ATOMIC_RELAXED);
   Barrier barrier;
 #pragma omp parallel num_threads(threads)
   body(argument, Team{omp_get_thread_num(), omp_get_num_threads(), &barrier});

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Threads and workspace. One OpenMP region a call; inside it the engine's own barrier, because a recurrence meets at one
-// every step and OpenMP's costs microseconds.
+// Threads and workspace. One OpenMP region a call; inside it the engine's own barrier, because a recurrence meets at
+// one every step and OpenMP's costs microseconds.
 #pragma once
 
 #include <sched.h>
@@ -55,8 +55,7 @@ struct Team {
   FUSEDRNN_FORCE int64_t end(int64_t n) const { return n * (rank + 1) / size; }
 };
 
-// Runs body(argument, team member) on up to `threads` threads; on one in a forked child whose parent had started threads
-// (OpenMP would wait for them for ever) and inside another parallel region.
+// Runs body(argument, team member) on up to `threads` threads; on one inside another parallel region.
 void parallel(int threads, void (*body)(void* argument, const Team& team), void* argument);
 
 // Memory for one call, taken from what the calling thread kept from earlier ones; all is taken before work starts.

@@ -1,0 +1,364 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Threads: how many, several callers at once, the GIL, fork, a busy machine. Results have the same bits throughout."""
+
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+
+import fusedrnn
+
+core = pytest.importorskip("fusedrnn._core", exc_type=ImportError)
+
+SANITIZED = "libasan" in os.environ.get("LD_PRELOAD", "")
+LIMIT = 240 if SANITIZED else 60  # seconds after which something hangs
+
+
+@pytest.fixture(autouse=True)
+def restore_threads():
+    before = fusedrnn.get_num_threads()
+    yield
+    fusedrnn.set_num_threads(before)
+
+
+def lstm(T: int = 12, B: int = 8, H: int = 96, **options):
+    layer = fusedrnn.LSTM(H, H, num_layers=2, bidirectional=True, seed=1, backend="native", **options)
+    x = np.random.default_rng(0).standard_normal((T, B, H)).astype(layer.dtype)
+    return layer, x
+
+
+def everything(layer, x) -> list[np.ndarray]:
+    """Forward and backward in training mode, forward in eval mode: all arrays that come out."""
+    lengths = np.arange(x.shape[1]) % (x.shape[0] + 1)
+    y, (h, c) = layer.train()(x, lengths=lengths)
+    grads = layer.backward(np.cos(y), (h, c))
+    out = [y, h, c, grads.pop("x"), *grads.pop("state"), *grads.values()]
+    y, (h, c) = layer.eval()(x)
+    return [*out, y, h, c]
+
+
+def assert_same_bits(got, expected):
+    for a, b in zip(got, expected, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def python(code: str, **environment: str) -> dict:
+    """Runs code in a new interpreter; it prints one JSON object."""
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}, timeout=LIMIT
+    )
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)
+
+
+# ---- how many ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_any_number_of_threads_gives_the_same_bits(kind, dtype):
+    for options, shape in (
+        ({"num_layers": 2, "bidirectional": True}, (12, 8, 96)),
+        ({"dropout": 0.3, "num_layers": 2}, (9, 33, 65)),
+        ({}, (20, 1, 160)),
+        ({"recompute": True}, (40, 3, 70)),
+    ):
+        results = []
+        for threads in (1, 2, 3, 2, 7):
+            fusedrnn.set_num_threads(threads)
+            layer = getattr(fusedrnn, kind)(shape[-1], shape[-1], seed=1, dtype=dtype, backend="native", **options)
+            x = np.random.default_rng(0).standard_normal(shape).astype(dtype)
+            y, state = layer(x)
+            grads = layer.backward(np.cos(y), state)
+            dstate = grads.pop("state")
+            results.append([y, *np.atleast_1d(*grads.values()), *(dstate if kind == "LSTM" else [dstate])])
+        for other in results[1:]:
+            assert_same_bits(other, results[0])
+
+
+def test_set_num_threads():
+    fusedrnn.set_num_threads(3)
+    assert fusedrnn.get_num_threads() == 3
+    seen = []
+    thread = threading.Thread(target=lambda: seen.append(fusedrnn.get_num_threads()))
+    thread.start()
+    thread.join()
+    assert seen == [3]  # it speaks for all Python threads
+    with pytest.raises(ValueError, match="0"):
+        core.set_num_threads(0)
+    assert fusedrnn.get_num_threads() == 3
+
+
+def test_environment_sets_the_number():
+    code = "import json, fusedrnn._core as c; print(json.dumps(c.get_num_threads()))"
+    assert python(code, OMP_NUM_THREADS="5") == 5
+    assert python(code, OMP_NUM_THREADS="1") == 1
+
+
+def test_threadpoolctl_sets_the_number():
+    threadpoolctl = pytest.importorskip("threadpoolctl")
+    fusedrnn.set_num_threads(2)
+    layer, x = lstm()
+    expected = everything(layer, x)
+    with threadpoolctl.threadpool_limits(1):
+        assert fusedrnn.get_num_threads() == 1
+        assert_same_bits(everything(layer, x), expected)
+    assert fusedrnn.get_num_threads() == 2
+    assert any(pool["user_api"] == "openmp" for pool in threadpoolctl.threadpool_info())
+
+
+def test_the_number_is_kept():
+    """Nobody starts more threads than were asked for."""
+    code = """
+import json, os, numpy as np, fusedrnn
+layer = fusedrnn.LSTM(128, 128, backend="native")
+x = np.zeros((20, 32, 128), np.float32)
+before = len(os.listdir("/proc/self/task"))
+y, _ = layer(x)
+layer.backward(y)
+print(json.dumps(len(os.listdir("/proc/self/task")) - before))
+"""
+    if not os.path.isdir("/proc/self/task"):
+        pytest.skip("needs /proc")
+    for threads in (1, 2, 3):
+        assert python(code, OMP_NUM_THREADS=str(threads), OPENBLAS_NUM_THREADS="1") <= threads - 1
+
+
+# ---- several callers -----------------------------------------------------------------------------------------------
+
+
+def test_several_python_threads_at_once():
+    layers = [lstm(T=9 + k, B=4 + k, H=40 + 16 * k) for k in range(4)]
+    expected = [everything(layer, x) for layer, x in layers]
+    failures: list[str] = []
+    barrier = threading.Barrier(len(layers))
+
+    def run(k: int) -> None:
+        layer, x = layers[k]
+        barrier.wait()
+        try:
+            for _ in range(5):
+                assert_same_bits(everything(layer, x), expected[k])
+        except BaseException as error:
+            failures.append(repr(error))
+
+    threads = [threading.Thread(target=run, args=(k,), daemon=True) for k in range(len(layers))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(LIMIT)
+        assert not thread.is_alive(), "a call hangs"
+    assert not failures, failures
+
+
+def test_several_python_threads_share_a_lane():
+    layer, x = lstm(T=30, B=32)
+    layer.eval()
+    expected = layer(x)[0].copy()
+    single = fusedrnn.GRU(256, 256, seed=0, backend="native").eval()
+    row = np.random.default_rng(0).standard_normal((64, 256)).astype(np.float32)
+    expected_step = single.step(row)[0].copy()
+    failures: list[str] = []
+
+    def run() -> None:
+        try:
+            for _ in range(20):
+                np.testing.assert_array_equal(layer(x)[0], expected)
+                single.step(row)  # whoever comes second takes the long way
+        except BaseException as error:
+            failures.append(repr(error))
+
+    threads = [threading.Thread(target=run, daemon=True) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(LIMIT)
+        assert not thread.is_alive(), "a call hangs"
+    assert not failures, failures
+    np.testing.assert_allclose(single.step(row)[0], expected_step, atol=1e-6)
+
+
+def test_large_work_releases_the_gil():
+    """While one thread is inside a long call, another goes on."""
+    fusedrnn.set_num_threads(1)
+    layer = fusedrnn.LSTM(256, 256, num_layers=2, seed=0, backend="native")
+    x = np.zeros((200, 64, 256), np.float32)
+    layer(x[:2])
+    inside = threading.Event()
+    spans: list[float] = []
+
+    def run() -> None:
+        inside.set()
+        for call in (layer.train(), layer.eval()):
+            begin = time.perf_counter()
+            call(x)
+            spans.append(time.perf_counter() - begin)
+
+    thread = threading.Thread(target=run)
+    ticks = 0
+    interval = sys.getswitchinterval()
+    thread.start()
+    inside.wait(LIMIT)
+    while thread.is_alive():
+        time.sleep(0.001)
+        ticks += 1
+    # without the release there are at most a few switches around each call
+    assert sum(spans) > 0.05, "the work is too small for this test"
+    assert ticks > 10, (ticks, spans, interval)
+
+
+def test_arrays_stay_alive_without_the_gil():
+    """The weights leave the dict, and the caller's names end, while the kernels read them."""
+    layer = fusedrnn.LSTM(128, 128, seed=0, backend="native").eval()
+    x = np.random.default_rng(0).standard_normal((200, 32, 128)).astype(np.float32)
+    expected = layer(x)[0].copy()
+    originals = layer.state_dict()
+    for _ in range(5):
+        layer.parameters.update({name: array.copy() for name, array in originals.items()})
+        results: list[np.ndarray] = []
+        thread = threading.Thread(target=lambda out=results: out.append(layer(x)[0]))
+        thread.start()
+        time.sleep(0.002)
+        for name, array in originals.items():
+            layer.parameters[name] = array  # drops the last reference to the copies
+        _ = [np.full((512, 128), np.nan, np.float32) for _ in range(8)]  # would land in freed memory
+        thread.join(LIMIT)
+        np.testing.assert_array_equal(results[0], expected)
+
+
+# ---- fork ----------------------------------------------------------------------------------------------------------
+
+
+def in_child(queue, threads):
+    layer, x = lstm()
+    arrays = everything(layer, x)
+    queue.put((fusedrnn.get_num_threads(), arrays))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+@pytest.mark.parametrize("before", ["after a call", "before any call"])
+def test_a_forked_child_works(before):
+    fusedrnn.set_num_threads(2)
+    layer, x = lstm()
+    expected = everything(layer, x)
+    context = multiprocessing.get_context("fork")
+    if before == "before any call":  # from a thread that has no pool of its own
+        out: list = []
+        thread = threading.Thread(target=lambda: out.append(fork_once(context)))
+        thread.start()
+        thread.join(2 * LIMIT)
+        threads, arrays = out[0]
+    else:
+        threads, arrays = fork_once(context)
+    assert threads == 2
+    assert_same_bits(arrays, expected)
+    assert_same_bits(everything(layer, x), expected)  # the parent goes on
+
+
+def fork_once(context):
+    queue = context.Queue()
+    child = context.Process(target=in_child, args=(queue, 2), daemon=True)
+    child.start()
+    try:
+        result = queue.get(timeout=LIMIT)  # raises queue.Empty where the child hangs
+    finally:
+        child.join(5)
+        if child.is_alive():
+            child.kill()
+    assert child.exitcode == 0
+    return result
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_child_uses_its_threads():
+    code = """
+import json, os, numpy as np, fusedrnn
+fusedrnn.set_num_threads(2)
+layer = fusedrnn.LSTM(128, 128, backend="native")
+x = np.zeros((20, 32, 128), np.float32)
+layer(x)
+read, write = os.pipe()
+if os.fork() == 0:
+    layer(x)
+    os.write(write, str(len(os.listdir("/proc/self/task"))).encode())
+    os._exit(0)
+print(json.dumps(int(os.read(read, 10))))
+"""
+    if not os.path.isdir("/proc/self/task"):
+        pytest.skip("needs /proc")
+    assert python(code, OPENBLAS_NUM_THREADS="1") == 2
+
+
+# ---- a busy machine ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.timing
+def test_oversubscription_slows_gracefully():
+    """Four threads a core, or all cores taken by others: a spinning barrier would be a thousand times slower."""
+    layer, x = lstm(T=100, B=4, H=128)
+    layer.eval()
+
+    def best(repeats: int) -> float:
+        times = []
+        for _ in range(repeats):
+            begin = time.perf_counter()
+            layer(x)
+            times.append(time.perf_counter() - begin)
+        return min(times)
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    fusedrnn.set_num_threads(1)
+    alone = best(5)
+    fusedrnn.set_num_threads(4 * cores)
+    crowded = best(5)
+    assert crowded < 30 * alone + 0.05, (alone, crowded)
+
+    burn = "import time\nend = time.time() + 20\nwhile time.time() < end: pass"
+    others = [subprocess.Popen([sys.executable, "-c", burn]) for _ in range(cores)]
+    try:
+        fusedrnn.set_num_threads(cores)
+        time.sleep(0.3)
+        shared = best(10)
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
+    assert shared < 30 * alone + 0.05, (alone, shared)
+
+
+# ---- other users of OpenMP -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("first", ["torch", "fusedrnn"])
+def test_torch_beside_us(first):
+    """torch brings its own libgomp under the same name: whoever comes first provides it for both."""
+    pytest.importorskip("torch")
+    code = f"""
+import json, numpy as np
+import {first}
+import fusedrnn, torch
+from fusedrnn import _core
+torch.manual_seed(0)
+theirs = torch.nn.LSTM(64, 64, num_layers=2)
+ours = fusedrnn.LSTM(64, 64, num_layers=2, backend="native")
+ours.load_state_dict({{name: p.detach().numpy() for name, p in theirs.named_parameters()}})
+x = np.random.default_rng(0).standard_normal((50, 16, 64)).astype(np.float32)
+worst = 0.0
+for threads in (1, 2, 3):
+    torch.set_num_threads(threads)
+    fusedrnn.set_num_threads(threads)
+    for _ in range(3):
+        y, _ = ours(x)
+        expected, _ = theirs(torch.from_numpy(x))
+        worst = max(worst, float(abs(y - expected.detach().numpy()).max()))
+    assert torch.get_num_threads() == threads == fusedrnn.get_num_threads()
+print(json.dumps(worst))
+"""
+    assert python(code) < 1e-5
