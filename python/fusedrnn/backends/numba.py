@@ -70,7 +70,7 @@ def _functions(kind: Any, whole: Any, mantissa: int, low: float, exp_fit: list[f
     one, two, near_zero = kind(1), kind(2), kind(0.625)
     least, most = kind(low), kind(-low)
     log2_e = kind(1 / math.log(2))
-    ln2_high, ln2_low = kind(355 / 512), kind(math.log(2) - 355 / 512)  # n * ln2_high is exact
+    ln2_high, ln2_low = kind(355 / 512), kind(-0.00021219444005469058277)  # n * ln2_high is exact
     magic = kind(1.5 * 2.0**mantissa)  # adding it leaves the nearest integer in the lowest bits
     exponent, shift = whole(np.array(1, kind).view(whole)), whole(mantissa)
     exp_tail, tanh_tail = _polynomial(exp_fit, kind), _polynomial(tanh_fit, kind)
