@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is installed, what it needs from the machine, and what the build's options do."""
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import fusedrnn
+
+core = pytest.importorskip("fusedrnn._core", exc_type=ImportError)
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+CMAKE = (ROOT / "CMakeLists.txt").read_text()
+SANITIZED = "libasan" in os.environ.get("LD_PRELOAD", "")
+
+linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads ELF files")
+
+
+def run(*command: str, **options) -> subprocess.CompletedProcess:
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
+
+
+def test_one_version_everywhere():
+    version = PROJECT["project"]["version"]
+    assert version == core.version == fusedrnn.__version__ == importlib.metadata.version("fusedrnn")
+
+
+def test_what_is_installed():
+    files = {str(path) for path in importlib.metadata.files("fusedrnn")}
+    for name in ("fusedrnn/py.typed", "fusedrnn/_core.pyi", "fusedrnn/__main__.py", "fusedrnn/backends/native.py"):
+        assert name in files or (ROOT / "python" / name).samefile(sys.modules["fusedrnn"].__path__[0] + name[8:]), name
+    assert any(name.endswith("licenses/LICENSE") for name in files)
+    metadata = importlib.metadata.metadata("fusedrnn")
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert metadata["Requires-Python"] == ">=3.11"
+    needed = [line for line in importlib.metadata.requires("fusedrnn") if "extra ==" not in line]
+    assert [re.split(r"[^a-z]", line)[0] for line in needed] == ["numpy"]
+    assert set(metadata.get_all("Provides-Extra")) == {"numba", "cuda", "torch", "demo", "test", "bench"}
+
+
+def test_licence():
+    text = (ROOT / "LICENSE").read_text()
+    assert text.split()[:3] == ["Apache", "License", "Version"] and "END OF TERMS AND CONDITIONS" in text
+
+
+def test_the_readme_says_what_ci_runs():
+    readme, ci = (ROOT / "README.md").read_text(), (ROOT / ".ci" / "run").read_text()
+    assert 'pip install ".[demo]" && python -m fusedrnn demo' in readme
+    command = re.search(
+        r'^ *(pip install torch==\S+) && (pip install "\.\[test\]") && (python -m pytest)$', readme, re.M
+    )
+    assert command
+    for part in command.groups():
+        assert part.replace("pip install", "pip install -q") in ci, part
+
+
+def test_all_instruction_sets_are_in_one_build():
+    expected = {"x86_64": ["baseline", "avx2", "avx512"], "aarch64": ["baseline", "neon"]}
+    assert core.isas_built == expected.get(platform.machine(), ["baseline"])
+
+
+@linux
+@pytest.mark.skipif(not shutil.which("objdump"), reason="objdump is missing")
+def test_needs_nothing_unusual():
+    out = run("objdump", "-p", core.__file__, check=True).stdout
+    needed = {name.split(".so")[0] for name in re.findall(r"NEEDED +(\S+)", out)}
+    usual = {"libc", "libm", "libgcc_s", "libstdc++", "libgomp", "libpthread", "ld-linux-x86-64", "ld-linux-aarch64"}
+    assert needed - usual <= ({"libasan", "libubsan"} if SANITIZED else set())
+    assert "libgomp" in needed  # as a library of its own, so that threadpoolctl sees it
+    # torch's libgomp, under the same name, has nothing newer; whoever is imported first provides it for both
+    assert set(re.findall(r"\bG?OMP_[\d.]+", out)) <= {"GOMP_4.0", "GOMP_1.0", "OMP_1.0", "OMP_5.0"}
+    assert not re.search("RPATH|RUNPATH", out)
+
+
+@linux
+def test_size():
+    if not SANITIZED:
+        assert Path(core.__file__).stat().st_size < 20e6
+
+
+def test_stub_is_true(tmp_path):
+    if not importlib.util.find_spec("mypy") or SANITIZED:
+        pytest.skip("needs mypy, without sanitizers")
+    result = run(sys.executable, "-m", "mypy.stubtest", "fusedrnn._core", "--ignore-disjoint-bases", cwd=tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+# ---- CMake's options -----------------------------------------------------------------------------------------------
+
+needs_cmake = pytest.mark.skipif(not shutil.which("cmake") or SANITIZED, reason="needs cmake, without sanitizers")
+
+
+def configure(folder: Path, *options: str) -> subprocess.CompletedProcess:
+    generator = ["-G", "Ninja"] if shutil.which("ninja") else []
+    return run("cmake", *generator, "-S", str(ROOT), "-B", str(folder), "-DFUSEDRNN_PYTHON=OFF", *options)
+
+
+@needs_cmake
+def test_cuda_option(tmp_path):
+    bad = configure(tmp_path / "bad", "-DFUSEDRNN_CUDA=MAYBE")
+    assert bad.returncode != 0 and "expected AUTO, ON or OFF" in " ".join(bad.stderr.split())
+    off = configure(tmp_path / "off", "-DFUSEDRNN_CUDA=OFF")
+    assert off.returncode == 0, off.stderr
+    assert "fusedrnn: CUDA OFF" in off.stdout
+    if not Path("/dev/nvidiactl").exists():
+        auto = configure(tmp_path / "auto")
+        assert auto.returncode == 0, auto.stderr
+        assert "fusedrnn: CUDA OFF" in auto.stdout
+
+
+@needs_cmake
+def test_flags(tmp_path):
+    """Nothing global changes arithmetic, and each instruction set gets its own flags only."""
+    result = configure(tmp_path)
+    assert result.returncode == 0, result.stderr
+    commands = {}
+    for entry in __import__("json").loads((tmp_path / "compile_commands.json").read_text()):
+        flags = entry["command"].split()
+        isa = next((flag.split("=")[1] for flag in flags if flag.startswith("-DFUSEDRNN_ISA=")), "")
+        commands[Path(entry["file"]).name, isa] = flags
+    assert {isa for _, isa in commands} == {"", *core.isas_built}
+    for (name, isa), flags in commands.items():
+        assert "-O3" in flags and "-fvisibility=hidden" in flags and "-Werror" in flags, name
+        for fast in ("-ffast-math", "-Ofast", "-funsafe-math-optimizations", "-ffinite-math-only", "-march=native"):
+            assert fast not in flags, (name, fast)
+        if isa != "avx512":
+            assert not any(flag.startswith("-mavx512") for flag in flags), name
+        if isa in ("", "baseline"):
+            assert not any(flag.startswith(("-mavx", "-mfma", "-march")) for flag in flags), name
