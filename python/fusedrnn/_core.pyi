@@ -15,7 +15,6 @@ Threads. Large calls release the GIL; arrays are kept alive meanwhile. Any numbe
 from collections.abc import Sequence
 from typing import Any, final
 
-import numpy as np
 from numpy.typing import NDArray
 
 from fusedrnn.backends import Arguments, Problem, Results
@@ -38,8 +37,8 @@ def backward(problem: Problem, p: Arguments, tape: _Array, g: Results, dp: Argum
 def jvp(problem: Problem, p: Arguments, v: Arguments, tout: Results) -> None: ...
 def hvp(problem: Problem, p: Arguments, v: Arguments, g: Results, t: Results, tdp: Arguments) -> None: ...
 
-# Over all elements of all arrays (each its own dtype, any strides): (sum |a|^p)^(1/p) for p = 1, 2 or inf (largest |a|),
-# summed in float64 in one pass. NaN gives NaN.
+# Over all elements of all arrays (each its own dtype, any strides): (sum |a|^p)^(1/p), p = norm_type = 1, 2 or inf (the
+# largest |a|), summed in float64 in one pass. NaN gives NaN.
 def global_norm(arrays: Sequence[_Array], norm_type: float = 2.0) -> float: ...
 def scale_(arrays: Sequence[_Array], factor: float) -> None: ...  # factor is rounded to each array's dtype
 def clip_value_(arrays: Sequence[_Array], limit: float) -> None: ...  # clamp to [-limit, limit]; NaN stays NaN
@@ -83,7 +82,8 @@ class Lane:
     # x (T,B,I), (B,T,I) if batch_first, or (T,I); state None, h, or (h, c) for "lstm", shaped as torch.nn's.
     # Returns (y, h) or (y, (h, c)) in new arrays.
     def forward(self, x: object, state: object, params: object, /) -> tuple[_Array, Any] | None: ...
-    # x (B,I) or (I,); state None (zeros), h, or (h, c), each (L,B,H) or (L,H). Returns (y, h) or (y, (h, c)), y (B,H) or
-    # (H,), in arrays that belong to the Lane: the next call but one overwrites them. Pass the returned state to the next
-    # call. Nothing is allocated while batch size and dtype stay. One direction only. None while another thread is inside.
+    # x (B,I) or (I,); state None (zeros), h, or (h, c), each (L,B,H) or (L,H). Returns (y, h) or (y, (h, c)), with
+    # y (B,H) or (H,), in arrays that belong to the Lane: the next call but one overwrites them. Pass the returned state
+    # to the next call. Nothing is allocated while batch size and dtype stay. One direction only; None also while another
+    # thread is inside.
     def step(self, x: object, state: object, params: object, /) -> tuple[_Array, Any] | None: ...
