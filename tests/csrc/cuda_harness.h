@@ -3,20 +3,23 @@
 // is wrong with what they wrote. `run_forward<Shape>` gives an empty string when all is well.
 #pragma once
 
-#include "cuda/gates.h"
-#include "device_cpu.h"
-// Cells find sigmoid and tanh through gates.h.
 #include <cstdio>
-#include <map>
-#include <memory>
+#include <cstdlib>
+#include <cstring>
 #include <random>
 #include <string>
+#include <type_traits>
 
+// clang-format off: the device comes first, then what the cells call, then the cells, then the kernels
+#include "device_cpu.h"
+#include "cuda/gates.h"
 #include "cells/gru.h"
 #include "cells/lstm.h"
 #include "cells/rnn.h"
 #include "cuda/forward.h"
+#include "cuda/backward.h"
 #include "cuda/pack.h"
+// clang-format on
 #include "cuda_reference.h"
 #include "cuda_runs.h"
 
@@ -173,6 +176,13 @@ struct Arrays {
   Heap<uint8_t> reset{Tn * static_cast<size_t>(c.E) * B};
   int late = 0;
 
+  int64_t y_row() const { return static_cast<int64_t>(y_pitch); }
+  size_t y_at(int set, int t, int b) const {
+    return ((static_cast<size_t>(t) * static_cast<size_t>(c.E) + static_cast<size_t>(set / c.D)) * B +
+            static_cast<size_t>(b)) *
+               y_pitch +
+           static_cast<size_t>(set % c.D) * H;
+  }
   int grid() const { return static_cast<int>(sets) * row_tiles * peers; }
   int cluster() const { return S::kRoute == cuda::Route::cluster ? peers : 1; }
 };
@@ -194,11 +204,7 @@ void check_forward(const Case& c, Arrays<S>& m, const Ref& ref, const Data& d, C
         const size_t at = ref.step(set, t, b);
         for (int j = 0; j < c.H; ++j) {
           const auto ju = static_cast<size_t>(j);
-          const size_t y = ((static_cast<size_t>(t) * static_cast<size_t>(c.E) + static_cast<size_t>(set / c.D)) * m.B +
-                            static_cast<size_t>(b)) *
-                               m.y_pitch +
-                           static_cast<size_t>(set % c.D) * m.H + ju;
-          compare.value("y", set, t, b, j, load(m.y[y]), d.y[at * m.H + ju]);
+          compare.value("y", set, t, b, j, load(m.y[m.y_at(set, t, b) + ju]), d.y[at * m.H + ju]);
           if (!c.keep || t >= ref.length(set, b)) continue;
           compare.value("prev", set, t, b, j, load(m.prev[at * m.pitch + ju]), as_operand<T>(d.prev[at * m.H + ju]));
           if (Cell::cell_state)
@@ -231,8 +237,30 @@ void fill_arrays(const Case& c, Arrays<S>& m, const Data& d) {
   (void)c;
 }
 
+template <class S, class Args>
+void set_common(const Case& c, Arrays<S>& m, Args& a) {
+  a.Tn = c.T;
+  a.B = c.B;
+  a.H = c.H;
+  a.pitch = static_cast<int>(m.pitch);
+  a.sets = static_cast<int>(m.sets);
+  a.directions = c.D;
+  a.peers = m.peers;
+  a.row_tiles = m.row_tiles;
+  a.reverse = c.reverse;
+  a.reset_to_initial = c.reset_to_initial;
+  a.lengths = c.with_lengths ? m.lengths.get() : nullptr;
+  a.len_e = c.B;
+  a.len_b = 1;
+  a.reset = c.with_reset ? m.reset.get() : nullptr;
+  a.reset_t = static_cast<int64_t>(c.E) * c.B;
+  a.reset_e = c.B;
+  a.reset_b = 1;
+  a.late = &m.late;
+}
+
 template <class S>
-Outcome run_forward(const Case& c, const dev::sim::Options& options, uint64_t data_seed = 7) {
+Outcome run_forward(const Case& c, const dev::sim::Options& options, uint64_t data_seed) {
   using T = typename S::T;
   using Kernel = cuda::Forward<S>;
   Data d = make_data<T>(c, data_seed);
@@ -249,18 +277,9 @@ Outcome run_forward(const Case& c, const dev::sim::Options& options, uint64_t da
   Heap<dev::U4> hand_off(S::kRoute == cuda::Route::grid ? slots : 0);
 
   cuda::ForwardArgs<T> a{};
-  a.Tn = c.T;
-  a.B = c.B;
-  a.H = c.H;
-  a.pitch = static_cast<int>(m.pitch);
-  a.sets = static_cast<int>(m.sets);
-  a.directions = c.D;
-  a.peers = m.peers;
-  a.row_tiles = m.row_tiles;
-  a.reverse = c.reverse;
-  a.reset_to_initial = c.reset_to_initial;
+  set_common(c, m, a);
   a.keep = c.keep;
-  a.wide = c.H % 8 == 0;
+  a.wide = c.H % T::kPer == 0;
   a.clip_cell = static_cast<float>(c.clip_cell);
   a.weights = weights.get();
   a.bias = c.with_bias ? m.bias.get() : nullptr;
@@ -275,20 +294,11 @@ Outcome run_forward(const Case& c, const dev::sim::Options& options, uint64_t da
   a.y = m.y.get();
   a.hn = m.hn.get();
   a.cn = m.cn.get();
-  const auto Bl = static_cast<int64_t>(m.B), El = static_cast<int64_t>(c.E);
-  a.y_b = c.D * Hl;
-  a.y_e = Bl * a.y_b;
-  a.y_t = El * a.y_e;
+  a.y_b = m.y_row();
+  a.y_e = m.y_row() * c.B;
+  a.y_t = m.y_row() * c.B * c.E;
   a.y_d = Hl;
-  a.lengths = c.with_lengths ? m.lengths.get() : nullptr;
-  a.len_e = Bl;
-  a.len_b = 1;
-  a.reset = c.with_reset ? m.reset.get() : nullptr;
-  a.reset_t = El * Bl;
-  a.reset_e = Bl;
-  a.reset_b = 1;
   a.hand_off = hand_off.get();
-  a.late = &m.late;
   try {
     dev::sim::launch(2, 1, Pack::kThreads, 0, pack, {.seed = options.seed});
     dev::sim::launch(m.grid(), m.cluster(), Kernel::kThreads, Kernel::shared_bytes(), Kernel{a}, options);
@@ -298,6 +308,110 @@ Outcome run_forward(const Case& c, const dev::sim::Options& options, uint64_t da
   if (m.late) return {"a wait was given up", 0};
   Compare compare(TypeName<T>::budget);
   check_forward<S>(c, m, ref, d, compare);
+  return {compare.wrong(), compare.worst()};
+}
+
+// The tape is the reference's own, rounded; so a pass is judged without the other.
+template <class S>
+Outcome run_backward(const Case& c, const dev::sim::Options& options, uint64_t data_seed) {
+  using T = typename S::T;
+  using Storage = typename T::Storage;
+  using Cell = typename S::Cell;
+  using Kernel = cuda::Backward<S>;
+  Case sound = c;
+  sound.with_nan = false;
+  Data d = make_data<T>(sound, data_seed);
+  if (c.with_nan) d.dy[data_seed * 7 % d.dy.size()] = NAN;
+  Reference ref{c, d, as_operand<T>};
+  ref.forward();
+  for (std::vector<double>* v : {&d.kept, &d.cells, &d.prev, &d.cell_prev})
+    for (double& x : *v) x = rounded<T>(x);
+  ref.backward(rounded<T>);
+
+  Arrays<S> m{.c = c};
+  fill_arrays<S>(c, m, d);
+  const auto store = [](double v) { return T::store(static_cast<float>(v)); };
+  Heap<Storage> dy(m.y.size()), dcells(m.y.size()), dhn(m.hn.size()), dcn(m.cn.size()), dh0(m.hn.size()),
+      dc0(m.cn.size());
+  put<T>(dhn, d.dhn);
+  put<T>(dcn, d.dcn);
+  for (int set = 0; set < ref.sets(); ++set)
+    for (int b = 0; b < c.B; ++b)
+      for (int t = 0; t < c.T; ++t) {
+        const size_t at = ref.step(set, t, b);
+        for (size_t j = 0; j < m.H; ++j) {
+          dy[m.y_at(set, t, b) + j] = store(d.dy[at * m.H + j]);
+          dcells[m.y_at(set, t, b) + j] = store(d.dcells[at * m.H + j]);
+          if (t >= ref.length(set, b)) continue;  // there the tape is whatever was there before
+          for (size_t k = 0; k < m.G; ++k) m.gx[(at * m.G + k) * m.pitch + j] = store(d.kept[(at * 5 + k) * m.H + j]);
+          m.extra[at * m.pitch + j] = store(d.kept[(at * 5 + m.G) * m.H + j]);
+          m.cells[at * m.pitch + j] = store(d.cells[at * m.H + j]);
+          m.prev[at * m.pitch + j] = store(d.prev[at * m.H + j]);
+        }
+      }
+  const bool in_place = c.with_lengths;  // the gradients go where the gates were
+  Heap<Storage> da(in_place ? 0 : m.gx.size()), da_h(in_place ? 0 : m.extra.size());
+
+  using Pack = cuda::PackBackward<S>;
+  Heap<dev::U4> weights(static_cast<size_t>(Pack::pieces(m.peers)) * m.sets);
+  const auto Hl = static_cast<int64_t>(m.H);
+  const Pack pack{{m.R.get(), Hl * Hl * S::kGates, Hl, 1, weights.get(), c.H, m.peers, static_cast<int>(m.sets)}};
+  const size_t slots = m.sets * m.Tn * static_cast<size_t>(m.row_tiles) * (m.G * m.pitch / T::kPer) * S::kTiles * 8;
+  Heap<dev::U4> hand_off(S::kRoute == cuda::Route::grid ? slots : 0);
+
+  cuda::BackwardArgs<T> a{};
+  set_common(c, m, a);
+  a.wide = c.H % T::kPer == 0;
+  a.clip_cell = static_cast<float>(c.clip_cell);
+  a.clip_grad = static_cast<float>(c.clip_grad);
+  a.weights = weights.get();
+  a.gx = m.gx.get();
+  a.extra = m.extra.get();
+  a.cells = m.cells.get();
+  a.prev = m.prev.get();
+  a.da = in_place ? m.gx.get() : da.get();
+  a.da_h = in_place ? m.extra.get() : da_h.get();
+  a.c0 = c.with_state ? m.c0.get() : nullptr;
+  a.dy = dy.get();
+  a.dcells = dcells.get();
+  a.dhn = dhn.get();
+  a.dcn = dcn.get();
+  a.dh0 = dh0.get();
+  a.dc0 = dc0.get();
+  a.dy_b = a.dcells_b = m.y_row();
+  a.dy_e = a.dcells_e = m.y_row() * c.B;
+  a.dy_t = a.dcells_t = m.y_row() * c.B * c.E;
+  a.dy_d = a.dcells_d = Hl;
+  a.hand_off = hand_off.get();
+  try {
+    dev::sim::launch(2, 1, Pack::kThreads, 0, pack, {.seed = options.seed});
+    dev::sim::launch(m.grid(), m.cluster(), Kernel::kThreads, Kernel::shared_bytes(), Kernel{a}, options);
+  } catch (const dev::sim::Failure& failure) {
+    return {failure.what(), 0};
+  }
+  if (m.late) return {"a wait was given up", 0};
+  const auto load = [](Storage v) { return static_cast<double>(T::load(v)); };
+  Compare compare(TypeName<T>::budget);
+  constexpr size_t kSums = Cell::sums;
+  for (int set = 0; set < ref.sets(); ++set)
+    for (int b = 0; b < c.B; ++b) {
+      for (int t = 0; t < c.T; ++t) {
+        const size_t at = ref.step(set, t, b);
+        for (size_t j = 0; j < m.H; ++j) {
+          for (size_t k = 0; k < m.G; ++k)
+            compare.value("da", set, t, b, static_cast<int>(j), load(a.da[(at * m.G + k) * m.pitch + j]),
+                          d.da[(at * kSums + static_cast<size_t>(Cell::x_sum[k])) * m.H + j]);
+          if (Cell::kept > S::kGates)
+            compare.value("da_h", set, t, b, static_cast<int>(j), load(a.da_h[at * m.pitch + j]),
+                          d.da[(at * kSums + kSums - 1) * m.H + j]);
+        }
+      }
+      for (size_t j = 0; j < m.H; ++j) {
+        const size_t at = ref.state(set, b) + j;
+        compare.value("dh0", set, 0, b, static_cast<int>(j), load(dh0[at]), d.dh0[at], 2);
+        if (Cell::cell_state) compare.value("dc0", set, 0, b, static_cast<int>(j), load(dc0[at]), d.dc0[at], 2);
+      }
+    }
   return {compare.wrong(), compare.worst()};
 }
 

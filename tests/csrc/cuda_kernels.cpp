@@ -2,10 +2,15 @@
 // Runs the CUDA kernels on the CPU twin of the device and compares with float64.
 //   cuda_kernels [--only TEXT]... [--seeds N] [--first-seed N] [--case N] [--list] [--quiet]
 // Every case runs under all three scheduling policies with every seed. Exit status 1 if anything was wrong.
+//   cuda_kernels --break ...
+// The test of the test: every barrier, wait and the like that a kernel reaches is broken, one call at a time, for all
+// threads (see sim::Options::broken). Prints for every such call how many of the runs that reach it notice; exit status
+// 1 if a call is noticed by none.
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
+#include <map>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -44,7 +49,7 @@ struct Settings {
   std::vector<std::string> only;
   uint64_t seeds = 1, first_seed = 1;
   int only_case = -1;
-  bool list = false, quiet = false;
+  bool list = false, quiet = false, breaking = false;
 
   bool wants(const std::string& name) const {
     for (const std::string& text : only)
@@ -72,15 +77,61 @@ Settings parse(int count, char** words) {
       s.only_case = std::atoi(value());
     } else if (word == "--list") {
       s.list = true;
+    } else if (word == "--break") {
+      s.breaking = true;
     } else if (word == "--quiet") {
       s.quiet = true;
     } else {
-      std::fprintf(stderr, "%s: not an option; there are --only, --seeds, --first-seed, --case, --list, --quiet\n",
+      std::fprintf(stderr,
+                   "%s: not an option; there are --only, --seeds, --first-seed, --case, --list, --quiet, --break\n",
                    word.c_str());
       std::exit(2);
     }
   }
   return s;
+}
+
+// Does any case, policy or seed notice?
+bool notices(const Run& run, const Settings& settings, const std::string& site, std::string& how) {
+  for (uint64_t seed = settings.first_seed; seed < settings.first_seed + settings.seeds; ++seed)
+    for (const Policy policy : {Policy::skewed, Policy::random, Policy::round_robin})
+      for (size_t i = 0; i < run.cases.size(); ++i) {
+        const Outcome o = run.run(run.cases[i], {.seed = seed, .policy = policy, .broken = site}, seed + 100 * i);
+        if (o.wrong.empty()) continue;
+        how = o.wrong;
+        return true;
+      }
+  return false;
+}
+
+int break_all(const std::vector<Run>& runs, const Settings& settings) {
+  struct Count {
+    int reached = 0, noticed = 0;
+    std::string how, missed_by;
+  };
+  std::map<std::string, Count> counts;
+  for (const Run& run : runs) {
+    if (!settings.wants(run.name)) continue;
+    std::set<std::string> sites;
+    for (size_t i = 0; i < run.cases.size(); ++i)
+      run.run(run.cases[i], {.seed = 1, .policy = Policy::round_robin, .sites = &sites}, 100 * i);
+    for (const std::string& site : sites) {
+      Count& count = counts[site];
+      ++count.reached;
+      if (notices(run, settings, site, count.how))
+        ++count.noticed;
+      else
+        count.missed_by += " " + run.name;
+    }
+  }
+  int missed = 0;
+  for (const auto& [site, count] : counts) {
+    std::printf("%-8s %-44s %2d of %2d runs, e.g. %s\n", count.noticed ? "noticed" : "MISSED", site.c_str(),
+                count.noticed, count.reached, count.noticed ? count.how.c_str() : count.missed_by.c_str());
+    missed += count.noticed == 0;
+  }
+  std::printf("%zu calls broken, %d not noticed\n", counts.size(), missed);
+  return missed != 0 || counts.empty();
 }
 
 }  // namespace
@@ -91,6 +142,7 @@ int main(int count, char** words) {
   add_lstm(runs);
   add_gru(runs);
   add_rnn(runs);
+  if (settings.breaking) return break_all(runs, settings);
   int launches = 0, wrong = 0;
   for (const Run& run : runs) {
     if (!settings.wants(run.name)) continue;

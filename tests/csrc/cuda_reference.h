@@ -30,9 +30,9 @@ struct Data {
   std::vector<int64_t> lengths;  // (E,B), always filled
   std::vector<uint8_t> reset;    // (T,E,B), always filled
   // results
-  std::vector<double> y, hn, cn;          // y (S,T,B,H)
-  std::vector<double> kept, cells, prev;  // kept (S,T,B,5,H): what Cell::kept names; prev: h before the step
-  std::vector<double> cell_prev;          // c before the step
+  std::vector<double> y, hn, cn;            // y (S,T,B,H)
+  std::vector<double> kept, cells, prev;    // kept (S,T,B,5,H): what Cell::kept names; prev: h before the step
+  std::vector<double> cell_prev, cell_raw;  // c before the step; c before it was clipped
   // gradients, in: dy (S,T,B,H), dhn, dcn (S,B,H), dcells (S,T,B,H); out: da (S,T,B,sums,H), dh0, dc0
   std::vector<double> dy, dhn, dcn, dcells, da, dh0, dc0;
 };
@@ -63,7 +63,7 @@ struct Reference {
     const auto H = static_cast<size_t>(c.H);
     const size_t steps = static_cast<size_t>(sets() * c.T * c.B), states = static_cast<size_t>(sets() * c.B) * H;
     d.y.assign(steps * H, 0);
-    d.cells = d.prev = d.cell_prev = d.y;
+    d.cells = d.prev = d.cell_prev = d.cell_raw = d.y;
     d.kept.assign(steps * 5 * H, 0);
     d.hn.assign(states, 0);
     d.cn.assign(states, 0);
@@ -116,6 +116,7 @@ struct Reference {
             k[2 * H] = std::tanh(a(2));
             k[3 * H] = sigmoid(a(3));
             cc[j] = k[H] * cc[j] + k[0] * k[2 * H];
+            d.cell_raw[at * H + j] = cc[j];
             if (c.clip_cell > 0 && std::fabs(cc[j]) > c.clip_cell) cc[j] = std::copysign(c.clip_cell, cc[j]);
             h[j] = k[3 * H] * std::tanh(cc[j]);
             break;
@@ -136,6 +137,94 @@ struct Reference {
     for (size_t j = 0; j < H; ++j) {
       d.hn[state(set, b) + j] = h[j];
       d.cn[state(set, b) + j] = cc[j];
+    }
+  }
+
+  // From the tape in d (kept, cells, prev as stored), not from a forward pass of its own.
+  void backward(const std::function<double(double)>& stored) {
+    const auto H = static_cast<size_t>(c.H);
+    const size_t states = static_cast<size_t>(sets() * c.B) * H;
+    d.da.assign(static_cast<size_t>(sets() * c.T * c.B * sums_of(c.cell)) * H, 0);
+    d.dh0.assign(states, 0);
+    d.dc0.assign(states, 0);
+    for (int set = 0; set < sets(); ++set)
+      for (int b = 0; b < c.B; ++b) row_backward(set, b, stored);
+  }
+
+  // Did clipping hold c at its bound? On the very edge the stored value decides.
+  bool clipped(size_t i, const std::function<double(double)>& stored) const {
+    if (c.clip_cell <= 0) return false;
+    const double raw = std::fabs(d.cell_raw[i]);
+    if (std::fabs(raw - c.clip_cell) < c.clip_cell * 0x1p-7) return std::fabs(d.cells[i]) >= stored(c.clip_cell);
+    return raw > c.clip_cell;
+  }
+
+  void row_backward(int set, int b, const std::function<double(double)>& stored) {
+    const auto H = static_cast<size_t>(c.H);
+    const auto G = static_cast<size_t>(gates_of(c.cell)), N = static_cast<size_t>(sums_of(c.cell));
+    const auto clip = [&](double v) {
+      return c.clip_grad > 0 && std::fabs(v) > c.clip_grad ? std::copysign(c.clip_grad, v) : v;
+    };
+    const size_t row = state(set, b);
+    std::vector<double> dh(&d.dhn[row], &d.dhn[row] + H), dc(&d.dcn[row], &d.dcn[row] + H);
+    const int64_t len = length(set, b);
+    const auto restart = [&] {
+      for (size_t j = 0; j < H; ++j) {
+        if (c.reset_to_initial) {
+          d.dh0[row + j] += dh[j];
+          d.dc0[row + j] += dc[j];
+        }
+        dh[j] = dc[j] = 0;
+      }
+    };
+    for (int64_t s = len - 1; s >= 0; --s) {
+      const int64_t t = backwards(set) ? len - 1 - s : s;
+      const size_t at = step(set, t, b);
+      for (size_t j = 0; j < H; ++j) {
+        const size_t i = at * H + j;
+        (c.cell == Cell::lstm ? dc : dh)[j] += d.dcells[i];
+        const double g = clip(dh[j] + d.dy[i]), gc = clip(dc[j]);
+        const double* k = &d.kept[at * 5 * H + j];
+        double* da = &d.da[at * N * H + j];
+        dh[j] = 0;
+        switch (c.cell) {
+          case Cell::rnn_tanh:
+            da[0] = g * (1 - k[0] * k[0]);
+            break;
+          case Cell::rnn_relu:
+            da[0] = k[0] > 0 ? g : 0;
+            break;
+          case Cell::lstm: {
+            const double tc = std::tanh(d.cells[i]);
+            const double all = clipped(i, stored) ? 0 : gc + g * k[3 * H] * (1 - tc * tc);
+            da[0] = all * k[2 * H] * k[0] * (1 - k[0]);
+            da[H] = all * d.cell_prev[i] * k[H] * (1 - k[H]);
+            da[2 * H] = all * k[0] * (1 - k[2 * H] * k[2 * H]);
+            da[3 * H] = g * tc * k[3 * H] * (1 - k[3 * H]);
+            dc[j] = all * k[H];
+            break;
+          }
+          case Cell::gru:
+            da[2 * H] = g * (1 - k[H]) * (1 - k[2 * H] * k[2 * H]);
+            da[3 * H] = da[2 * H] * k[0];
+            da[0] = da[2 * H] * k[3 * H] * k[0] * (1 - k[0]);
+            da[H] = g * (d.prev[i] - k[2 * H]) * k[H] * (1 - k[H]);
+            dh[j] = g * k[H];
+            break;
+        }
+      }
+      for (size_t gate = 0; gate < G; ++gate)
+        for (size_t k = 0; k < H; ++k) {
+          const size_t sum = c.cell == Cell::gru && gate == 2 ? 3 : gate;
+          const double v = operand(d.da[(at * N + sum) * H + k]);
+          const double* R = &d.R[((static_cast<size_t>(set) * G + gate) * H + k) * H];
+          for (size_t j = 0; j < H; ++j) dh[j] += v * operand(R[j]);
+        }
+      if (restarts(set, b, t)) restart();
+    }
+    for (size_t j = 0; j < H; ++j) {
+      d.dh0[row + j] += dh[j];
+      d.dc0[row + j] += dc[j];
     }
   }
 };

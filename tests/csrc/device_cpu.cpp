@@ -344,9 +344,13 @@ void written(const u8* p) {
   for (Thread* t : waiting) wake(t);
 }
 
-void write_now(Thread* from, u8* to, const U4& value, int words) {
+// tag: what a reader that has waited for this write acquires.
+void write_now(Thread* from, u8* to, const U4& value, int words, u8* tag) {
   const size_t bytes = static_cast<size_t>(words) * 4;
-  from->fiber.in_the_name_of([&] { seen_write(to, bytes); });
+  from->fiber.in_the_name_of([&] {
+    seen_write(to, bytes);
+    order_release(tag);
+  });
   std::memcpy(to, &value, bytes);
 }
 
@@ -374,12 +378,11 @@ void deliver_one() {
     if (target.ended == l.block_threads)
       return fail("st_async in flight after block " + std::to_string(target.index) + " has ended: sent by " +
                   name(*d.from, "st_async", d.at));
-    write_now(d.from, d.to, d.value, d.words);
-    d.from->fiber.in_the_name_of([&] { order_release(&d.bar->tag[d.bar->phase]); });
+    write_now(d.from, d.to, d.value, d.words, &d.bar->tag[d.bar->phase]);
     d.bar->bytes -= 16;
     maybe_complete(*d.bar);
   } else {
-    write_now(d.from, d.to, d.value, d.words);
+    write_now(d.from, d.to, d.value, d.words, d.to);
     written(d.to);
   }
 }
@@ -389,7 +392,10 @@ void entry() {
   Thread& t = self();
   t.fiber.arrived();
   order_acquire(&now->start_tag);
-  ++t.home->begun;
+  {
+    Unseen unseen;
+    ++t.home->begun;
+  }
   now->call(now->kernel);
   Unseen unseen;
   order_release(&now->end_tag);
@@ -610,8 +616,10 @@ void launch(int grid, int cluster, int threads, int shared_bytes, void (*call)(c
   }
   l.alive = static_cast<int>(blocks * per_block);
   for (Warp& w : l.warps) w.priority = l.random.unit();
+  const int races = races_reported();
   run();
   order_acquire(&l.end_tag);
+  if (races_reported() > races) fail("data race, see the report of ThreadSanitizer");
   check_red_zones();
   now = nullptr;
   if (!l.failure.empty()) throw Failure(l.failure);
@@ -896,14 +904,13 @@ void publish16(void* global, const U4& v, Where at) {
   need(!block_of(global), "not to global memory", "publish16", at);
   Launch& l = *now;
   auto* to = static_cast<u8*>(global);
-  for (int word = 0; word < 4; ++word) order_release(to + 4 * word);
   // Sixteen bytes are not one write: the words become visible one by one, now or later.
   for (int word = 0; word < 4; ++word) {
     const Delivery d{&self(), to + 4 * word, U4{{v.w[word], 0, 0, 0}}, 1, nullptr, at};
     if (l.under_way.contains(d.to) || l.random.below(2)) {
       send_later(d);
     } else {
-      write_now(d.from, d.to, d.value, 1);
+      write_now(d.from, d.to, d.value, 1, d.to);
       written(d.to);
     }
   }

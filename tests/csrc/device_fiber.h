@@ -58,6 +58,7 @@ class Fiber {
   size_t size_ = 0;
   void* tsan_ = nullptr;
   bool owns_tsan_ = false;
+  bool begun_ = false;
 #if !defined(__x86_64__)
   ucontext_t context_;
 #endif
@@ -79,6 +80,10 @@ void seen_read(const void* p, size_t bytes);
 void seen_write(void* p, size_t bytes);
 void order_acquire(void* tag);
 void order_release(void* tag);
+int races_reported();  // by ThreadSanitizer, since the program began
+#if defined(__SANITIZE_THREAD__)
+void note_report();
+#endif
 
 template <class F>
 void Fiber::in_the_name_of(F&& access) {
