@@ -14,6 +14,8 @@
 //   both free of bank conflicts.
 #pragma once
 
+#include <type_traits>
+
 namespace fusedrnn::cuda {
 
 using dev::u16;
@@ -35,7 +37,11 @@ FUSEDRNN_DEVICE void each(const F& f) {
   }
 }
 
-enum class Route { single, cluster, grid };
+// What sums and states are kept in.
+template <class T>
+using MathOf = std::conditional_t<sizeof(typename T::Storage) == 8, double, float>;
+
+enum class Route { single, cluster, grid, stepwise };
 
 template <class Cell_, class T_, Route kRoute_, int kGroups_, int kSplit_, int kOctets_, int kChunks_, int kTiles_>
 struct Shape {

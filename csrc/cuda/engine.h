@@ -1,0 +1,715 @@
+// SPDX-License-Identifier: Apache-2.0
+// One call, from the caller's arrays to the caller's arrays: the host's side of forward and backward for the whole stack of layers and
+// directions. It launches kernels and products on a Queue and knows no CUDA: on a GPU the queue is a stream (dispatch.cu), in the
+// tests it runs the same kernels on the CPU, and with Counting it only counts the memory a call needs.
+//
+//   queue.run(kernel, blocks, cluster, cooperative)    queue.fill(pointer, byte, bytes)    queue.product<T, To>(Product)
+//
+// A *set* is one weight set in one direction: set = e * D + d. Everything between caller and kernels is contiguous: states (sets,B,H), what
+// runs over time (sets,T,B,..,pitch) with rows padded to `pitch`, a multiple of 8.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <initializer_list>
+#include <tuple>
+#include <vector>
+
+#include "../api.h"
+#include "arrange.h"
+#include "backward.h"
+#include "forward.h"
+#include "pack.h"
+#include "stepwise.h"
+
+namespace fusedrnn::cuda {
+
+// Row-major C (m,n) = A (m,k) B (k,n), or with `add` C += A B. ta: A is stored (k,m); tb: B is stored (n,k). Strides in elements.
+struct Product {
+  int64_t m, n, k;
+  const void* A;
+  int64_t lda, a_batch;
+  bool ta;
+  const void* B;
+  int64_t ldb, b_batch;
+  bool tb;
+  void* C;
+  int64_t ldc, c_batch;
+  int64_t batch;
+  bool add;
+};
+
+// What the routes are chosen by. clusters[n]: how many clusters of n blocks run at once; 0 = none.
+struct Device {
+  int multiprocessors = 132;
+  int compute = 90;
+  int shared_bytes = 227 * 1024;
+  int clusters[17] = {};
+  bool cooperative = true;
+};
+
+struct Options {
+  int route = -1;  // force this Route; -1 = the fastest by the cost model
+};
+
+// Memory from one piece; with a null base it only counts.
+class Arena {
+ public:
+  explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
+  template <class T>
+  T* take(int64_t n) {
+    char* p = base_ ? base_ + used_ : nullptr;
+    used_ += (static_cast<size_t>(n) * sizeof(T) + 255) / 256 * 256;
+    if (used_ > most_) most_ = used_;
+    return reinterpret_cast<T*>(p);
+  }
+  size_t mark() const { return used_; }
+  void release(size_t mark) { used_ = mark; }
+  size_t most() const { return most_; }
+
+ private:
+  char* base_;
+  size_t used_ = 0, most_ = 0;
+};
+
+struct Counting {
+  template <class K>
+  void run(const K&, int64_t, int = 0, bool = false) {}
+  void fill(void*, int, size_t) {}
+  template <class T, class To>
+  void product(const Product&) {}
+};
+
+template <class... S>
+struct List {};
+
+// ---- the cost model -------------------------------------------------------------------------------------------------
+// Microseconds a step, by the formulas of the design notes (predicted from published latencies, not measured here): the wait for h, the
+// matrix pipe (6.26 clocks a product and sub-partition), h on its way, the gates; times the number of waves.
+constexpr double kClock = 1.75e3;  // clocks a microsecond
+
+inline double product_time(int64_t products, int warps) { return static_cast<double>(products) * ((warps + 3) / 4) * 6.26 / kClock; }
+
+template <class S>
+double forward_cost(const Device& device, int64_t B, int64_t H, int64_t sets) {
+  const int64_t tiles = (B + S::kRows - 1) / S::kRows, teams = tiles * sets;
+  const int64_t peers = S::kRoute == Route::single ? 1 : (H + S::kUnits - 1) / S::kUnits;
+  const double bytes = static_cast<double>(S::kRows * H) * sizeof(typename S::T::Storage);
+  double waves = 1, step = 0.15 + product_time(S::kMma * 2 * S::kChunks * S::kTiles, S::kWarps) + 0.05 * S::kOwned;
+  if (Forward<S>::shared_bytes() > device.shared_bytes || device.compute < 80) return 0;
+  if constexpr (S::kRoute == Route::single) {
+    if (H > S::kUnits || H > S::kDepth) return 0;
+    waves = static_cast<double>((teams + device.multiprocessors - 1) / device.multiprocessors);
+    step += 0.05;
+  } else if constexpr (S::kRoute == Route::cluster) {
+    if (peers > 16 || H > S::kDepth || device.clusters[peers] == 0) return 0;
+    waves = static_cast<double>((teams + device.clusters[peers] - 1) / device.clusters[peers]);
+    step += 0.2 + bytes / 18 / kClock;
+  } else {
+    if (H > S::kDepth || !device.cooperative || peers * teams > device.multiprocessors) return 0;
+    step += 0.55 + bytes * S::kGroups / 38 / kClock;
+  }
+  return waves * step;
+}
+
+template <class S>
+double backward_cost(const Device& device, int64_t B, int64_t H, int64_t sets) {
+  const int64_t tiles = (B + S::kRows - 1) / S::kRows, teams = tiles * sets;
+  const int64_t peers = S::kRoute == Route::single ? 1 : (H + S::kUnits - 1) / S::kUnits;
+  double waves = 1, step = 0.2 + product_time(S::kMma * 2 * S::kChunks * S::kTiles, S::kWarps) + 0.05 * S::kOwned;
+  if (Backward<S>::shared_bytes() > device.shared_bytes || device.compute < 80 || H > S::kMaxH) return 0;
+  if constexpr (S::kRoute == Route::single) {
+    waves = static_cast<double>((teams + device.multiprocessors - 1) / device.multiprocessors);
+    step += 0.05;
+  } else if constexpr (S::kRoute == Route::cluster) {
+    if (peers > S::kMaxPeers || peers > 16 || device.clusters[peers] == 0) return 0;
+    waves = static_cast<double>((teams + device.clusters[peers] - 1) / device.clusters[peers]);
+    step += 0.25 + static_cast<double>(S::kRows * H) * 4 / 18 / kClock;
+  } else {
+    if (!device.cooperative || peers * teams > device.multiprocessors) return 0;
+    step += 0.6 + static_cast<double>(S::kRows * H * S::kGates) * sizeof(typename S::T::Storage) / 38 / kClock;
+  }
+  return waves * step;
+}
+
+// Two launches, and R out of the L2 or memory.
+inline double stepwise_cost(int64_t gates, int64_t B, int64_t H, int64_t sets, int64_t bytes) {
+  const double weights = static_cast<double>(gates * H * H * sets);
+  return 4.5 + weights * static_cast<double>(bytes) / 3e6 + 2 * weights * static_cast<double>(B) / 4e8;
+}
+
+// ---- one cell in one type -----------------------------------------------------------------------------------------
+// Forwards, Backwards: List of Shape and of BackwardShape; empty for what only goes step by step.
+template <class Cell, class T, class Forwards, class Backwards, class Queue>
+class Engine {
+ public:
+  using Storage = typename T::Storage;
+  using Math = MathOf<T>;
+  // Products of a type that kernels round by themselves see it as it is.
+  using Full = std::conditional_t<std::is_same_v<Math, double>, F64, F32>;
+
+  Engine(Queue& queue, const Device& device, const Options& options, const Problem& problem, int* late)
+      : queue_(queue), device_(device), options_(options), p_(problem), late_(late) {
+    const Sizes& z = p_.sizes;
+    T_ = z.T, E_ = z.E, B_ = z.B, I_ = z.I, H_ = z.H, L_ = z.L, D_ = z.D;
+    sets_ = E_ * D_;
+    pitch_ = up(H_);
+    wide_ = up(D_ * H_);
+  }
+
+  // keep: a backward will follow, so tape_memory is written.
+  void forward(const Arguments& p, const Results& out, void* tape_memory, bool keep, Arena& work) {
+    Arena tape_arena(tape_memory);
+    std::vector<Layer> tape = layers(keep ? tape_arena : work, keep || out.cells.data);
+    for (int64_t l = 0; l < L_; ++l) {
+      const size_t mark = work.mark();
+      Layer& layer = tape[static_cast<size_t>(l)];
+      const bool last = l == L_ - 1;
+      int64_t in = 0;
+      const Storage* x = input(p, layer, l, work, in);
+      for (int64_t d = 0; d < D_; ++d) {
+        const int64_t W_in = l == 0 ? I_ : D_ * H_;
+        const Storage* W = padded_weights(p.params[l * D_ + d].W, W_in, in, work);
+        queue_.template product<T, T>({T_ * B_, G * pitch_, in, x, in, T_ * B_ * in, false, W, in, G * pitch_ * in, true,
+                                       layer.gx + d * T_ * B_ * G * pitch_, G * pitch_, D_ * T_ * B_ * G * pitch_, E_, false});
+      }
+      Math* bias = biases(p, l, work);
+      const Storage* h0 = states(p.h0, l, work);
+      const Storage* c0 = Cell::cell_state ? states(p.c0, l, work) : nullptr;
+      Storage* hn = work.take<Storage>(sets_ * B_ * H_);
+      Storage* cn = work.take<Storage>(sets_ * B_ * H_);
+      // where y goes: to the caller if the kernels can write it there, else to the next layer's input or a copy
+      Storage* y = nullptr;
+      int64_t y_t = B_ * wide_, y_b = wide_, y_e = T_ * B_ * wide_, y_d = H_;
+      bool direct = false;
+      if (last) {
+        direct = out.y.data && out.y.stride[3] == 1;
+        if (direct) {
+          y = static_cast<Storage*>(out.y.data);
+          y_t = out.y.stride[0], y_e = out.y.stride[1], y_b = out.y.stride[2];
+        } else {
+          y = work.take<Storage>(E_ * y_e);
+        }
+      } else {
+        y = tape[static_cast<size_t>(l + 1)].input;
+        if (wide_ != D_ * H_) queue_.fill(y, 0, static_cast<size_t>(E_ * y_e) * sizeof(Storage));
+      }
+      if (keep && p_.lengths.data) queue_.fill(layer.prev, 0, static_cast<size_t>(sets_ * T_ * B_ * pitch_) * sizeof(Storage));
+      ForwardArgs<T> a = {};
+      a.Tn = static_cast<int>(T_), a.B = static_cast<int>(B_), a.H = static_cast<int>(H_), a.pitch = static_cast<int>(pitch_);
+      a.sets = static_cast<int>(sets_), a.directions = static_cast<int>(D_);
+      a.reverse = p_.reverse, a.reset_to_initial = p_.reset_to_initial, a.keep = keep || out.cells.data;
+      a.wide = aligned(y, {y_t, y_b, y_e, y_d});
+      a.clip_cell = static_cast<float>(p_.clip_cell);
+      a.gx = layer.gx, a.extra = layer.extra, a.cells = layer.cells, a.prev = layer.prev;
+      a.h0 = h0, a.c0 = c0, a.y = y, a.hn = hn, a.cn = cn;
+      a.y_t = y_t, a.y_b = y_b, a.y_e = y_e, a.y_d = y_d;
+      rows(a);
+      a.late = late_;
+      run_forward(a, bias, p, l, work);
+      give_states(out.hn, hn, l);
+      if constexpr (Cell::cell_state) give_states(out.cn, cn, l);
+      if (last && !direct && out.y.data)
+        give(Array<4>{y, {y_t, y_e, y_b, 1}}, out.y, D_ * H_, false);
+      if (out.cells.data) {
+        Array<4> to{static_cast<Storage*>(out.cells.data) + l * out.cells.stride[0],
+                    {out.cells.stride[1], out.cells.stride[2], out.cells.stride[3], out.cells.stride[4]}};
+        for (int64_t d = 0; d < D_; ++d) {
+          Array<4> part = to;
+          part.data = static_cast<Storage*>(to.data) + d * H_ * to.stride[3];
+          const Array<4> from =
+              Cell::cell_state ? Array<4>{layer.cells + d * T_ * B_ * pitch_, {B_ * pitch_, D_ * T_ * B_ * pitch_, pitch_, 1}}
+                               : Array<4>{y + d * y_d, {y_t, y_e, y_b, 1}};
+          give(from, part, H_, true);
+        }
+      }
+      if (!last && p_.dropout > 0) run_dropout(y, l);
+      work.release(mark);
+    }
+  }
+
+  void backward(const Arguments& p, const void* tape_memory, const Results& g, const Arguments& dp, Arena& work) {
+    Arena tape_arena(const_cast<void*>(tape_memory));
+    std::vector<Layer> tape = layers(tape_arena, true);
+    // the gradient of what layer l gives to the next: (E,T,B,wide)
+    Storage* dy_next = L_ > 1 ? work.take<Storage>(E_ * T_ * B_ * wide_) : nullptr;
+    for (int64_t l = L_ - 1; l >= 0; --l) {
+      const size_t mark = work.mark();
+      const Layer& layer = tape[static_cast<size_t>(l)];
+      BackwardArgs<T> a = {};
+      Strided dy;
+      if (l == L_ - 1) {
+        if (g.y.data) dy = gradient(g.y, work);
+      } else {
+        if (p_.dropout > 0) run_dropout(dy_next, l);
+        dy = gradient(Array<4>{dy_next, {B_ * wide_, T_ * B_ * wide_, wide_, 1}}, work);
+      }
+      Strided dcells;
+      if (g.cells.data)
+        dcells = gradient(Array<4>{static_cast<Storage*>(g.cells.data) + l * g.cells.stride[0],
+                                   {g.cells.stride[1], g.cells.stride[2], g.cells.stride[3], g.cells.stride[4]}},
+                          work);
+      Storage* da = work.take<Storage>(sets_ * T_ * B_ * G * pitch_);
+      Storage* da_h = kTwoSums ? work.take<Storage>(sets_ * T_ * B_ * pitch_) : nullptr;
+      Storage* dh0 = work.take<Storage>(sets_ * B_ * H_);
+      Storage* dc0 = work.take<Storage>(sets_ * B_ * H_);
+      a.Tn = static_cast<int>(T_), a.B = static_cast<int>(B_), a.H = static_cast<int>(H_), a.pitch = static_cast<int>(pitch_);
+      a.sets = static_cast<int>(sets_), a.directions = static_cast<int>(D_);
+      a.reverse = p_.reverse, a.reset_to_initial = p_.reset_to_initial, a.wide = dy.wide;
+      a.clip_cell = static_cast<float>(p_.clip_cell), a.clip_grad = static_cast<float>(p_.clip_grad);
+      a.gx = layer.gx, a.extra = layer.extra, a.cells = layer.cells, a.prev = layer.prev;
+      a.c0 = Cell::cell_state ? states(p.c0, l, work) : nullptr;
+      a.dy = dy.data, a.dy_t = dy.t, a.dy_b = dy.b, a.dy_e = dy.e, a.dy_d = dy.d;
+      a.dcells = dcells.data, a.dcells_t = dcells.t, a.dcells_b = dcells.b, a.dcells_e = dcells.e, a.dcells_d = dcells.d;
+      a.dhn = states(g.hn, l, work);
+      a.dcn = Cell::cell_state ? states(g.cn, l, work) : nullptr;
+      a.dh0 = dh0, a.dc0 = dc0, a.da = da, a.da_h = da_h;
+      rows(a);
+      a.late = late_;
+      run_backward(a, p, l, work);
+      give_states(dp.h0, dh0, l);
+      if constexpr (Cell::cell_state) give_states(dp.c0, dc0, l);
+
+      int64_t in = 0;
+      const int64_t W_in = l == 0 ? I_ : D_ * H_;
+      const bool want_x = l > 0 || dp.x.data;
+      bool want_W = false;
+      for (int64_t d = 0; d < D_; ++d) want_W |= dp.params && dp.params[l * D_ + d].W.data;
+      in = up(W_in);
+      if (want_x) {
+        Storage* dx = l > 0 ? dy_next : work.take<Storage>(E_ * T_ * B_ * in);
+        for (int64_t d = 0; d < D_; ++d) {
+          const Storage* W = padded_weights(p.params[l * D_ + d].W, W_in, in, work);
+          queue_.template product<T, T>({T_ * B_, in, G * pitch_, da + d * T_ * B_ * G * pitch_, G * pitch_,
+                                         D_ * T_ * B_ * G * pitch_, false, W, in, G * pitch_ * in, false, dx, in, T_ * B_ * in,
+                                         E_, d > 0});
+        }
+        if (l == 0) give(Array<4>{dx, {B_ * in, T_ * B_ * in, in, 1}}, dp.x, I_, false);
+      }
+      if (dp.params) {
+        const Storage* x = want_W ? input(p, layer, l, work, in) : nullptr;
+        for (int64_t d = 0; d < D_; ++d) weight_gradients(dp.params[l * D_ + d], layer, x, in, W_in, da, da_h, d, work);
+      }
+      work.release(mark);
+    }
+  }
+
+  size_t tape_bytes() {
+    Arena arena(nullptr);
+    layers(arena, true);
+    return arena.most();
+  }
+
+  // The route that forward or backward takes.
+  Route forward_route() const { return std::get<0>(pick_forward(Forwards())); }
+  Route backward_route() const { return std::get<0>(pick_backward(Backwards())); }
+
+ private:
+  static constexpr int64_t G = Cell::gates;
+  static constexpr bool kTwoSums = Cell::sums > Cell::gates;
+  static constexpr bool kKeepsExtra = Cell::kept > Cell::gates || Cell::two_products;
+
+  struct Layer {
+    Storage *input = nullptr, *gx = nullptr, *extra = nullptr, *cells = nullptr, *prev = nullptr;
+  };
+  struct Strided {
+    const Storage* data = nullptr;
+    int64_t t = 0, b = 0, e = 0, d = 0;
+    bool wide = false;
+  };
+
+  static int64_t up(int64_t n) { return (n + 7) / 8 * 8; }
+  static int64_t blocks_for(int64_t n) {
+    const int64_t b = (n + kArrangeThreads - 1) / kArrangeThreads;
+    return b < 1 ? 1 : b > 2048 ? 2048 : b;
+  }
+  bool aligned(const void* data, const std::initializer_list<int64_t>& strides) const {
+    const int64_t per = 16 / static_cast<int64_t>(sizeof(Storage));
+    bool ok = H_ % per == 0 && reinterpret_cast<uintptr_t>(data) % 16 == 0;
+    for (const int64_t s : strides) ok &= s % per == 0;
+    return ok;
+  }
+
+  std::vector<Layer> layers(Arena& arena, bool all) {
+    std::vector<Layer> tape(static_cast<size_t>(L_));
+    const int64_t steps = sets_ * T_ * B_;
+    for (int64_t l = 0; l < L_; ++l) {
+      Layer& layer = tape[static_cast<size_t>(l)];
+      if (l > 0) layer.input = arena.take<Storage>(E_ * T_ * B_ * wide_);
+      layer.gx = arena.take<Storage>(steps * G * pitch_);
+      if (!all) continue;
+      if (kKeepsExtra) layer.extra = arena.take<Storage>(steps * pitch_);
+      if (Cell::cell_state) layer.cells = arena.take<Storage>(steps * pitch_);
+      layer.prev = arena.take<Storage>(steps * pitch_);
+    }
+    return tape;
+  }
+
+  template <class Args>
+  void rows(Args& a) const {
+    a.lengths = static_cast<const int64_t*>(p_.lengths.data);
+    a.len_e = p_.lengths.stride[0], a.len_b = p_.lengths.stride[1];
+    a.reset = static_cast<const u8*>(p_.reset.data);
+    a.reset_t = p_.reset.stride[0], a.reset_e = p_.reset.stride[1], a.reset_b = p_.reset.stride[2];
+  }
+
+  // ---- arrays
+  template <class From, class To>
+  void copy(const void* from, const Extent4& from_stride, void* to, const Extent4& to_stride, const Extent4& n,
+            const Extent4& valid, bool masked = false, bool sum = false) {
+    Copy<From, To> k{};
+    k.from = static_cast<const typename From::Storage*>(from);
+    k.to = static_cast<typename To::Storage*>(to);
+    k.n = n, k.valid = valid, k.from_stride = from_stride, k.to_stride = to_stride;
+    k.sum = sum;
+    if (masked && p_.lengths.data) {
+      k.lengths = static_cast<const int64_t*>(p_.lengths.data);
+      k.len_e = p_.lengths.stride[0], k.len_b = p_.lengths.stride[1];
+    }
+    queue_.run(k, blocks_for(n.n[0] * n.n[1] * n.n[2] * n.n[3]));
+  }
+
+  // A layer's input as (E,T,B,in), zero past a row's end.
+  const Storage* input(const Arguments& p, const Layer& layer, int64_t l, Arena& work, int64_t& in) {
+    if (l > 0) {
+      in = wide_;
+      return layer.input;
+    }
+    in = up(I_);
+    const int64_t* s = p.x.stride;
+    const bool as_it_is = !p_.lengths.data && in == I_ && s[3] == 1 && s[2] == I_ && (T_ == 1 || s[0] == B_ * I_) &&
+                          (E_ == 1 || s[1] == T_ * B_ * I_) && reinterpret_cast<uintptr_t>(p.x.data) % 16 == 0;
+    if (as_it_is) return static_cast<const Storage*>(p.x.data);
+    Storage* to = work.take<Storage>(E_ * T_ * B_ * in);
+    copy<T, T>(p.x.data, {{s[1], s[0], s[2], s[3]}}, to, {{T_ * B_ * in, B_ * in, in, 1}}, {{E_, T_, B_, in}}, {{E_, T_, B_, I_}},
+               true);
+    return to;
+  }
+
+  // W or R (E,G*H,columns) as (E,G,pitch,to_columns).
+  const Storage* padded_weights(const Array<3>& w, int64_t columns, int64_t to_columns, Arena& work) {
+    const int64_t* s = w.stride;
+    if (pitch_ == H_ && columns == to_columns && s[2] == 1 && s[1] == columns && (E_ == 1 || s[0] == G * H_ * columns) &&
+        reinterpret_cast<uintptr_t>(w.data) % 16 == 0)
+      return static_cast<const Storage*>(w.data);
+    Storage* to = work.take<Storage>(E_ * G * pitch_ * to_columns);
+    copy<T, T>(w.data, {{s[0], H_ * s[1], s[1], s[2]}}, to, {{G * pitch_ * to_columns, pitch_ * to_columns, to_columns, 1}},
+               {{E_, G, pitch_, to_columns}}, {{E_, G, H_, columns}});
+    return to;
+  }
+
+  Math* biases(const Arguments& p, int64_t l, Arena& work) {
+    bool any = false;
+    for (int64_t d = 0; d < D_; ++d) any |= p.params[l * D_ + d].bW.data || p.params[l * D_ + d].bR.data;
+    if (!any) return nullptr;
+    Math* to = work.take<Math>(sets_ * Cell::sums * pitch_);
+    for (int64_t d = 0; d < D_; ++d) {
+      const Params& w = p.params[l * D_ + d];
+      Biases<Cell, T> k{};
+      k.bW = static_cast<const Storage*>(w.bW.data), k.bR = static_cast<const Storage*>(w.bR.data);
+      k.bW_e = w.bW.stride[0], k.bW_n = w.bW.stride[1], k.bR_e = w.bR.stride[0], k.bR_n = w.bR.stride[1];
+      k.to = to ? to + d * Cell::sums * pitch_ : nullptr;
+      k.to_e = D_ * Cell::sums * pitch_;
+      k.E = static_cast<int>(E_), k.H = static_cast<int>(H_), k.pitch = static_cast<int>(pitch_);
+      queue_.run(k, blocks_for(E_ * pitch_));
+    }
+    return to;
+  }
+
+  // Rows of layer l of (L*D,E,B,H) as (sets,B,H), and back.
+  const Storage* states(const Array<4>& from, int64_t l, Arena& work) {
+    if (!from.data) return nullptr;
+    Storage* to = work.take<Storage>(sets_ * B_ * H_);
+    const int64_t* s = from.stride;
+    copy<T, T>(static_cast<const Storage*>(from.data) + l * D_ * s[0], {{s[1], s[0], s[2], s[3]}}, to,
+               {{D_ * B_ * H_, B_ * H_, H_, 1}}, {{E_, D_, B_, H_}}, {{E_, D_, B_, H_}});
+    return to;
+  }
+  void give_states(const Array<4>& to, const Storage* from, int64_t l) {
+    if (!to.data) return;
+    const int64_t* s = to.stride;
+    copy<T, T>(from, {{D_ * B_ * H_, B_ * H_, H_, 1}}, static_cast<Storage*>(to.data) + l * D_ * s[0],
+               {{s[1], s[0], s[2], s[3]}}, {{E_, D_, B_, H_}}, {{E_, D_, B_, H_}}, false, E_ > 1 && s[1] == 0);
+  }
+  // (T,E,B,columns) to (T,E,B,columns).
+  void give(const Array<4>& from, const Array<4>& to, int64_t columns, bool masked) {
+    const int64_t *f = from.stride, *s = to.stride;
+    copy<T, T>(from.data, {{f[1], f[0], f[2], f[3]}}, to.data, {{s[1], s[0], s[2], s[3]}}, {{E_, T_, B_, columns}},
+               {{E_, T_, B_, columns}}, masked, E_ > 1 && s[1] == 0);
+  }
+  // A gradient (T,E,B,D*H) as the kernels can read it: in place, or as (sets,T,B,pitch).
+  Strided gradient(const Array<4>& g, Arena& work) {
+    const int64_t* s = g.stride;
+    if (s[3] == 1 && aligned(g.data, {s[0], s[1], s[2]}))
+      return {static_cast<const Storage*>(g.data), s[0], s[2], s[1], H_, true};
+    Storage* to = work.take<Storage>(sets_ * T_ * B_ * pitch_);
+    for (int64_t d = 0; d < D_; ++d)
+      copy<T, T>(static_cast<const Storage*>(g.data) + d * H_ * s[3], {{s[1], s[0], s[2], s[3]}},
+                 to ? to + d * T_ * B_ * pitch_ : nullptr, {{D_ * T_ * B_ * pitch_, B_ * pitch_, pitch_, 1}},
+                 {{E_, T_, B_, pitch_}}, {{E_, T_, B_, H_}});
+    return {to, B_ * pitch_, pitch_, D_ * T_ * B_ * pitch_, T_ * B_ * pitch_, true};
+  }
+
+  void run_dropout(Storage* v, int64_t l) {
+    queue_.run(Dropout<T>{v, static_cast<int>(E_), static_cast<int>(T_), static_cast<int>(B_), static_cast<int>(D_ * H_),
+                          static_cast<int>(wide_), static_cast<int>(l), p_.dropout, p_.seed},
+               blocks_for(E_ * T_ * B_ * D_ * H_));
+  }
+
+  // dW, dR, dbW, dbR of one direction.
+  void weight_gradients(const Params& to, const Layer& layer, const Storage* x, int64_t in, int64_t W_in, const Storage* da,
+                        const Storage* da_h, int64_t d, Arena& work) {
+    const int64_t steps = T_ * B_, a_set = steps * G * pitch_;
+    const Storage* da_d = da + d * a_set;
+    if (to.W.data) {
+      const size_t mark = work.mark();
+      Math* dW = work.take<Math>(E_ * G * pitch_ * in);
+      queue_.template product<T, Full>({G * pitch_, in, steps, da_d, G * pitch_, D_ * a_set, true, x, in, steps * in, false, dW, in,
+                                        G * pitch_ * in, E_, false});
+      give_weights(to.W, dW, W_in, in);
+      work.release(mark);
+    }
+    if (to.R.data) {
+      const size_t mark = work.mark();
+      Math* dR = work.take<Math>(E_ * G * pitch_ * pitch_);
+      const Storage* prev = layer.prev + d * steps * pitch_;
+      const int64_t own = kTwoSums || Cell::two_products ? G - 1 : G;  // gates whose da goes with h of the step before
+      queue_.template product<T, Full>({own * pitch_, pitch_, steps, da_d, G * pitch_, D_ * a_set, true, prev, pitch_,
+                                        D_ * steps * pitch_, false, dR, pitch_, G * pitch_ * pitch_, E_, false});
+      if (kTwoSums)
+        queue_.template product<T, Full>({pitch_, pitch_, steps, da_h + d * steps * pitch_, pitch_, D_ * steps * pitch_, true, prev,
+                                          pitch_, D_ * steps * pitch_, false, dR + own * pitch_ * pitch_, pitch_,
+                                          G * pitch_ * pitch_, E_, false});
+      if (Cell::two_products)
+        queue_.template product<T, Full>({pitch_, pitch_, steps, da_d + own * pitch_, G * pitch_, D_ * a_set, true,
+                                          layer.extra + d * steps * pitch_, pitch_, D_ * steps * pitch_, false,
+                                          dR + own * pitch_ * pitch_, pitch_, G * pitch_ * pitch_, E_, false});
+      give_weights(to.R, dR, H_, pitch_);
+      work.release(mark);
+    }
+    if (!to.bW.data && !to.bR.data) return;
+    const size_t mark = work.mark();
+    const Math* sums = column_sums(da, G * pitch_, work);
+    const Math* sums_h = kTwoSums && to.bR.data ? column_sums(da_h, pitch_, work) : nullptr;
+    for (const Array<2>* b : {&to.bW, &to.bR}) {
+      if (!b->data) continue;
+      const bool sum = E_ > 1 && b->stride[0] == 0;
+      const int64_t own = b == &to.bR && sums_h ? G - 1 : G;
+      copy<Full, T>(sums + d * G * pitch_, {{D_ * G * pitch_, 0, pitch_, 1}}, b->data,
+                    {{b->stride[0], 0, H_ * b->stride[1], b->stride[1]}}, {{E_, 1, own, H_}}, {{E_, 1, own, H_}}, false, sum);
+      if (own < G)
+        copy<Full, T>(sums_h + d * pitch_, {{D_ * pitch_, 0, 0, 1}},
+                      static_cast<Storage*>(b->data) + own * H_ * b->stride[1], {{b->stride[0], 0, 0, b->stride[1]}},
+                      {{E_, 1, 1, H_}}, {{E_, 1, 1, H_}}, false, sum);
+    }
+    work.release(mark);
+  }
+  void give_weights(const Array<3>& to, const Math* from, int64_t columns, int64_t from_columns) {
+    const int64_t* s = to.stride;
+    copy<Full, T>(from, {{G * pitch_ * from_columns, pitch_ * from_columns, from_columns, 1}}, to.data,
+                  {{s[0], H_ * s[1], s[1], s[2]}}, {{E_, G, H_, columns}}, {{E_, G, H_, columns}}, false, E_ > 1 && s[0] == 0);
+  }
+  const Math* column_sums(const Storage* v, int64_t columns, Arena& work) {
+    const int parts = static_cast<int>(T_ * B_ < 64 ? 1 : 64);
+    Math* partial = work.take<Math>(sets_ * parts * columns);
+    Math* sums = work.take<Math>(sets_ * columns);
+    queue_.run(ColumnSum<T, Full>{v, partial, static_cast<int>(sets_), parts, T_ * B_, columns},
+               blocks_for(sets_ * parts * columns));
+    queue_.run(ColumnSum<Full, Full>{partial, sums, static_cast<int>(sets_), 1, parts, columns}, blocks_for(sets_ * columns));
+    return sums;
+  }
+
+  // ---- routes
+  bool allowed(Route route) const { return options_.route < 0 || options_.route == static_cast<int>(route); }
+
+  // The route and the place in the list of the cheapest kernel; stepwise where none fits.
+  using Choice = std::tuple<Route, int>;
+  template <class... S>
+  Choice pick_forward(List<S...>) const {
+    Choice best{Route::stepwise, -1};
+    double cost = allowed(Route::stepwise) ? stepwise_cost(G, B_, H_, sets_, sizeof(Storage)) : 0;
+    int n = 0;
+    const auto consider = [&](Route route, double c) {
+      if (c > 0 && allowed(route) && (cost == 0 || c < cost)) cost = c, best = {route, n};
+      ++n;
+    };
+    (consider(S::kRoute, forward_cost<S>(device_, B_, H_, sets_)), ...);
+    return best;
+  }
+  template <class... S>
+  Choice pick_backward(List<S...>) const {
+    Choice best{Route::stepwise, -1};
+    double cost = allowed(Route::stepwise) ? stepwise_cost(G, B_, H_, sets_, sizeof(Storage)) : 0;
+    int n = 0;
+    const auto consider = [&](Route route, double c) {
+      if (c > 0 && allowed(route) && (cost == 0 || c < cost)) cost = c, best = {route, n};
+      ++n;
+    };
+    (consider(S::kRoute, backward_cost<S>(device_, B_, H_, sets_)), ...);
+    return best;
+  }
+
+  // R of every set, packed for S.
+  template <class Pack>
+  const U4* pack(const Arguments& p, int64_t l, int peers, Arena& work) {
+    U4* to = work.take<U4>(Pack::pieces(peers) * sets_);
+    for (int64_t d = 0; d < D_; ++d) {
+      const Array<3>& R = p.params[l * D_ + d].R;
+      for (int64_t e = 0; e < E_; ++e)
+        queue_.run(Pack{{static_cast<const Storage*>(R.data) + e * R.stride[0], 0, R.stride[1], R.stride[2],
+                         to ? to + (e * D_ + d) * Pack::pieces(peers) : nullptr, static_cast<int>(H_), peers, 1}},
+                   blocks_for(Pack::pieces(peers)));
+    }
+    return to;
+  }
+
+  void run_forward(ForwardArgs<T>& a, const Math* bias, const Arguments& p, int64_t l, Arena& work) {
+    const auto [route, n] = pick_forward(Forwards());
+    if (n < 0)
+      stepwise_forward(a, bias, p, l, work);
+    else
+      persistent_forward(Forwards(), n, a, bias, p, l, work);
+  }
+  template <class... S>
+  void persistent_forward(List<S...>, int n, ForwardArgs<T>& a, const Math* bias, const Arguments& p, int64_t l, Arena& work) {
+    int at = 0;
+    ((at++ == n ? persistent_forward_by<S>(a, bias, p, l, work) : void()), ...);
+  }
+  template <class S>
+  void persistent_forward_by(ForwardArgs<T>& a, const Math* bias, const Arguments& p, int64_t l, Arena& work) {
+    a.bias = bias;
+    a.peers = S::kRoute == Route::single ? 1 : static_cast<int>((H_ + S::kUnits - 1) / S::kUnits);
+    a.row_tiles = static_cast<int>((B_ + S::kRows - 1) / S::kRows);
+    a.weights = pack<PackForward<S>>(p, l, a.peers, work);
+    if (S::kRoute == Route::grid) {
+      const int64_t pieces = sets_ * (T_ + 1) * a.row_tiles * (pitch_ / T::kPer) * S::kRows;
+      a.hand_off = work.take<U4>(pieces);
+      queue_.fill(a.hand_off, 0xFF, static_cast<size_t>(pieces) * sizeof(U4));
+    }
+    queue_.run(Forward<S>{a}, sets_ * a.row_tiles * a.peers, S::kRoute == Route::cluster ? a.peers : 0,
+               S::kRoute == Route::grid);
+  }
+
+  void run_backward(BackwardArgs<T>& a, const Arguments& p, int64_t l, Arena& work) {
+    const auto [route, n] = pick_backward(Backwards());
+    if (n < 0)
+      stepwise_backward(a, p, l, work);
+    else
+      persistent_backward(Backwards(), n, a, p, l, work);
+  }
+  template <class... S>
+  void persistent_backward(List<S...>, int n, BackwardArgs<T>& a, const Arguments& p, int64_t l, Arena& work) {
+    int at = 0;
+    ((at++ == n ? persistent_backward_by<S>(a, p, l, work) : void()), ...);
+  }
+  template <class S>
+  void persistent_backward_by(BackwardArgs<T>& a, const Arguments& p, int64_t l, Arena& work) {
+    a.peers = S::kRoute == Route::single ? 1 : static_cast<int>((H_ + S::kUnits - 1) / S::kUnits);
+    a.row_tiles = static_cast<int>((B_ + S::kRows - 1) / S::kRows);
+    a.weights = pack<PackBackward<S>>(p, l, a.peers, work);
+    if (S::kRoute == Route::grid) {
+      const int64_t pieces = sets_ * T_ * a.row_tiles * (G * pitch_ / T::kPer) * S::kRows;
+      a.hand_off = work.take<U4>(pieces);
+      queue_.fill(a.hand_off, 0xFF, static_cast<size_t>(pieces) * sizeof(U4));
+    }
+    queue_.run(Backward<S>{a}, sets_ * a.row_tiles * a.peers, S::kRoute == Route::cluster ? a.peers : 0,
+               S::kRoute == Route::grid);
+  }
+
+  template <class Args>
+  Walk walk(const Args& a) const {
+    return {a.Tn, a.B, a.H, a.pitch, a.sets, a.directions, -1, a.reverse, a.reset_to_initial,
+            a.lengths, a.len_e, a.len_b, a.reset, a.reset_t, a.reset_e, a.reset_b};
+  }
+
+  void stepwise_forward(const ForwardArgs<T>& f, const Math* bias, const Arguments& p, int64_t l, Arena& work) {
+    const int64_t state = sets_ * B_ * pitch_, row = G * pitch_;
+    StepForwardArgs<Cell, T> a{};
+    a.w = walk(f);
+    a.keep = f.keep, a.clip_cell = static_cast<Math>(p_.clip_cell), a.bias = bias;
+    a.gx = f.gx, a.extra = f.extra, a.cells = f.cells, a.prev = f.prev;
+    a.h0 = f.h0, a.c0 = f.c0, a.y = f.y, a.hn = f.hn, a.cn = f.cn;
+    a.y_t = f.y_t, a.y_b = f.y_b, a.y_e = f.y_e, a.y_d = f.y_d;
+    Math* product = work.take<Math>(state * G);
+    Math* product_last = Cell::two_products ? work.take<Math>(state) : nullptr;
+    a.product = product, a.product_last = product_last;
+    a.h = work.take<Storage>(state);
+    a.rh = Cell::two_products ? work.take<Storage>(state) : nullptr;
+    a.h_full = work.take<Math>(state);
+    a.c = work.take<Math>(state);
+    if (f.keep && pitch_ != H_) {  // what no unit writes, and products read
+      queue_.fill(a.prev, 0, static_cast<size_t>(sets_ * T_ * B_ * pitch_) * sizeof(Storage));
+    }
+    if (f.keep && Cell::two_products)
+      queue_.fill(a.extra, 0, static_cast<size_t>(sets_ * T_ * B_ * pitch_) * sizeof(Storage));
+    std::vector<const Storage*> R(static_cast<size_t>(D_));
+    for (int64_t d = 0; d < D_; ++d) R[static_cast<size_t>(d)] = padded_weights(p.params[l * D_ + d].R, H_, pitch_, work);
+    const int64_t blocks = blocks_for(state);
+    queue_.run(StepPrepare<Cell, T, false>{a}, blocks);
+    const int64_t first = Cell::two_products ? G - 1 : G;
+    for (int64_t s = 0; s < T_; ++s) {
+      a.w.s = static_cast<int>(s);
+      for (int64_t d = 0; d < D_; ++d)
+        queue_.template product<T, Full>({B_, first * pitch_, pitch_, a.h + d * B_ * pitch_, pitch_, D_ * B_ * pitch_, false,
+                                          R[static_cast<size_t>(d)], pitch_, row * pitch_, true, product + d * B_ * row, row,
+                                          D_ * B_ * row, E_, false});
+      if constexpr (Cell::two_products) {
+        queue_.run(StepPrepare<Cell, T, true>{a}, blocks);
+        for (int64_t d = 0; d < D_; ++d)
+          queue_.template product<T, Full>({B_, pitch_, pitch_, a.rh + d * B_ * pitch_, pitch_, D_ * B_ * pitch_, false,
+                                            R[static_cast<size_t>(d)] + first * pitch_ * pitch_, pitch_, row * pitch_, true,
+                                            product_last + d * B_ * pitch_, pitch_, D_ * B_ * pitch_, E_, false});
+      }
+      queue_.run(StepForward<Cell, T>{a}, blocks);
+    }
+  }
+
+  void stepwise_backward(const BackwardArgs<T>& b, const Arguments& p, int64_t l, Arena& work) {
+    const int64_t state = sets_ * B_ * pitch_, row = G * pitch_;
+    StepBackwardArgs<Cell, T> a{};
+    a.w = walk(b);
+    a.clip_cell = static_cast<Math>(p_.clip_cell), a.clip_grad = static_cast<Math>(p_.clip_grad);
+    a.gx = b.gx, a.extra = b.extra, a.cells = b.cells, a.prev = b.prev, a.c0 = b.c0;
+    a.dy = b.dy, a.dcells = b.dcells, a.dhn = b.dhn, a.dcn = b.dcn, a.dh0 = b.dh0, a.dc0 = b.dc0;
+    a.dy_t = b.dy_t, a.dy_b = b.dy_b, a.dy_e = b.dy_e, a.dy_d = b.dy_d;
+    a.dcells_t = b.dcells_t, a.dcells_b = b.dcells_b, a.dcells_e = b.dcells_e, a.dcells_d = b.dcells_d;
+    a.da = b.da, a.da_h = b.da_h;
+    a.operand = work.take<Storage>(state * G);
+    Math* product = work.take<Math>(state);
+    Math* product_r = Cell::two_products ? work.take<Math>(state) : nullptr;
+    a.product = product, a.product_r = product_r;
+    a.dh = work.take<Math>(state), a.dc = work.take<Math>(state);
+    a.dh_first = work.take<Math>(state), a.dc_first = work.take<Math>(state);
+    std::vector<const Storage*> R(static_cast<size_t>(D_));
+    for (int64_t d = 0; d < D_; ++d) R[static_cast<size_t>(d)] = padded_weights(p.params[l * D_ + d].R, H_, pitch_, work);
+    const int64_t blocks = blocks_for(state);
+    const int64_t own = Cell::two_products ? G - 1 : G;
+    a.w.s = static_cast<int>(T_);
+    queue_.run(StepBackward<Cell, T>{a}, blocks);
+    for (int64_t s = T_ - 1; s >= -1; --s) {
+      a.w.s = static_cast<int>(s);
+      queue_.run(StepBackward<Cell, T>{a}, blocks);
+      if (s < 0) break;
+      if constexpr (Cell::two_products) {
+        for (int64_t d = 0; d < D_; ++d)
+          queue_.template product<T, Full>({B_, pitch_, pitch_, a.operand + d * B_ * row + own * pitch_, row, D_ * B_ * row, false,
+                                            R[static_cast<size_t>(d)] + own * pitch_ * pitch_, pitch_, row * pitch_, false,
+                                            product_r + d * B_ * pitch_, pitch_, D_ * B_ * pitch_, E_, false});
+        queue_.run(StepBackwardGate<Cell, T>{a}, blocks);
+      }
+      for (int64_t d = 0; d < D_; ++d)
+        queue_.template product<T, Full>({B_, pitch_, own * pitch_, a.operand + d * B_ * row, row, D_ * B_ * row, false,
+                                          R[static_cast<size_t>(d)], pitch_, row * pitch_, false, product + d * B_ * pitch_, pitch_,
+                                          D_ * B_ * pitch_, E_, false});
+    }
+  }
+
+  Queue& queue_;
+  const Device& device_;
+  const Options& options_;
+  const Problem& p_;
+  int* late_;
+  int64_t T_, E_, B_, I_, H_, L_, D_, sets_, pitch_, wide_;
+};
+
+}  // namespace fusedrnn::cuda
