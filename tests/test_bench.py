@@ -104,7 +104,7 @@ def test_command_line_errors(capsys: Any) -> None:
 
 
 def result(median: float, spread: float = 0.02) -> dict[str, Any]:
-    return summary([[median * (1 - spread), median, median * (1 + spread)]]) | {"cpus": 1.0, "error": 1e-7}
+    return summary([[median * (1 - spread), median, median * (1 + spread)]]) | {"busy": median, "error": 1e-7}
 
 
 def document() -> dict[str, Any]:

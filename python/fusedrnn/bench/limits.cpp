@@ -25,7 +25,8 @@ struct Vector {
 
 double seconds(Clock::time_point from) { return std::chrono::duration<double>(Clock::now() - from).count(); }
 
-// Runs body(thread) on all threads at once, several times; returns the shortest time from the common start to the last end.
+// Runs body(thread) on all threads at once, several times; returns the shortest time from the common start to the last
+// end.
 template <typename Body>
 double shortest(int threads, int trials, Body body) {
   double best = 1e30;

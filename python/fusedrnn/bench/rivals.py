@@ -35,6 +35,7 @@ class Rival:
     title = ""
     module = ""
     trains = False
+    spins = 0.01  # seconds for which its threads keep cores busy after a call
 
     def __init__(self, threads: int) -> None:
         raise NotImplementedError
@@ -220,6 +221,7 @@ class OnnxRuntime(Rival):
 
     title = "onnxruntime"
     module = "onnxruntime"
+    spins = 0.05
 
     def __init__(self, threads: int) -> None:
         import onnxruntime

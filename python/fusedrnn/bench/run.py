@@ -21,6 +21,7 @@ from .timing import Team
 from .workloads import CELLS, NAMED, PASSES, Data, Workload, grid, truth
 
 GROUPS = ("grid", "call", "named", "backends", "recompute")
+EVERY_COUNT = ("grid", "named")  # the other groups run on the first number of threads only
 QUICK_FLOPS = 3e9  # --quick leaves out what needs more in training
 
 
@@ -146,7 +147,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--groups", type=_words(GROUPS), metavar="GROUP,...", help=f"of {','.join(GROUPS)}")
     p.add_argument("--rivals", type=_words(tuple(RIVALS)), default=tuple(RIVALS), metavar="NAME,...")
     p.add_argument("--size", type=_integers, action="append", default=[], metavar="B,T,I,H", help="instead of the grid")
-    p.add_argument("--seconds", type=float, help="per library and line, default 0.4 (quick: 0.05)")
+    p.add_argument("--seconds", type=float, help="per library and line, default 0.3 (quick: 0.05)")
     p.add_argument("--rounds", type=int, help="slices that these seconds are cut into, default 5 (quick: 2)")
     p.add_argument("--out", type=Path, default=Path("bench/results"), help="default %(default)s")
     p.add_argument("--machine", default=machine.name(), help="folder in --out, default %(default)s")
@@ -182,13 +183,14 @@ def main(arguments: list[str] | None = None) -> int:
         p.exit(2, "bench: rich is not installed; pip install 'fusedrnn[bench]'\n")
     if any(len(size) != 4 for size in options.size):
         p.error("--size takes B,T,I,H")
-    options.seconds = options.seconds or (0.05 if options.quick else 0.4)
+    options.seconds = options.seconds or (0.05 if options.quick else 0.3)
     options.rounds = options.rounds or (2 if options.quick else 5)
     counts = options.threads or sorted({1, min(2, len(machine.cores()))})
     if max(counts) > len(machine.cores()):
         p.error(f"--threads {max(counts)}: this process has {len(machine.cores())} cores")
     groups = options.groups or (("grid", "call") if options.quick or options.size else GROUPS)
-    todo = list(cases(groups, options.cells, options.size, options.quick))
+    every = list(cases(groups, options.cells, options.size, options.quick))
+    todo = {n: [case for case in every if n == counts[0] or case.group in EVERY_COUNT] for n in counts}
     console = Console()
     run = Run(options, options.out / options.machine / "bench.json")
     document = run.document
@@ -203,13 +205,13 @@ def main(arguments: list[str] | None = None) -> int:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     try:
         with Progress(*columns, console=console, transient=True) as progress:
-            task = progress.add_task("starting", total=len(todo) * len(counts))
+            task = progress.add_task("starting", total=sum(map(len, todo.values())))
 
             def advance(text: str, steps: int) -> None:
                 progress.update(task, advance=steps, description=text or None)
 
-            for threads in counts:
-                run.threads(threads, todo, advance)
+            for threads, these in todo.items():
+                run.threads(threads, these, advance)
                 for table in report.rich_tables(document, threads):
                     console.print(table)
             advance("call overhead, tape, import", 0)

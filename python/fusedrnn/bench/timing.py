@@ -21,13 +21,10 @@ from typing import IO, Any
 
 import numpy as np
 
-from .rivals import environment
+from .rivals import RIVALS, environment
 from .workloads import Workload
 
 ANSWER_SECONDS = 300.0
-SETTLE_SECONDS = (
-    0.02  # thread pools keep spinning for a while after a call; what comes next must not share its cores with them
-)
 SLOW = 0.3  # seconds a call: fewer rounds
 
 # max |error| / max |true value|, against float64; a rival over it has another answer, not the same one faster
@@ -132,8 +129,11 @@ class Team:
     def measure(
         self, titles: list[str], w: Workload, which: str, truth: dict[str, Any], rounds: int, seconds: float
     ) -> dict[str, dict[str, Any]]:
-        """Per rival: `median`, `best`, `q1`, `q3` (seconds), `calls`, `cpus` in use, `rounds` (their medians), `error`
-        against float64; or `failed` with a reason. `seconds` is about what each rival gets in all rounds together."""
+        """Per rival: `median`, `best`, `q1`, `q3` and `rounds` (a median each), in seconds; `calls`; `busy`, the CPU
+        seconds of a call, all threads together; `error` against float64. Or `failed`, with a reason.
+
+        `seconds` is about what each rival gets in all rounds together.
+        """
         found: dict[str, dict[str, Any]] = {}
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "truth.npz")
@@ -152,24 +152,24 @@ class Team:
         slowest = max((found[title]["first"] for title in running), default=0.0)
         rounds = min(rounds, 3) if slowest > SLOW else rounds
         times: dict[str, list[list[float]]] = {title: [] for title in running}
-        cpus: dict[str, list[float]] = {title: [] for title in running}
+        busy: dict[str, list[float]] = {title: [] for title in running}
         for turn in range(rounds):
             k = turn % max(1, len(running))
             for title in running[k:] + running[:k]:
                 if "failed" in found[title]:
                     continue
-                if self.threads > 1:
-                    time.sleep(SETTLE_SECONDS)
                 try:
                     slice_ = self.ask(title, "time", seconds=seconds / rounds, calls=200)
                 except WorkerError as error:
                     found[title] |= {"failed": str(error)}
                     continue
                 times[title].append(slice_["times"])
-                cpus[title].append(slice_["cpus"])
+                busy[title].append(slice_["busy"])
+                if self.threads > 1:  # its threads must not share a core with what comes next
+                    time.sleep(RIVALS[title].spins)
         for title in running:
             if "failed" not in found[title]:
-                found[title] |= summary(times[title]) | {"cpus": round(statistics.median(cpus[title]), 2)}
+                found[title] |= summary(times[title]) | {"busy": statistics.median(busy[title])}
             if self.workers[title].alive:
                 self.ask(title, "drop")
         return found
