@@ -84,6 +84,6 @@ class Lane:
     def forward(self, x: object, state: object, params: object, /) -> tuple[_Array, Any] | None: ...
     # x (B,I) or (I,); state None (zeros), h, or (h, c), each (L,B,H) or (L,H). Returns (y, h) or (y, (h, c)), with
     # y (B,H) or (H,), in arrays that belong to the Lane: the next call but one overwrites them. Pass the returned state
-    # to the next call. Nothing is allocated while batch size and dtype stay. One direction only; None also while another
+    # to the next call. Nothing is allocated while batch size and dtype stay. One direction only. None while another
     # thread is inside.
     def step(self, x: object, state: object, params: object, /) -> tuple[_Array, Any] | None: ...
