@@ -93,6 +93,7 @@ def test_command_line_errors(capsys: Any) -> None:
         (["--size", "0,1,1,1"], "positive"),
         (["--groups", "all"], "not one of grid"),
         (["--threads", "4096"], "cores"),
+        (["--threads", "2", "--clock", "cpu"], "one thread only"),
     ):
         with pytest.raises(SystemExit) as stop:
             run.main(arguments)
@@ -128,6 +129,7 @@ def document() -> dict[str, Any]:
         "machine": {"cpu": "Some CPU", "cores": 2, "simd": ["avx2"], "python": "3.11"},
         "date": "2026-01-01T00:00",
         "versions": {OURS: "0", "torch": "2.13.0"},
+        "settings": {"clock": "wall"},
         "limits": {"1": {"method": "compiled probe", "flops": 9e10, "bandwidth": {"16384": 1e11}}},
         "records": records,
     }

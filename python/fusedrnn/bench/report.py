@@ -277,6 +277,7 @@ def _conditions(document: Document) -> str:
         f"{m['cpu']}, {m['cores']} cores, {' '.join(m['simd'])}; float32; {versions}, Python {m['python']}; "
         f"{document['date'][:10]}. Rivals take turns in one run, with the same weights and the same number of cores; "
         "every answer is checked against float64."
+        + (" Processor seconds, not wall-clock time." if document["settings"]["clock"] == "cpu" else "")
     )
 
 

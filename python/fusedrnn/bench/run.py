@@ -81,7 +81,7 @@ class Run:
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes"),
             "versions": self.versions,
             "fusedrnn": fusedrnn.info(),
-            "settings": {name: getattr(options, name) for name in ("quick", "seconds", "rounds")},
+            "settings": {name: getattr(options, name) for name in ("quick", "seconds", "rounds", "clock")},
             "finished": False,
             "limits": {},
             "records": [],
@@ -110,7 +110,7 @@ class Run:
         limits = self.limits(threads)
         titles = [title for title in self.versions if any(title in case.titles for case in todo)]
         known: tuple[Any, Any] = (None, None)
-        with Team(titles, threads) as team:
+        with Team(titles, threads, self.options.clock) as team:
             for case in todo:
                 advance(f"{threads} thread{'s' * (threads > 1)}, {case.group}: {case.workload.name}, {case.which}", 0)
                 w = case.workload
@@ -149,6 +149,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--size", type=_integers, action="append", default=[], metavar="B,T,I,H", help="instead of the grid")
     p.add_argument("--seconds", type=float, help="per library and line, default 0.3 (quick: 0.05)")
     p.add_argument("--rounds", type=int, help="slices that these seconds are cut into, default 5 (quick: 2)")
+    p.add_argument(
+        "--clock",
+        choices=("wall", "cpu"),
+        default="wall",
+        help="cpu: processor seconds, for a machine that is not quiet; one thread only",
+    )
     p.add_argument("--out", type=Path, default=Path("bench/results"), help="default %(default)s")
     p.add_argument("--machine", default=machine.name(), help="folder in --out, default %(default)s")
     return p
@@ -185,7 +191,9 @@ def main(arguments: list[str] | None = None) -> int:
         p.error("--size takes B,T,I,H")
     options.seconds = options.seconds or (0.05 if options.quick else 0.3)
     options.rounds = options.rounds or (2 if options.quick else 5)
-    counts = options.threads or sorted({1, min(2, len(machine.cores()))})
+    counts = options.threads or ((1,) if options.clock == "cpu" else sorted({1, min(2, len(machine.cores()))}))
+    if options.clock == "cpu" and max(counts) > 1:
+        p.error("--clock cpu adds up what all threads do: it compares on one thread only")
     if max(counts) > len(machine.cores()):
         p.error(f"--threads {max(counts)}: this process has {len(machine.cores())} cores")
     groups = options.groups or (("grid", "call") if options.quick or options.size else GROUPS)

@@ -108,8 +108,9 @@ class Worker:
 class Team:
     """The workers of all rivals, on one number of threads."""
 
-    def __init__(self, titles: list[str], threads: int) -> None:
+    def __init__(self, titles: list[str], threads: int, clock: str = "wall") -> None:
         self.threads = threads
+        self.clock = clock
         self.workers = {title: Worker(title, threads) for title in titles}
 
     def __enter__(self) -> Team:
@@ -159,7 +160,7 @@ class Team:
                 if "failed" in found[title]:
                     continue
                 try:
-                    slice_ = self.ask(title, "time", seconds=seconds / rounds, calls=200)
+                    slice_ = self.ask(title, "time", seconds=seconds / rounds, calls=200, clock=self.clock)
                 except WorkerError as error:
                     found[title] |= {"failed": str(error)}
                     continue
