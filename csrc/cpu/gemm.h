@@ -146,12 +146,13 @@ void multiply(const Panels<S>& w, int64_t block, const S* const* rows, int64_t n
       t.offset[j] = (tile * w.sums + w.sum[(v + j) % w.gates]) * w.lanes;
     }
     t.last = w.plain ? smaller<int64_t>(w.lanes, w.units - (v + nv - 1) * w.lanes) : w.lanes;
-    const int height = rows_of(nv);
-    for (int64_t r = 0; r < n; r += height) {
+    const int64_t parts = (n + rows_of(nv) - 1) / rows_of(nv);  // of equal height: a last tile of one row would be slow
+    for (int64_t part = 0; part < parts; ++part) {
+      const int64_t r = n * part / parts;
       t.rows = rows + r;
       t.init = init ? init + r * ldi : nullptr;
       t.c = c + r * ldc;
-      run_tile<S, false>(t, static_cast<int>(smaller<int64_t>(height, n - r)), nv);
+      run_tile<S, false>(t, static_cast<int>(n * (part + 1) / parts - r), nv);
     }
   }
 }

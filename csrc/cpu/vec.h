@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -113,9 +113,21 @@ FUSEDRNN_FORCE void store(S* p, Vec<S> a, int64_t n) {
 // Comparisons are written so that NaN falls through to x.
 template <class S>
 FUSEDRNN_FORCE Vec<S> clamp(Vec<S> x, S limit) {
-  const auto hi = Vec<S>(limit).v, lo = Vec<S>(-limit).v;
-  const auto y = x.v > hi ? hi : x.v;
-  return y < lo ? lo : y;
+  const Vec<S> hi(limit), lo(-limit);
+#if defined(__AVX512F__)  // the second argument where one is NaN; maskz avoids a false warning of g++ 12
+  if constexpr (sizeof(S) == 4)
+    return typename Vec<S>::Native(_mm512_maskz_max_ps(0xffff, lo.v, _mm512_maskz_min_ps(0xffff, hi.v, x.v)));
+  else
+    return typename Vec<S>::Native(_mm512_maskz_max_pd(0xff, lo.v, _mm512_maskz_min_pd(0xff, hi.v, x.v)));
+#elif defined(__AVX2__)
+  if constexpr (sizeof(S) == 4)
+    return typename Vec<S>::Native(_mm256_max_ps(lo.v, _mm256_min_ps(hi.v, x.v)));
+  else
+    return typename Vec<S>::Native(_mm256_max_pd(lo.v, _mm256_min_pd(hi.v, x.v)));
+#else
+  const auto y = x.v > hi.v ? hi.v : x.v;
+  return y < lo.v ? lo.v : y;
+#endif
 }
 // g where |x| < limit (or x is NaN), else 0.
 template <class S>
@@ -135,58 +147,67 @@ FUSEDRNN_FORCE Vec<S> positive(Vec<S> g, Vec<S> x) {
   return x.v <= zero ? zero : g.v;
 }
 
-// exp(x) - 1 = scale * part + (scale - 1) with scale = 2^n, part = exp(r) - 1, x = n log 2 + r, |r| <= log(2)/2.
-// |x| <= 88 (708 for double) is the caller's care; NaN goes into part.
-template <class S>
+// Both activations rest on exp(a x) = 2^n exp(a r) with a x = n log 2 + a r, |a r| <= log(2) / 2 and a = -1 or 2, folded
+// into the constants. |x| is clamped so that 2^n exists; NaN stays in r. `tail`(r) = (exp(a r) - 1) / r.
+template <class S, int A>
 struct Exp {
-  Vec<S> scale, part;
-};
-template <class S>
-FUSEDRNN_FORCE Exp<S> split_exp(Vec<S> x) {
   using V = Vec<S>;
-  constexpr int m = Register<S>::mantissa;
-  const V magic(static_cast<S>(sizeof(S) == 4 ? 0x1.8p23 : 0x1.8p52));
-  const V t = V(static_cast<S>(1.4426950408889634)) * x + magic;
-  const V n = t - magic;
-  V r, q;
-  if constexpr (sizeof(S) == 4) {
-    r = x - n * V(0x1.62e400p-1f) - n * V(0x1.7f7d1cp-20f);
-    q = V(0.0013926376f);
-    q = q * r + V(0.0083633335f);
-    q = q * r + V(0.041666552f);
-    q = q * r + V(0.16666576f);
-    q = q * r + V(0.5f);
-  } else {
-    r = x - n * V(0x1.62e42fefa3800p-1) - n * V(0x1.ef35793c76730p-45);
-    q = V(2.0912843483161167e-09);
-    q = q * r + V(2.5105466819243704e-08);
-    q = q * r + V(2.755727908522525e-07);
-    q = q * r + V(2.755725481017472e-06);
-    q = q * r + V(2.4801587320047256e-05);
-    q = q * r + V(0.0001984126987527486);
-    q = q * r + V(0.0013888888888885969);
-    q = q * r + V(0.00833333333332601);
-    q = q * r + V(0.041666666666666664);
-    q = q * r + V(0.1666666666666667);
-    q = q * r + V(0.5);
+  V scale, r, tail;
+
+  FUSEDRNN_FORCE explicit Exp(V x) {
+    constexpr S a = A;
+    const V magic(static_cast<S>(sizeof(S) == 4 ? 0x1.8p23 : 0x1.8p52));
+    const V t = V(static_cast<S>(a * 1.4426950408889634)) * x + magic;
+    const V n = t - magic;
+    if constexpr (sizeof(S) == 4) {
+      r = x - n * V(0x1.62e400p-1f / a) - n * V(0x1.7f7d1cp-20f / a);
+      tail = polynomial<4>({0.0013926376, 0.0083633335, 0.041666552, 0.16666576, 0.5});
+    } else {
+      r = x - n * V(0x1.62e42fefa3800p-1 / a) - n * V(0x1.ef35793c76730p-45 / a);
+      tail = polynomial<10>({2.0912843483161167e-09, 2.5105466819243704e-08, 2.755727908522525e-07, 2.755725481017472e-06,
+                             2.4801587320047256e-05, 0.0001984126987527486, 0.0013888888888885969, 0.00833333333332601,
+                             0.041666666666666664, 0.1666666666666667, 0.5});
+    }
+    // The low bits of t hold n; the magic number's own bits leave at the top.
+    using Int = typename V::Int;
+    const V one(S(1));
+    const Int bits = (reinterpret_cast<Int>(t.v) << Register<S>::mantissa) + reinterpret_cast<Int>(one.v);
+    scale = reinterpret_cast<typename V::Native>(bits);
   }
-  // The low bits of t hold n; the magic number's own bits leave at the top.
-  using Int = typename V::Int;
-  const V one(S(1));
-  const Int scale = (reinterpret_cast<Int>(t.v) << m) + reinterpret_cast<Int>(one.v);
-  return {V(reinterpret_cast<typename V::Native>(scale)), q * r * r + r};
+
+ private:
+  // a + a^2 r (c[N] + a r (c[N-1] + ...)): minimax coefficients of ((exp(r) - 1) / r - 1) / r.
+  template <int N>
+  FUSEDRNN_FORCE V polynomial(const double (&c)[N + 1]) const {
+    double power = 1;
+    for (int j = 0; j < N + 2; ++j) power *= A;
+    V q(static_cast<S>(c[0] * power));
+#pragma GCC unroll 16
+    for (int j = 1; j <= N; ++j) {
+      power /= A;
+      q = q * r + V(static_cast<S>(c[j] * power));
+    }
+    return q * r + V(S(A));
+  }
+};
+
+// a / b to about an ulp.
+template <class S>
+FUSEDRNN_FORCE Vec<S> quotient(Vec<S> a, Vec<S> b) {
+  return a / b;
 }
 
 template <class S>
 FUSEDRNN_FORCE Vec<S> sigmoid(Vec<S> x) {
-  const Exp<S> e = split_exp(clamp(0 - x, static_cast<S>(sizeof(S) == 4 ? 87 : 700)));
-  return Vec<S>(1) / (1 + (e.scale * e.part + e.scale));
+  const Vec<S> one(S(1));
+  const Exp<S, -1> e(clamp(x, static_cast<S>(sizeof(S) == 4 ? 87 : 700)));
+  return quotient(one, e.scale * (e.tail * e.r + one) + one);
 }
 template <class S>
 FUSEDRNN_FORCE Vec<S> tanh(Vec<S> x) {
-  const Exp<S> e = split_exp(clamp(x + x, static_cast<S>(sizeof(S) == 4 ? 19 : 40)));
-  const Vec<S> em1 = e.scale * e.part + (e.scale - Vec<S>(1));
-  return em1 / (em1 + Vec<S>(2));
+  const Exp<S, 2> e(clamp(x, static_cast<S>(sizeof(S) == 4 ? 9.5 : 20)));
+  const Vec<S> less_one = e.scale * (e.tail * e.r) + (e.scale - Vec<S>(S(1)));
+  return quotient(less_one, less_one + Vec<S>(S(2)));
 }
 
 // A value and its tangent. Every function of the cells, by the chain rule.
