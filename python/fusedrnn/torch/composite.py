@@ -2,17 +2,19 @@
 """The definition of a call in torch's own operators: on any device, in any dtype, differentiable any number of times.
 
 Slow (a loop over time steps). It runs third and higher derivatives, and what no kernel and no torch.nn module can do.
+`forward` is the definition; `jvp` and `hvp` are derived from it by torch.func; `Derivative` is their derivatives of any
+order, nested in any way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .how import How
+from .how import How, parts, read
 from .kernels import extent, spread
 
 Tensors = Sequence[Tensor | None]
@@ -63,14 +65,18 @@ def forward(how: How, lengths: Tensor | None, reset: Tensor | None, p: Tensors) 
     if lengths is not None:
         E = max(E, lengths.shape[0])
         active = list((torch.arange(T, device=x.device)[:, None, None] < lengths.to(x.device)).unsqueeze(-1))
-    boundary: Any = [None] * T
+    boundary: Any = [None] * (T + 1)
     if reset is not None:
         E = max(E, reset.shape[1])
-        boundary = [b & a if a is not None else b for b, a in zip(reset.ne(0).to(x.device).unsqueeze(-1), active, strict=True)]
+        given = reset.ne(0).to(x.device).unsqueeze(-1)
+        boundary = [*(b if a is None else b & a for b, a in zip(given, active, strict=True)), None]
     zero = x.new_zeros((E, B, H))
 
-    def where(mask: Any, a: Any, b: Any) -> Any:
-        return b if mask is None or a is None else torch.where(mask, a, b)
+    def restarted(t: int, first: Any, state: Any) -> Any:
+        return state if boundary[t] is None or state is None else torch.where(boundary[t], first, state)
+
+    def running(t: int, new: Any, old: Any) -> Any:
+        return new if active[t] is None or new is None else torch.where(active[t], new, old)
 
     def initial(state: Tensor | None, n: int) -> Tensor:
         return zero if state is None else spread(state[n], 0, E)
@@ -95,11 +101,11 @@ def forward(how: How, lengths: Tensor | None, reset: Tensor | None, p: Tensors) 
             row_y: list[Any] = [None] * T
             row_c: list[Any] = [None] * T
             for t in reversed(range(T)) if backwards else range(T):
-                cut = (boundary[t + 1] if t + 1 < T else None) if backwards else boundary[t]
-                h_new, c_new = _cell(how, gates[t], where(cut, first_h, h), where(cut, first_c, c), R, bR)
-                h, c = where(active[t], h_new, h), where(active[t], c_new, c)
-                row_y[t] = where(active[t], h, zero)
-                row_c[t] = where(active[t], c, zero) if c is not None else row_y[t]
+                cut = t + 1 if backwards else t  # where a sequence ends, seen from this side
+                h_new, c_new = _cell(how, gates[t], restarted(cut, first_h, h), restarted(cut, first_c, c), R, bR)
+                h, c = running(t, h_new, h), running(t, c_new, c)
+                row_y[t] = running(t, h, zero)
+                row_c[t] = row_y[t] if c is None else running(t, c, zero)
             ys.append(torch.stack(row_y))
             kept.append(torch.stack(row_c))
             hns.append(h)
@@ -159,12 +165,109 @@ def _dense(values: Tensors, tangents: Tensors, axes: Sequence[int], E: Any) -> t
         if value is None and tangent is None:
             continue
         value = torch.zeros_like(tangent) if value is None else value  # type: ignore[arg-type]
-        value = spread(value, axis, E)
+        value = spread(value, axis, E).contiguous()  # torch.func.jvp refuses elements that share memory
         full.append(value)
-        full_tangents.append(torch.zeros_like(value) if tangent is None else spread(tangent, axis, E))
+        full_tangents.append(torch.zeros_like(value) if tangent is None else spread(tangent, axis, E).contiguous())
 
     def rebuild(dense: Sequence[Tensor]) -> Any:
         each = iter(dense)
         return [next(each) if here else None for here in there]
 
     return tuple(full), tuple(full_tangents), rebuild
+
+
+# Derivatives of jvp and hvp. A derivative rule of a Function runs where torch has turned derivatives off, so that torch's
+# own operators in it would lose those that are still wanted outside. Hence each rule here is one Function again, and a
+# derivative of any order is a path of steps down to "jvp" or "hvp", taken where no transform is active any more.
+
+
+def _build(settings: How, path: tuple[Any, ...]) -> Callable[..., tuple[Tensor, ...]]:
+    """The function (lengths, reset, *tensors) at the end of a path."""
+    step, *rest = path
+    if step == "jvp" or step == "hvp":
+        base = jvp if step == "jvp" else hvp
+        return lambda lengths, reset, *tensors: base(settings, lengths, reset, *parts(step, settings, tensors))
+    inner = _build(settings, rest[0])
+    if step == "vmap":
+        return torch.func.vmap(inner, rest[1])
+    moving = rest[1]
+
+    def held(lengths: Any, reset: Any, tensors: Sequence[Any]) -> Callable[..., tuple[Tensor, ...]]:
+        def function(*given: Tensor) -> tuple[Tensor, ...]:
+            replaced = dict(zip(moving, given, strict=True))
+            return inner(lengths, reset, *(replaced.get(n, tensor) for n, tensor in enumerate(tensors)))
+
+        return function
+
+    if step == "push":
+
+        def pushed(lengths: Any, reset: Any, *tensors: Any) -> tuple[Tensor, ...]:
+            tensors, tangents = tensors[: -len(moving)], tensors[-len(moving) :]
+            primals = tuple(tensors[n] for n in moving)
+            result: tuple[Tensor, ...] = torch.func.jvp(held(lengths, reset, tensors), primals, tangents)[1]
+            return result
+
+        return pushed
+
+    given = rest[2]
+
+    def pulled(lengths: Any, reset: Any, *tensors: Any) -> tuple[Tensor, ...]:
+        tensors, cotangents = tensors[: -len(given)], tensors[-len(given) :]
+        results, back = torch.func.vjp(held(lengths, reset, tensors), *(tensors[n] for n in moving))
+        there = dict(zip(given, cotangents, strict=True))
+        gradients: tuple[Tensor, ...] = back(
+            tuple(there[n] if n in there else torch.zeros_like(result) for n, result in enumerate(results))
+        )
+        return gradients
+
+    return pulled
+
+
+class Derivative(torch.autograd.Function):
+    """The function at the end of a path."""
+
+    @staticmethod
+    def forward(text: str, path: tuple[Any, ...], lengths: Any, reset: Any, *tensors: Any) -> tuple[Tensor, ...]:  # type: ignore[override]
+        return _build(read(text), path)(lengths, reset, *tensors)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        text, path, *tensors = inputs
+        ctx.settings, ctx.path = read(text), path
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *u: Any) -> tuple[Any, ...]:
+        lengths, reset, *saved = ctx.saved_tensors
+        needs = ctx.needs_input_grad[4:]
+        wanted = tuple(n for n, need in enumerate(needs) if need)
+        values = iter(pull(ctx.settings, ctx.path, lengths, reset, saved, wanted, u))
+        return (None, None, None, None, *(next(values) if need else None for need in needs))
+
+    @staticmethod
+    def jvp(ctx: Any, _: Any, __: Any, ___: Any, ____: Any, *tangents: Any) -> tuple[Any, ...]:
+        lengths, reset, *saved = ctx.saved_tensors
+        return push(ctx.settings, ctx.path, lengths, reset, saved, tangents)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, text: str, path: Any, *tensors: Any) -> tuple[Any, Any]:  # type: ignore[override]
+        outputs = Derivative.apply(text, ("vmap", path, in_dims[2:]), *tensors)  # type: ignore[no-untyped-call]
+        return outputs, (0,) * len(outputs)
+
+
+def push(settings: How, path: Any, lengths: Any, reset: Any, tensors: Sequence[Any], tangents: Sequence[Any]) -> Any:
+    """Tangents of what a path returns, from those of its tensors."""
+    moving = tuple(n for n, tangent in enumerate(tangents) if tangent is not None)
+    path = ("push", path, moving)
+    return Derivative.apply(settings.text(), path, lengths, reset, *tensors, *(tangents[n] for n in moving))  # type: ignore[no-untyped-call]
+
+
+def pull(settings: How, path: Any, lengths: Any, reset: Any, tensors: Sequence[Any], wanted: Any, u: Sequence[Any]) -> Any:
+    """Gradients of the wanted ones of a path's tensors, from those of what it returns; none of these: None."""
+    given = tuple(n for n, cotangent in enumerate(u) if cotangent is not None)
+    if not given:
+        return (None,) * len(wanted)
+    path = ("pull", path, wanted, given)
+    return Derivative.apply(settings.text(), path, lengths, reset, *tensors, *(u[n] for n in given))  # type: ignore[no-untyped-call]

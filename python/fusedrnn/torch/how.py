@@ -12,6 +12,7 @@ Tensors of a call, everywhere in this package, with an axis E of weight sets (ex
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -109,3 +110,27 @@ def read(text: str) -> How:
         "" if rest[10] == "-" else rest[10],
         rest[11] == "1",
     )
+
+
+# An operator's tensors come in groups: p, then the tape or v, then g and t (which always have a place for cells).
+
+
+def groups(name: str, states: int, weights: int) -> tuple[int, ...]:
+    """How many tensors each group has."""
+    p, g = 1 + states + weights, 2 + states
+    return {"forward": (p,), "backward": (p, 1, g), "jvp": (p, p), "hvp": (p, p, g, g)}[name]
+
+
+def cut(tensors: Sequence[Any], sizes: Sequence[int]) -> list[tuple[Any, ...]]:
+    """The groups."""
+    result, begin = [], 0
+    for size in sizes:
+        result.append(tuple(tensors[begin : begin + size]))
+        begin += size
+    return result
+
+
+def parts(name: str, settings: How, tensors: Sequence[Any]) -> list[tuple[Any, ...]]:
+    """The groups; cotangents without the place for cells where there are none."""
+    result = cut(tensors, groups(name, settings.states, settings.weights))
+    return result if settings.cells else [*result[:2], *(group[:-1] for group in result[2:])]

@@ -5,8 +5,8 @@
 |---|---|---|---|
 | forward(p) | results, tape | backward | jvp |
 | backward(p, tape, g) | gradients of p | hvp for p, jvp for g | hvp |
-| jvp(p, v) | tangents of the results | hvp for p, backward for v | composite |
-| hvp(p, v, g, t) | tangents of the gradients | composite | composite |
+| jvp(p, v) | tangents of the results | hvp for p, backward for v | composite.Derivative |
+| hvp(p, v, g, t) | tangents of the gradients | composite.Derivative | composite.Derivative |
 
 (hvp serves backward's reverse rule too, because a Hessian is symmetric.) Each exists twice: as an operator of
 torch.library, for compile and export, with an Autograd kernel of its own, and as an autograd.Function around it, for
@@ -40,37 +40,13 @@ _NAMES = ("forward", "backward", "jvp", "hvp")
 # What an operator's arguments are: (how, lengths, reset, *tensors); tensors in groups.
 
 
-def _groups(name: str, states: int, weights: int) -> tuple[int, ...]:
-    """How many tensors of each kind: p, then the tape or v, then g and t (which always have a place for cells)."""
-    p, g = 1 + states + weights, 2 + states
-    return {"forward": (p,), "backward": (p, 1, g), "jvp": (p, p), "hvp": (p, p, g, g)}[name]
-
-
-def _cut(tensors: Sequence[Any], groups: Sequence[int]) -> list[tuple[Any, ...]]:
-    parts, begin = [], 0
-    for size in groups:
-        parts.append(tuple(tensors[begin : begin + size]))
-        begin += size
-    return parts
-
-
-def _parts(name: str, settings: How, tensors: Sequence[Any]) -> list[tuple[Any, ...]]:
-    """The groups; cotangents without the place for cells where there are none."""
-    parts = _cut(tensors, _groups(name, settings.states, settings.weights))
-    if not settings.cells:
-        for n, group in enumerate(parts):
-            if name == "backward" and n == 2 or n > 1:
-                parts[n] = group[:-1]
-    return parts
-
-
 def _padded(settings: How, g: Sequence[Any]) -> tuple[Any, ...]:
     return tuple(g) if settings.cells else (*g, None)
 
 
 def _run(name: str, settings: How, lengths: Any, reset: Any, tensors: Sequence[Any]) -> tuple[Tensor, ...]:
     """The kernel."""
-    parts = _parts(name, settings, tensors)
+    parts = how.parts(name, settings, tensors)
     if name == "backward":
         p, (tape,), g = parts
         return kernels.backward(settings, lengths, reset, p, tape, g)
@@ -120,8 +96,8 @@ def _reverse(
             return (None,) * len(needs)
         down = settings._replace(want=want)
         return _placed(settings, want, apply("backward", down, lengths, reset, *p, tape, *_padded(settings, g)))
-    parts = _parts(name, settings, saved)
-    cut = _cut(needs, _groups(name, settings.states, settings.weights))
+    parts = how.parts(name, settings, saved)
+    cut = how.cut(needs, how.groups(name, settings.states, settings.weights))
     if name == "backward":
         _once(settings)
         p, _, g = parts
@@ -156,19 +132,9 @@ def _reverse(
             dv = _placed(settings, want, apply("backward", down, lengths, reset, *p, None, *u))
             dv = tuple(_reduced(*item) for item in zip(dv, v, settings.argument_axes, strict=True))
         return (*dp, *dv)
-    # hvp: by the composite, whose own derivatives torch knows
-    wanted = [n for n, need in enumerate(needs) if need]
-
-    def function(*given: Tensor) -> tuple[Tensor, ...]:
-        tensors = list(saved)
-        for n, tensor in zip(wanted, given, strict=True):
-            tensors[n] = tensor
-        return composite.hvp(settings, lengths, reset, *_parts("hvp", settings, tensors))
-
-    outputs, pull = torch.func.vjp(function, *(saved[n] for n in wanted))
-    cotangents = tuple(torch.zeros_like(o) if c is None else c for o, c in zip(outputs, u, strict=True))
-    gradients = dict(zip(wanted, pull(cotangents), strict=True))
-    return tuple(gradients.get(n) for n in range(len(needs)))
+    wanted = tuple(n for n, need in enumerate(needs) if need)
+    values = composite.pull(settings, (name,), lengths, reset, saved, wanted, u)
+    return _placed(settings, _digits(needs), values)
 
 
 def _forwards(
@@ -179,24 +145,13 @@ def _forwards(
         down = settings._replace(tape=False)
         return (*apply("jvp", down, lengths, reset, *saved[:-1], *tangents), None)
     if name == "backward":
-        p, _, g = _parts(name, settings, saved)
-        v, _, t = _parts(name, settings, tangents)
+        p, _, g = how.parts(name, settings, saved)
+        v, _, t = how.parts(name, settings, tangents)
         result: tuple[Any, ...] = apply(
             "hvp", settings, lengths, reset, *p, *v, *_padded(settings, g), *_padded(settings, t)
         )
         return result
-    function = composite.jvp if name == "jvp" else composite.hvp
-    moving = [n for n, tangent in enumerate(tangents) if tangent is not None]
-
-    def along(*given: Tensor) -> tuple[Tensor, ...]:
-        tensors = list(saved)
-        for n, tensor in zip(moving, given, strict=True):
-            tensors[n] = tensor
-        return function(settings, lengths, reset, *_parts(name, settings, tensors))
-
-    primals = tuple(saved[n] for n in moving)
-    result = torch.func.jvp(along, primals, tuple(tangents[n] for n in moving))[1]
-    return result
+    return composite.push(settings, (name,), lengths, reset, saved, tangents)
 
 
 def _axes(name: str, settings: How) -> tuple[int, ...]:
@@ -326,7 +281,7 @@ def make_operators(states: int, weights: int) -> None:
 def _make_operator(name: str, states: int, weights: int) -> Any:
     full = f"{name}_{states}_{weights}"
     optional = iter(range(10000))
-    groups = _groups(name, states, weights)
+    groups = how.groups(name, states, weights)
     arguments = []
     for n, size in enumerate(groups):
         for m in range(size):
@@ -360,7 +315,7 @@ def _make_operator(name: str, states: int, weights: int) -> Any:
         settings, lengths, reset, tensors = unpack(arguments)
         return whole(settings, _fake(name, settings, lengths, reset, tensors), tensors[0])
 
-    class Single(torch.autograd.Function):
+    class Single(torch.autograd.function._SingleLevelFunction):
         """What torch's code generator would write for an operator: one level of derivatives."""
 
         @staticmethod
@@ -445,7 +400,7 @@ def _call_operator(name: str, settings: How, lengths: Any, reset: Any, *tensors:
 
 
 def _differentiated(arguments: Sequence[Any]) -> bool:
-    if torch._C._is_grad_enabled() and torch._C._any_requires_grad(*arguments):
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
         return True
     return torch._C._is_fwd_grad_enabled()  # whether there are tangents costs more to ask than to assume
 
