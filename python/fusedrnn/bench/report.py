@@ -130,7 +130,7 @@ def _rows(found: list[Line]) -> Iterator[tuple[Line, list[str]]]:
         )
 
 
-HEADS = ("", "ours ms", "spread", "best rival", "ms", "faster", "vs torch", "of limit")
+HEADS = ("", "ours ms", "spread", "best rival", "ms", "faster", "vs torch", "limit")
 
 
 def groups(document: Document, threads: int) -> Iterator[tuple[str, list[Line]]]:
@@ -158,7 +158,9 @@ def rich_tables(document: Document, threads: int) -> Iterator[Table]:
     for heading, found in groups(document, threads):
         table = Table(title=heading, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for k, head in enumerate(HEADS):
-            table.add_column(head, justify="left" if k in (0, 3) else "right", no_wrap=k > 0)
+            table.add_column(
+                head, justify="left" if k in (0, 3) else "right", no_wrap=k > 0 or heading.startswith(TITLES["grid"])
+            )
         for line, cells in _rows(found):
             colour = "red" if line.behind or line.failed else "green" if (line.over(line.best) or 0) > 1 else ""
             cells[5] = f"[{colour}]{cells[5]}[/]" if colour else cells[5]
