@@ -10,11 +10,14 @@ clipping by global norm, Adam (torch's fused one), truncated BPTT with carried s
 import argparse
 import json
 import math
+import os
 import platform
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as `python -m fusedrnn demo` has it; before NumPy is loaded
 
 import numpy as np
 import torch

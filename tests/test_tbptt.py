@@ -75,7 +75,9 @@ def naive(layer, cell, x, target, k1, k2, rate=RATE, lengths=None, reset=None):
                 state = tuple(torch.where(keep, s, 0.0) for s in state)
             y, after = net(x[t : t + 1], state if cell == "LSTM" else state[0])
             alive = torch.from_numpy(t < lengths)[:, None]
-            state = tuple(torch.where(alive, a, s) for a, s in zip(after if cell == "LSTM" else (after,), state, strict=True))
+            state = tuple(
+                torch.where(alive, a, s) for a, s in zip(after if cell == "LSTM" else (after,), state, strict=True)
+            )
             y = torch.where(alive, y[0], 0.0)
             states[t + 1] = state
             if t >= new:
@@ -110,7 +112,9 @@ def assert_same_training(got, expected, rtol=1e-9):
 
 
 @pytest.mark.parametrize("cell", CELLS)
-@pytest.mark.parametrize(("k1", "k2"), [(5, 5), (4, 6), (4, 8), (4, 11), (3, 4), (1, 5), (2, 40), (9, 3), (10, 4), (7, 1), (30, 30)])
+@pytest.mark.parametrize(
+    ("k1", "k2"), [(5, 5), (4, 6), (4, 8), (4, 11), (3, 4), (1, 5), (2, 40), (9, 3), (10, 4), (7, 1), (30, 30)]
+)
 def test_training_equals_the_naive_loop(cell, k1, k2):
     layer = make_layer(cell)
     x, target = make_data(23)
@@ -207,7 +211,11 @@ def test_every_kind_of_source_gives_the_same_bits(k1, k2):
 
 def test_an_end_that_nobody_could_know():
     x, target = make_data(30)
-    for k1, k2, windows in ((4, 10, [0, 0, 2, 6, 10, 14, 18, 22]), (6, 6, [0, 6, 12, 18, 24]), (7, 3, [0, 3, 6, 7, 10, 13])):
+    for k1, k2, windows in (
+        (4, 10, [0, 0, 2, 6, 10, 14, 18, 22]),
+        (6, 6, [0, 6, 12, 18, 24]),
+        (7, 3, [0, 3, 6, 7, 10, 13]),
+    ):
         layer = make_layer("LSTM")
         chunks = list(tbptt.chunks(layer, (x[t : t + 5] for t in range(0, 30, 5)), k1=k1, k2=k2))
         assert [chunk.window for chunk in chunks][: len(windows)] == windows

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import os
 import sys
 
 COMMANDS = {
@@ -21,6 +23,9 @@ def main(arguments: list[str] | None = None) -> int:
     command, rest = parser.parse_args(arguments[:1]).command, arguments[1:]
     # each command reads its own options; nothing heavy is imported before it is known which one runs
     if command == "demo":
+        if importlib.util.find_spec("fusedrnn._core"):
+            # NumPy has little to do beside the kernels, and its threads would spin on the cores that they need
+            os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
         from .demo import cli
 
         return cli.main(rest)

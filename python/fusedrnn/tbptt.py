@@ -19,11 +19,11 @@ The sequence is cut into chunks; the state goes from chunk to chunk, gradients d
 happens, `k2` (k1 if not given) is how far back gradients flow, both in steps:
 
 - k2 == k1: chunks of k1 steps, one update each.
-- k2 > k1: every chunk brings k1 new steps, and its gradients flow on to k2 steps before the chunk's end. The steps before
-  the new ones are run again, with the weights as they are now, from the state that the window before had there: what
-  `backward` returns is the exact gradient of the new steps' loss, cut at that point. Kept between chunks: k2 steps of x and
-  one state. (A shorter last chunk whose end nobody could know, x being an iterable and lengths not given, reaches back to
-  where a full one would have.)
+- k2 > k1: every chunk brings k1 new steps, and its gradients flow on to k2 steps before the chunk's end. The steps
+  before the new ones are run again, with the weights as they are now, from the state that the window before had there:
+  what `backward` returns is the exact gradient of the new steps' loss, cut at that point. Kept between chunks: k2 steps
+  of x and one state. (A shorter last chunk whose end nobody could know, x being an iterable and lengths not given,
+  reaches back to where a full one would have.)
 - k2 < k1: the k1 steps of one update come as chunks of k2 steps or fewer; `backward` returns the sum of the weights'
   gradients since the last update, and `chunk.update` says when that sum is complete.
 
@@ -141,8 +141,8 @@ def chunks(
             raise ValueError(f"tbptt: {name} is {k!r}; expected a number of steps >= 1")
     if layer.bidirectional:
         raise ValueError(
-            "tbptt: the layer is bidirectional; expected one direction, because the reverse direction begins at the end "
-            "of the whole sequence. Use two layers, or full backpropagation"
+            "tbptt: the layer is bidirectional; expected one direction, because the reverse direction begins at the "
+            "end of the whole sequence. Use two layers, or full backpropagation"
         )
     return Walk(layer, x, int(k1), int(k2), state, lengths, reset).run()
 
@@ -178,7 +178,9 @@ class Walk:
             done += stop - self.start
             # Looking ahead for the end never happens across an update: the next block may depend on it.
             update = done == self.k1 or self.steps.fetch(stop + 1) == stop
-            split = stop if self.k2 <= self.k1 else min(max(self.steps.known(stop + self.k1) - self.k2, self.first), stop)
+            split = stop
+            if self.k2 > self.k1:
+                split = min(max(self.steps.known(stop + self.k1) - self.k2, self.first), stop)
             chunk = Chunk(self, stop, split, update)
             yield chunk
             chunk.walk = None
@@ -223,17 +225,20 @@ class Steps:
         return stop
 
     def x(self, begin: int, end: int) -> np.ndarray:
-        parts = [cut(x, self.axis, begin - t, end - t) for t, x, _ in self.blocks if t < end and t + x.shape[self.axis] > begin]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts, self.axis)
+        return self.joined([(t, x) for t, x, _ in self.blocks], begin, end)
 
     def reset(self, begin: int, end: int) -> np.ndarray | None:
         if all(reset is None for _, _, reset in self.blocks):
             return None
-        parts = []
-        for t, x, reset in self.blocks:
-            if t < end and t + x.shape[self.axis] > begin:
-                marks = np.zeros(x.shape[:-1], np.uint8) if reset is None else np.asarray(reset)
-                parts.append(cut(marks, self.axis, begin - t, end - t))
+        none = np.zeros(1, np.uint8)
+        marks = [
+            np.broadcast_to(none, x.shape[:-1]) if reset is None else np.asarray(reset) for _, x, reset in self.blocks
+        ]
+        return self.joined([(t, mark) for (t, _, _), mark in zip(self.blocks, marks, strict=True)], begin, end)
+
+    def joined(self, blocks: list[tuple[int, np.ndarray]], begin: int, end: int) -> np.ndarray:
+        """The steps begin..end, copied only where they lie in several blocks."""
+        parts = [cut(a, self.axis, begin - t, end - t) for t, a in blocks if t < end and t + a.shape[self.axis] > begin]
         return parts[0] if len(parts) == 1 else np.concatenate(parts, self.axis)
 
     def forget(self, begin: int) -> None:

@@ -10,6 +10,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from .. import get_num_threads
 from .display import Display, picture
 from .text import Text, read
@@ -64,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
             trainer = Trainer(options, Text(read(options.text)))
         out.mkdir(parents=True, exist_ok=True)
     except FileNotFoundError as error:
-        p.exit(2, f"demo: {error.filename} is not there. --resume needs a checkpoint that an earlier run left in --out\n")
+        p.exit(2, f"demo: {error.filename} is not there; --resume needs the checkpoint of an earlier run in --out\n")
     except (ValueError, OSError) as error:
         p.exit(2, f"{error}\n")
     return run(trainer, checkpoint)
@@ -75,18 +77,19 @@ def refuse_changes(options: Options, given: dict[str, Any]) -> None:
     for name, value in given.items():
         if value != saved[name]:
             raise ValueError(
-                f"demo: --{name} is {value}, but the checkpoint was made with {saved[name]}; a resumed run goes on as it "
-                f"began. Leave --{name} out, or begin anew without --resume"
+                f"demo: --{name} is {value}, but the checkpoint was made with {saved[name]}; a resumed run goes on as "
+                f"it began. Leave --{name} out, or begin anew without --resume"
             )
 
 
 def run(trainer: Trainer, checkpoint: Path) -> int:
     options, progress, out = trainer.options, trainer.progress, checkpoint.parent
     weights = sum(array.size for array in trainer.model.parameters.values())
+    source = options.text or "the Python language reference"
     name = f"{options.layers}-layer {options.cell.upper()}, {options.hidden} units"
     print(
         f"{name}, {weights:,} weights, {get_num_threads()} threads; "
-        f"{len(trainer.text.train):,} characters to learn from ({options.text or 'the Python language reference'}), "
+        f"{len(trainer.text.train):,} characters to learn from ({source}), "
         f"{len(trainer.text.held_out):,} held out",
         flush=True,
     )
@@ -113,14 +116,14 @@ def run(trainer: Trainer, checkpoint: Path) -> int:
     trainer.save(checkpoint)
     sample = trainer.sample(600)
     (out / "sample.txt").write_text(sample + "\n", encoding="utf-8")
-    drawn = picture(progress, out / "loss.png", f"{name}: characters of {options.text or 'the Python language reference'}")
+    drawn = picture(progress, out / "loss.png", f"{name}, {source}")
     print(f"\n--- what it writes ---\n{sample}\n----------------------")
     step, bits = progress.held_out[-1]
-    tail = progress.losses[-50:]
+    tail = np.mean(progress.losses[-50:]) * BITS
     print(
         f"{step} updates, {progress.characters:,} characters in {progress.seconds:.1f} s of training "
         f"({progress.characters / progress.seconds:,.0f} characters/s)\n"
-        f"held out: {bits:.3f} bits per character; training, last {len(tail)} updates: {sum(tail) / len(tail) * BITS:.3f}\n"
+        f"held out: {bits:.3f} bits per character; training, last 50 updates: {tail:.3f}\n"
         f"in {out}: checkpoint.npz, sample.txt" + (", loss.png" if drawn else "; loss.png needs matplotlib")
     )
     return 0
@@ -128,7 +131,7 @@ def run(trainer: Trainer, checkpoint: Path) -> int:
 
 @contextmanager
 def interrupts() -> Iterator[list[int]]:
-    """A list that fills at the first Ctrl-C, so that the step in work is finished; the second one interrupts at once."""
+    """A list that fills at the first Ctrl-C, so that the step in work is finished; the second interrupts at once."""
     seen: list[int] = []
 
     def handle(number: int, frame: Any) -> None:

@@ -3,6 +3,7 @@
 
 import hashlib
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ def read(path: str | None) -> str:
         from pydoc_data.topics import topics
 
         # The topics quote one another. Every paragraph is taken once, or the held-out end would be known already.
-        paragraphs = {}
+        paragraphs: dict[str, str] = {}
         for topic in topics.values():
             for paragraph in topic.split("\n\n"):
                 paragraphs.setdefault(" ".join(paragraph.split()), paragraph.rstrip())
@@ -48,7 +49,7 @@ class Text:
         other = number.get(OTHER, 0)
         return np.fromiter((number.get(character, other) for character in text), np.int32, len(text))
 
-    def decode(self, ids: list[int]) -> str:
+    def decode(self, ids: Iterable[int]) -> str:
         return "".join(self.vocabulary[n] for n in ids)
 
 

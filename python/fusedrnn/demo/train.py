@@ -83,9 +83,7 @@ class Trainer:
             columns = rows(np.roll(self.text.train, -progress.shift), self.options.batch)
             ids, targets = columns[progress.position : -1], columns[progress.position + 1 :]
             # one block at a time, embedded only when it is needed: after the update before it
-            blocks = (
-                self.model.embed(ids[t : t + self.options.chunk]) for t in range(0, len(ids), self.options.chunk)
-            )
+            blocks = (self.model.embed(ids[t : t + self.options.chunk]) for t in range(0, len(ids), self.options.chunk))
             for chunk in tbptt.chunks(self.model.layer, blocks, k1=self.options.chunk, state=self.state):
                 here = slice(chunk.start, chunk.stop)
                 loss, grads = self.model.gradients(chunk, ids[here], targets[here])
@@ -182,7 +180,7 @@ class Trainer:
             if text.digest != meta["text"]:
                 raise ValueError(
                     f"demo: the text is not the one that {path} was trained on (sha256 {text.digest[:12]}, expected "
-                    f"{meta['text'][:12]}); resume with the same file and the same Python, or begin anew without --resume"
+                    f"{meta['text'][:12]}); resume with the same file and Python, or begin anew without --resume"
                 )
             trainer = cls(options, text)
             for kind, arrays in (("p", trainer.model.parameters), ("m", trainer.adam.m), ("v", trainer.adam.v)):
