@@ -122,6 +122,7 @@ struct Backward {
   BackwardArgs<T> a;
 
   static constexpr int kThreads = S::kThreads;
+  static constexpr int kCompute = S::kRoute == Route::cluster ? 90 : 80;  // the oldest GPU it can run on
   static constexpr int kStages = 4;
   static constexpr int kGates = S::kGates;
   static constexpr int kPieces = 8 * S::kHalves;
@@ -491,9 +492,8 @@ struct Backward {
 
   FUSEDRNN_DEVICE void poll_multiply(float (&acc)[kChains][S::kTiles][S::kMma][4], const U4 (&w)[S::kChunks][2][S::kMma],
                                      int set, int s, int tile_row, int warp, int g, int q, bool& late) const {
-    constexpr int kAtOnceMost = 8;  // loads under way: more would not leave registers to the weights
-    constexpr int kPart = S::kChunks < kAtOnceMost ? S::kChunks : kAtOnceMost;
-    static_assert(S::kChunks % kPart == 0);
+    // loads under way: more would not leave registers to the weights
+    constexpr int kPart = S::kChunks % 8 == 0 ? 8 : S::kChunks % 6 == 0 ? 6 : S::kChunks % 4 == 0 ? 4 : S::kChunks % 3 == 0 ? 3 : 1;
     const int count = kGates * a.pitch / T::kPer;
     FUSEDRNN_UNROLL
     for (int j = 0; j < S::kTiles; ++j)

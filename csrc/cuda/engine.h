@@ -13,6 +13,7 @@
 #include <cstdint>
 #include <initializer_list>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "../api.h"
@@ -96,7 +97,7 @@ double forward_cost(const Device& device, int64_t B, int64_t H, int64_t sets) {
   const int64_t peers = S::kRoute == Route::single ? 1 : (H + S::kUnits - 1) / S::kUnits;
   const double bytes = static_cast<double>(S::kRows * H) * sizeof(typename S::T::Storage);
   double waves = 1, step = 0.15 + product_time(S::kMma * 2 * S::kChunks * S::kTiles, S::kWarps) + 0.05 * S::kOwned;
-  if (Forward<S>::shared_bytes() > device.shared_bytes || device.compute < 80) return 0;
+  if (Forward<S>::shared_bytes() > device.shared_bytes || device.compute < Forward<S>::kCompute) return 0;
   if constexpr (S::kRoute == Route::single) {
     if (H > S::kUnits || H > S::kDepth) return 0;
     waves = static_cast<double>((teams + device.multiprocessors - 1) / device.multiprocessors);
@@ -117,7 +118,7 @@ double backward_cost(const Device& device, int64_t B, int64_t H, int64_t sets) {
   const int64_t tiles = (B + S::kRows - 1) / S::kRows, teams = tiles * sets;
   const int64_t peers = S::kRoute == Route::single ? 1 : (H + S::kUnits - 1) / S::kUnits;
   double waves = 1, step = 0.2 + product_time(S::kMma * 2 * S::kChunks * S::kTiles, S::kWarps) + 0.05 * S::kOwned;
-  if (Backward<S>::shared_bytes() > device.shared_bytes || device.compute < 80 || H > S::kMaxH) return 0;
+  if (Backward<S>::shared_bytes() > device.shared_bytes || device.compute < Backward<S>::kCompute || H > S::kMaxH) return 0;
   if constexpr (S::kRoute == Route::single) {
     waves = static_cast<double>((teams + device.multiprocessors - 1) / device.multiprocessors);
     step += 0.05;
@@ -526,26 +527,20 @@ class Engine {
   using Choice = std::tuple<Route, int>;
   template <class... S>
   Choice pick_forward(List<S...>) const {
-    Choice best{Route::stepwise, -1};
-    double cost = allowed(Route::stepwise) ? stepwise_cost(G, B_, H_, sets_, sizeof(Storage)) : 0;
-    int n = 0;
-    const auto consider = [&](Route route, double c) {
-      if (c > 0 && allowed(route) && (cost == 0 || c < cost)) cost = c, best = {route, n};
-      ++n;
-    };
-    (consider(S::kRoute, forward_cost<S>(device_, B_, H_, sets_)), ...);
-    return best;
+    return cheapest({{S::kRoute, forward_cost<S>(device_, B_, H_, sets_)}...});
   }
   template <class... S>
   Choice pick_backward(List<S...>) const {
+    return cheapest({{S::kRoute, backward_cost<S>(device_, B_, H_, sets_)}...});
+  }
+  Choice cheapest(std::initializer_list<std::pair<Route, double>> kernels) const {  // cost 0: does not fit
     Choice best{Route::stepwise, -1};
     double cost = allowed(Route::stepwise) ? stepwise_cost(G, B_, H_, sets_, sizeof(Storage)) : 0;
     int n = 0;
-    const auto consider = [&](Route route, double c) {
+    for (const auto& [route, c] : kernels) {
       if (c > 0 && allowed(route) && (cost == 0 || c < cost)) cost = c, best = {route, n};
       ++n;
-    };
-    (consider(S::kRoute, backward_cost<S>(device_, B_, H_, sets_)), ...);
+    }
     return best;
   }
 
@@ -564,15 +559,17 @@ class Engine {
   }
 
   void run_forward(ForwardArgs<T>& a, const Math* bias, const Arguments& p, int64_t l, Arena& work) {
-    const auto [route, n] = pick_forward(Forwards());
+    const int n = std::get<1>(pick_forward(Forwards()));
     if (n < 0)
       stepwise_forward(a, bias, p, l, work);
     else
       persistent_forward(Forwards(), n, a, bias, p, l, work);
   }
   template <class... S>
-  void persistent_forward(List<S...>, int n, ForwardArgs<T>& a, const Math* bias, const Arguments& p, int64_t l, Arena& work) {
-    int at = 0;
+  void persistent_forward(List<S...>, [[maybe_unused]] int n, [[maybe_unused]] ForwardArgs<T>& a,
+                          [[maybe_unused]] const Math* bias, [[maybe_unused]] const Arguments& p, [[maybe_unused]] int64_t l,
+                          [[maybe_unused]] Arena& work) {
+    [[maybe_unused]] int at = 0;
     ((at++ == n ? persistent_forward_by<S>(a, bias, p, l, work) : void()), ...);
   }
   template <class S>
@@ -591,15 +588,16 @@ class Engine {
   }
 
   void run_backward(BackwardArgs<T>& a, const Arguments& p, int64_t l, Arena& work) {
-    const auto [route, n] = pick_backward(Backwards());
+    const int n = std::get<1>(pick_backward(Backwards()));
     if (n < 0)
       stepwise_backward(a, p, l, work);
     else
       persistent_backward(Backwards(), n, a, p, l, work);
   }
   template <class... S>
-  void persistent_backward(List<S...>, int n, BackwardArgs<T>& a, const Arguments& p, int64_t l, Arena& work) {
-    int at = 0;
+  void persistent_backward(List<S...>, [[maybe_unused]] int n, [[maybe_unused]] BackwardArgs<T>& a,
+                           [[maybe_unused]] const Arguments& p, [[maybe_unused]] int64_t l, [[maybe_unused]] Arena& work) {
+    [[maybe_unused]] int at = 0;
     ((at++ == n ? persistent_backward_by<S>(a, p, l, work) : void()), ...);
   }
   template <class S>

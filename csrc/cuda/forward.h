@@ -44,6 +44,7 @@ struct Forward {
   ForwardArgs<T> a;
 
   static constexpr int kThreads = S::kThreads;
+  static constexpr int kCompute = S::kRoute == Route::cluster ? 90 : 80;  // the oldest GPU it can run on
   static constexpr int kStages = 4;  // steps of gx under way
   static constexpr int kChains = S::kMma * S::kTiles >= 4 ? 1 : 2;
   static constexpr int kGates = S::kGates;

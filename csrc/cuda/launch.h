@@ -8,9 +8,22 @@
 
 namespace fusedrnn::cuda {
 
+// The oldest GPU a kernel can run on. For older ones its body is empty, and the cost model never chooses it.
+template <class K>
+struct Oldest {
+  static constexpr int value = 75;
+};
+template <class K>
+  requires(K::kCompute > 0)
+struct Oldest<K> {
+  static constexpr int value = K::kCompute;
+};
+
 template <class K>
 __global__ void __launch_bounds__(K::kThreads, 1) entry(const __grid_constant__ K kernel) {
-  kernel();
+#ifdef __CUDA_ARCH__
+  if constexpr (Oldest<K>::value <= __CUDA_ARCH__ / 10) kernel();
+#endif
 }
 
 template <class K>
@@ -32,7 +45,7 @@ cudaError_t launch(const K& kernel, int blocks, int cluster, bool cooperative, c
     const cudaError_t status = cudaFuncSetAttribute(entry<K>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (status != cudaSuccess) return status;
   }
-  if (cluster > 8) {
+  if (cluster > 8) {  // more than every device promises
     const cudaError_t status = cudaFuncSetAttribute(entry<K>, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
     if (status != cudaSuccess) return status;
   }
