@@ -70,7 +70,7 @@ def forward(how: How, lengths: Tensor | None, reset: Tensor | None, p: Tensors) 
         E = max(E, reset.shape[1])
         given = reset.ne(0).to(x.device).unsqueeze(-1)
         boundary = [*(b if a is None else b & a for b, a in zip(given, active, strict=True)), None]
-    zero = x.new_zeros((E, B, H))
+    zero = torch.zeros((E, B, H), dtype=x.dtype, device=x.device)
 
     def restarted(t: int, first: Any, state: Any) -> Any:
         return state if boundary[t] is None or state is None else torch.where(boundary[t], first, state)
@@ -264,7 +264,9 @@ def push(settings: How, path: Any, lengths: Any, reset: Any, tensors: Sequence[A
     return Derivative.apply(settings.text(), path, lengths, reset, *tensors, *(tangents[n] for n in moving))  # type: ignore[no-untyped-call]
 
 
-def pull(settings: How, path: Any, lengths: Any, reset: Any, tensors: Sequence[Any], wanted: Any, u: Sequence[Any]) -> Any:
+def pull(
+    settings: How, path: Any, lengths: Any, reset: Any, tensors: Sequence[Any], wanted: Any, u: Sequence[Any]
+) -> Any:
     """Gradients of the wanted ones of a path's tensors, from those of what it returns; none of these: None."""
     given = tuple(n for n, cotangent in enumerate(u) if cotangent is not None)
     if not given:

@@ -134,7 +134,9 @@ def counts(name: str, given: Any, B: int, x: Tensor) -> Tensor:
     if lengths.is_floating_point() or lengths.dtype == torch.bool:
         raise TypeError(f"{name}: lengths has dtype {lengths.dtype}; expected integers, one for each row")
     if tuple(lengths.shape) != (B,):
-        raise ValueError(f"{name}: lengths has shape {tuple(lengths.shape)}; expected {(B,)} = (B,), one for each row of x")
+        raise ValueError(
+            f"{name}: lengths has shape {tuple(lengths.shape)}; expected {(B,)} = (B,), one for each row of x"
+        )
     return lengths.to(x.device, torch.int64)
 
 
@@ -195,7 +197,9 @@ def gru(
     """Run a GRU; reset_after as in fusedrnn.gru, all else as in `lstm`; the state is one tensor h."""
     options = (num_layers, bidirectional, reverse, batch_first, lengths, reset, reset_to)
     cell = "gru" if reset_after else "gru_reset_before"
-    return _function("gru", cell, x, state, params, *options, dropout * training, None, clip_grad, recompute, return_cells)
+    return _function(
+        "gru", cell, x, state, params, *options, dropout * training, None, clip_grad, recompute, return_cells
+    )
 
 
 def rnn(
@@ -222,7 +226,9 @@ def rnn(
         raise ValueError(f'rnn: nonlinearity is {nonlinearity!r}; expected "tanh" or "relu"')
     options = (num_layers, bidirectional, reverse, batch_first, lengths, reset, reset_to)
     cell = f"rnn_{nonlinearity}"
-    return _function("rnn", cell, x, state, params, *options, dropout * training, None, clip_grad, recompute, return_cells)
+    return _function(
+        "rnn", cell, x, state, params, *options, dropout * training, None, clip_grad, recompute, return_cells
+    )
 
 
 def names(num_layers: int, directions: int, bias: bool) -> list[str]:
@@ -304,9 +310,13 @@ def _check(name: str, x: Tensor, h0: Any, c0: Any, weights: Any, settings: How, 
     state = (S, H) if rows is None else (S, rows, H)
     for what, given in (("h", h0), ("c", c0)):
         if given is not None and tuple(given.shape) != state:
-            raise ValueError(f"{name}: {what} of state has shape {tuple(given.shape)}; expected {state}, from x and params")
+            raise ValueError(
+                f"{name}: {what} of state has shape {tuple(given.shape)}; expected {state}, from x and params"
+            )
     shapes = weight_shapes(settings, x.shape[-1], H)
-    for key, weight, shape in zip(names(settings.layers, settings.directions, settings.bias), weights, shapes, strict=True):
+    for key, weight, shape in zip(
+        names(settings.layers, settings.directions, settings.bias), weights, shapes, strict=True
+    ):
         if tuple(weight.shape) != shape:
             raise ValueError(
                 f"{name}: {key} has shape {tuple(weight.shape)}; expected {shape}, with I={x.shape[-1]} from x and H={H} "

@@ -17,7 +17,13 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 CELLS = {"rnn_tanh": 1, "rnn_relu": 1, "lstm": 4, "gru": 3, "gru_reset_before": 3}  # gates
-_KEPT = {"rnn_tanh": 1, "rnn_relu": 1, "lstm": 6, "gru": 5, "gru_reset_before": 4}  # tape: per unit and step, h included
+_KEPT = {
+    "rnn_tanh": 1,
+    "rnn_relu": 1,
+    "lstm": 6,
+    "gru": 5,
+    "gru_reset_before": 4,
+}  # tape: per unit and step, h included
 
 
 class How(NamedTuple):
@@ -75,8 +81,11 @@ class How(NamedTuple):
 
     def text(self) -> str:
         """As operators take it; `read` is the inverse."""
-        return f"{self.cell} {self.layers} {self.directions} {self.bias:d} {self.reverse:d} {self.reset_to_initial:d} " + (
-            f"{self.recompute:d} {self.clip_cell!r} {self.clip_grad!r} {self.tape:d} {self.cells:d} {self.want or '-'} {self.each:d}"
+        return (
+            f"{self.cell} {self.layers} {self.directions} {self.bias:d} {self.reverse:d} {self.reset_to_initial:d} "
+            + (
+                f"{self.recompute:d} {self.clip_cell!r} {self.clip_grad!r} {self.tape:d} {self.cells:d} {self.want or '-'} {self.each:d}"
+            )
         )
 
     def tape_length(self, T: Any, B: Any, H: Any) -> Any:

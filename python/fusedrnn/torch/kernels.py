@@ -54,7 +54,9 @@ class Sizes(NamedTuple):
 class Call:
     """One call: the problem, and how its tensors become arrays."""
 
-    def __init__(self, how: How, p: Tensors, extra: Tensors, extra_axes: Sequence[int], lengths: Any, reset: Any) -> None:
+    def __init__(
+        self, how: How, p: Tensors, extra: Tensors, extra_axes: Sequence[int], lengths: Any, reset: Any
+    ) -> None:
         x, R = p[0], p[how.states + 2]
         assert x is not None and R is not None
         self.how = how
@@ -99,9 +101,7 @@ class Call:
     def _pack(self, arrays: list[Any]) -> Arguments:
         states = self.how.states
         per = self.how.per_layer
-        weights = [
-            (*arrays[n : n + per], None, None)[:4] for n in range(1 + states, len(arrays), per)
-        ]
+        weights = [(*arrays[n : n + per], None, None)[:4] for n in range(1 + states, len(arrays), per)]
         return Arguments(arrays[0], arrays[1], arrays[2] if states == 2 else None, weights)
 
     def given(self, g: Tensors) -> Results:

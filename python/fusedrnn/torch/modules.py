@@ -97,7 +97,9 @@ class _Layer(nn.RNNBase):
                 if not isinstance(state, Tensor) or state.shape != expected:
                     return "hx's shape"
         for weight, shape in zip(
-            weights, functional.weight_shapes(self._settings(None, False), self.input_size, self.hidden_size), strict=True
+            weights,
+            functional.weight_shapes(self._settings(None, False), self.input_size, self.hidden_size),
+            strict=True,
         ):
             if weight.shape != shape:
                 return "a weight's shape"
@@ -110,6 +112,7 @@ class _Layer(nn.RNNBase):
         functional.set_route(f"torch.nn: {why}")
         return self._torch.forward(self, input, hx)
 
+    @torch.compiler.disable  # lengths are values: a PackedSequence is one graph break, as with torch.nn
     def _packed(
         self, input: PackedSequence, hx: Any, lengths: Any, reset: Any, return_cells: bool, recompute: bool | None
     ) -> Any:

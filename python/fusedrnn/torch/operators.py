@@ -8,11 +8,11 @@
 | jvp(p, v) | tangents of the results | hvp for p, backward for v | composite.Derivative |
 | hvp(p, v, g, t) | tangents of the gradients | composite.Derivative | composite.Derivative |
 
-(hvp serves backward's reverse rule too, because a Hessian is symmetric.) Each exists twice: as an operator of
-torch.library, for compile and export, with an Autograd kernel of its own, and as an autograd.Function around it, for
-everything eager. Both have the same rules, below. What must not change, because torch then gives wrong numbers in
-silence: a Function calls the operator and not the kernel (linearize); each jvp rule is one apply or one torch.func call
-(jvp of jvp); schemas are flat (is_grads_batched); no register_autograd (jvp and jacfwd inside compile).
+(hvp serves backward's reverse rule too, because a Hessian is symmetric.) Each is an autograd.Function, which has the
+rules, around an operator of torch.library, which has the kernel. Eager code applies the Function; torch.compile and
+export see the operator, which applies the Function itself where derivatives or transforms are at work: so the rules are
+the same everywhere. What must not change, because torch then gives wrong numbers in silence: a Function calls the
+operator and not the kernel (linearize); each jvp rule is one apply (jvp of jvp); schemas are flat (is_grads_batched).
 
 vmap is one call too: the new axis goes into E, outermost.
 """
@@ -25,8 +25,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C import _after_autograd_keyset, _AutoDispatchBelowAutograd  # type: ignore[attr-defined]
-from torch._functorch.utils import enable_single_level_autograd_function
-from torch.autograd.forward_ad import _set_fwd_grad_enabled
 
 from . import composite, how, kernels
 from .how import How
@@ -83,7 +81,7 @@ def _once(settings: How) -> None:
 
 
 def _reverse(
-    apply: Callable[..., Any], name: str, settings: How, lengths: Any, reset: Any, saved: Tensors, needs: Any, u: Tensors
+    name: str, settings: How, lengths: Any, reset: Any, saved: Tensors, needs: Any, u: Tensors
 ) -> tuple[Any, ...]:
     """Gradients of an operator's tensors from those of what it returns; `needs` says which."""
     if all(gradient is None for gradient in u):
@@ -95,7 +93,7 @@ def _reverse(
         if all(gradient is None for gradient in g):
             return (None,) * len(needs)
         down = settings._replace(want=want)
-        return _placed(settings, want, apply("backward", down, lengths, reset, *p, tape, *_padded(settings, g)))
+        return _placed(settings, want, _apply("backward", down, lengths, reset, *p, tape, *_padded(settings, g)))
     parts = how.parts(name, settings, saved)
     cut = how.cut(needs, how.groups(name, settings.states, settings.weights))
     if name == "backward":
@@ -108,12 +106,10 @@ def _reverse(
         if any(cut[0]):
             want = _digits(cut[0])
             down = settings._replace(want=want, each=False)
-            dp = _placed(
-                settings, want, apply("hvp", down, lengths, reset, *p, *along, *_padded(settings, g), *none)
-            )
+            dp = _placed(settings, want, _apply("hvp", down, lengths, reset, *p, *along, *_padded(settings, g), *none))
         if any(cut[2]):
             down = settings._replace(want="", each=False)
-            dg = apply("jvp", down, lengths, reset, *p, *along)
+            dg = _apply("jvp", down, lengths, reset, *p, *along)
             dg = tuple(_reduced(*item) for item in zip(dg, g, settings.result_axes, strict=True))
             dg = tuple(d if need else None for d, need in zip(_padded(settings, dg), cut[2], strict=True))
         return (*dp, None, *dg)
@@ -125,11 +121,11 @@ def _reverse(
         if any(cut[0]):
             want = _digits(cut[0])
             down = settings._replace(want=want, each=False)
-            dp = _placed(settings, want, apply("hvp", down, lengths, reset, *p, *v, *u, *none))
+            dp = _placed(settings, want, _apply("hvp", down, lengths, reset, *p, *v, *u, *none))
         if any(cut[1]):
             want = _digits(cut[1])
             down = settings._replace(want=want, each=True)
-            dv = _placed(settings, want, apply("backward", down, lengths, reset, *p, None, *u))
+            dv = _placed(settings, want, _apply("backward", down, lengths, reset, *p, None, *u))
             dv = tuple(_reduced(*item) for item in zip(dv, v, settings.argument_axes, strict=True))
         return (*dp, *dv)
     wanted = tuple(n for n, need in enumerate(needs) if need)
@@ -137,17 +133,15 @@ def _reverse(
     return _placed(settings, _digits(needs), values)
 
 
-def _forwards(
-    apply: Callable[..., Any], name: str, settings: How, lengths: Any, reset: Any, saved: Tensors, tangents: Tensors
-) -> tuple[Any, ...]:
+def _forwards(name: str, settings: How, lengths: Any, reset: Any, saved: Tensors, tangents: Tensors) -> tuple[Any, ...]:
     """Tangents of what an operator returns from those of its tensors."""
     if name == "forward":
         down = settings._replace(tape=False)
-        return (*apply("jvp", down, lengths, reset, *saved[:-1], *tangents), None)
+        return (*_apply("jvp", down, lengths, reset, *saved[:-1], *tangents), None)
     if name == "backward":
         p, _, g = how.parts(name, settings, saved)
         v, _, t = how.parts(name, settings, tangents)
-        result: tuple[Any, ...] = apply(
+        result: tuple[Any, ...] = _apply(
             "hvp", settings, lengths, reset, *p, *v, *_padded(settings, g), *_padded(settings, t)
         )
         return result
@@ -176,7 +170,7 @@ def _fold(tensor: Any, dim: int | None, axis: int, N: Any, E: Any) -> Any:
 
 
 def _batched(
-    apply: Callable[..., Any], name: str, N: Any, dims: Sequence[Any], settings: How, lengths: Any, reset: Any, tensors: Any
+    name: str, N: Any, dims: Sequence[Any], settings: How, lengths: Any, reset: Any, tensors: Any
 ) -> tuple[Any, Any]:
     """vmap's rule; `dims` are those of lengths, reset and the tensors."""
     axes = (0, 1, *_axes(name, settings))
@@ -197,7 +191,7 @@ def _batched(
             folded[place] = None  # made outside of this vmap, so of another shape: forward runs again
     if name in ("backward", "hvp"):
         down = settings._replace(each=True)
-    outputs = apply(name, down, *folded)
+    outputs = _apply(name, down, *folded)
     if name in ("backward", "hvp"):
         p, p_dims = tensors[: settings.arguments], dims[2 : 2 + settings.arguments]
         kept = [n for n, digit in enumerate(settings.want) if digit == "1"]
@@ -240,17 +234,15 @@ def _make_function(name: str) -> Any:
     def backward(ctx: Any, *u: Any) -> tuple[Any, ...]:
         lengths, reset, *saved = ctx.saved_tensors
         needs = ctx.needs_input_grad[3:]
-        gradients = _reverse(_apply_function, name, how.read(ctx.text), lengths, reset, tuple(saved), needs, u)
+        gradients = _reverse(name, how.read(ctx.text), lengths, reset, tuple(saved), needs, u)
         return (None, None, None, *gradients)
 
     def jvp(ctx: Any, _: Any, __: Any, ___: Any, *tangents: Any) -> tuple[Any, ...]:
         lengths, reset, *saved = ctx.saved_tensors
-        return _forwards(_apply_function, name, how.read(ctx.text), lengths, reset, tuple(saved), tangents)
+        return _forwards(name, how.read(ctx.text), lengths, reset, tuple(saved), tangents)
 
     def vmap(info: Any, in_dims: Any, text: str, lengths: Any, reset: Any, *tensors: Any) -> tuple[Any, Any]:
-        return _batched(
-            _apply_function, name, info.batch_size, in_dims[1:], how.read(text), lengths, reset, tensors
-        )
+        return _batched(name, info.batch_size, in_dims[1:], how.read(text), lengths, reset, tensors)
 
     functions = (forward, setup_context, backward, jvp, vmap)
     members = {function.__name__: staticmethod(function) for function in functions}
@@ -260,7 +252,7 @@ def _make_function(name: str) -> Any:
 _FUNCTIONS = {name: _make_function(name) for name in _NAMES}
 
 
-def _apply_function(name: str, settings: How, lengths: Any, reset: Any, *tensors: Any) -> tuple[Any, ...]:
+def _apply(name: str, settings: How, lengths: Any, reset: Any, *tensors: Any) -> tuple[Any, ...]:
     outputs: tuple[Any, ...] = _FUNCTIONS[name].apply(settings.text(), lengths, reset, *tensors)
     return outputs
 
@@ -315,74 +307,26 @@ def _make_operator(name: str, states: int, weights: int) -> Any:
         settings, lengths, reset, tensors = unpack(arguments)
         return whole(settings, _fake(name, settings, lengths, reset, tensors), tensors[0])
 
-    class Single(torch.autograd.function._SingleLevelFunction):
-        """What torch's code generator would write for an operator: one level of derivatives."""
-
-        @staticmethod
-        def forward(ctx: Any, keyset: Any, *arguments: Any) -> tuple[Tensor, ...]:
-            settings, lengths, reset, tensors = unpack(arguments)
-            # this class turns derivatives off; levels below this one still want them
-            with torch.enable_grad(), _set_fwd_grad_enabled(True), _AutoDispatchBelowAutograd():
-                outputs: tuple[Tensor, ...] = overload.redispatch(keyset & _after_autograd_keyset, *arguments)
-            ctx.settings = settings
-            ctx.set_materialize_grads(False)
-            unused = list(_absent(name, settings, outputs))
-            if name == "forward":
-                tensors = (*tensors, outputs[-1])
-                unused.append(outputs[-1])
-            ctx.mark_non_differentiable(*unused)
-            ctx.save_for_backward(lengths, reset, *tensors)
-            ctx.save_for_forward(lengths, reset, *tensors)
-            return outputs
-
-        @staticmethod
-        def backward(ctx: Any, *u: Any) -> tuple[Any, ...]:
-            lengths, reset, *saved = ctx.saved_tensors
-            needs = ctx.needs_input_grad[1:-3]
-            u = _present(name, ctx.settings, u)
-            gradients = _reverse(_call_operator, name, ctx.settings, lengths, reset, tuple(saved), needs, u)
-            return (None, *gradients, None, None, None)
-
-        @staticmethod
-        def jvp(ctx: Any, _: Any, *tangents: Any) -> tuple[Any, ...]:
-            lengths, reset, *saved = ctx.saved_tensors
-            outputs = _forwards(_call_operator, name, ctx.settings, lengths, reset, tuple(saved), tangents[:-3])
-            if name in ("backward", "hvp"):
-                return _placed(ctx.settings, ctx.settings.want, outputs)
-            return tuple(outputs) if ctx.settings.cells else (*outputs[: 1 + states], None, *outputs[1 + states :])
-
-    def autograd(keyset: Any, *arguments: Any) -> tuple[Tensor, ...]:
-        if _differentiated(arguments):
-            with enable_single_level_autograd_function():
-                outputs: tuple[Tensor, ...] = Single.apply(keyset, *arguments)
-            return outputs
+    def below(keyset: Any, *arguments: Any) -> tuple[Tensor, ...]:
         with _AutoDispatchBelowAutograd():
-            outputs = overload.redispatch(keyset & _after_autograd_keyset, *arguments)
+            outputs: tuple[Tensor, ...] = overload.redispatch(keyset & _after_autograd_keyset, *arguments)
         return outputs
 
-    def vmap(info: Any, in_dims: Any, *arguments: Any) -> tuple[Any, Any]:
+    def autograd(keyset: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        differentiated = torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)
+        if differentiated or torch._C._is_fwd_grad_enabled():  # whether there are tangents costs more to ask
+            return transformed(*arguments)
+        return below(keyset, *arguments)
+
+    def transformed(*arguments: Any) -> tuple[Tensor, ...]:
         settings, lengths, reset, tensors = unpack(arguments)
-        *dims, lengths_dim, reset_dim, _ = in_dims
-        order = (lengths_dim, reset_dim, *dims)
-        outputs, axes = _batched(_call_operator, name, info.batch_size, order, settings, lengths, reset, tensors)
-        if name in ("backward", "hvp"):
-            axes = _placed(settings, settings.want, axes)
-        elif not settings.cells:
-            axes = (*axes[: 1 + states], None, *axes[1 + states :])
-        return whole(settings, outputs, tensors[0]), axes
+        return whole(settings, _apply(name, settings, lengths, reset, *tensors), tensors[0])
 
     _library.impl(full, kernel, "CPU")
     torch.library.register_fake(f"fusedrnn::{full}", fake, lib=_library)
     _library.impl(full, autograd, "Autograd", with_keyset=True)
-    torch.library.register_vmap(f"fusedrnn::{full}", vmap, lib=_library)
+    _library.impl(full, transformed, "FuncTorchDynamicLayerFrontMode")
     return overload
-
-
-def _absent(name: str, settings: How, outputs: Sequence[Tensor]) -> Sequence[Tensor]:
-    """The empty tensors among what an operator returned."""
-    if name in ("backward", "hvp"):
-        return [output for output, digit in zip(outputs, settings.want, strict=True) if digit == "0"]
-    return [] if settings.cells else [outputs[1 + settings.states]]
 
 
 def _present(name: str, settings: How, outputs: Sequence[Any]) -> tuple[Any, ...]:
@@ -397,12 +341,6 @@ def _present(name: str, settings: How, outputs: Sequence[Any]) -> tuple[Any, ...
 def _call_operator(name: str, settings: How, lengths: Any, reset: Any, *tensors: Any) -> tuple[Any, ...]:
     op = _OPERATORS[name, settings.states, settings.weights]
     return _present(name, settings, op(*tensors, lengths, reset, settings.text()))
-
-
-def _differentiated(arguments: Sequence[Any]) -> bool:
-    if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
-        return True
-    return torch._C._is_fwd_grad_enabled()  # whether there are tangents costs more to ask than to assume
 
 
 def _fake(name: str, settings: How, lengths: Any, reset: Any, tensors: Sequence[Any]) -> tuple[Tensor, ...]:
@@ -437,7 +375,7 @@ def call(settings: How, lengths: Any, reset: Any, p: Sequence[Any]) -> tuple[Any
         op = _OPERATORS["forward", settings.states, settings.weights]
         outputs = _present("forward", settings, op(*p, lengths, reset, settings.text()))
     else:
-        outputs = _apply_function("forward", settings, lengths, reset, *p)
+        outputs = _apply("forward", settings, lengths, reset, *p)
     return outputs[:-1]
 
 

@@ -9,7 +9,9 @@ from torch import nn
 
 from . import modules
 
-_OURS: dict[type, type] = {getattr(nn, name): getattr(modules, name) for name in ("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell")}
+_OURS: dict[type, type] = {
+    getattr(nn, name): getattr(modules, name) for name in ("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell")
+}
 _THEIRS = {ours: theirs for theirs, ours in _OURS.items()}
 
 
@@ -66,7 +68,11 @@ def _swap(model: nn.Module, classes: dict[type, type]) -> Report:
             report.swapped.append(name)
         elif any(isinstance(module, each) for each in classes):
             kind = type(module)
-            why = "is parametrized; replace it before" if hasattr(module, "parametrizations") else "is a subclass with code of its own"
+            why = (
+                "is parametrized; replace it before"
+                if hasattr(module, "parametrizations")
+                else "is a subclass with code of its own"
+            )
             report.kept[name] = f"{kind.__module__}.{kind.__qualname__} {why}"
         elif isinstance(module, nn.RNNBase | nn.RNNCellBase) and type(module) not in classes.values():
             report.kept[name] = f"{type(module).__module__}.{type(module).__qualname__} is no module of torch.nn"
