@@ -22,7 +22,7 @@ BUDGETS = {
 
 
 def check(label: str, got: Any, expected: Any, budget: float) -> None:
-    """Fail unless two arrays are close; NaN must meet NaN. The message names the first bad coordinate and both values."""
+    """Fail unless two arrays are close; NaN must meet NaN. The message has the first bad coordinate and both values."""
     got, expected = np.asarray(got), np.asarray(expected)
     assert got.shape == expected.shape, f"{label}: shape {got.shape}, expected {expected.shape}"
     finite = np.abs(expected[np.isfinite(expected)])

@@ -92,7 +92,7 @@ def build(case: Case, dtype: Any) -> Data:
         for n in range(L * D):
             below = I if n < D else D * H
             W = new(E, cell.gates * H, below, scale=below**-0.5, share=True)
-            R = new(E, cell.gates * H, H, scale=H**-0.5, share=True)
+            R = new(E, cell.gates * H, H, scale=0.8 * H**-0.5, share=True)  # so that long walks forget
             biases = [new(E, cell.gates * H, scale=0.3, share=True) if case.bias else None for _ in range(2)]
             params.append((W, R, *biases))
         given = case.state or everything

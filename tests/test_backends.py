@@ -10,18 +10,18 @@ import sys
 from dataclasses import replace
 from typing import Any
 
-import close
 import numpy as np
 import pytest
-import shapes
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from shapes import ALL_CELLS, CASES, Case, build, empty_arguments, empty_results, expected, named
 
+import close
 import fusedrnn
+import shapes
 from fusedrnn import backends, config
 from fusedrnn.backends import Arguments, Results, reference
 from fusedrnn.cells import CELLS
+from shapes import ALL_CELLS, CASES, Case, build, empty_arguments, empty_results, expected, named
 
 DTYPES = ["float32", "float64"]
 

@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tangents of forward and of backward: every backend against the reference, the reference against finite differences."""
+"""Tangents of forward and of backward: backends against the reference, the reference against finite differences."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import close
 import numpy as np
 import pytest
-from shapes import ALL_CELLS, CASES, Case, build, empty_arguments, empty_results, expected, named
 
+import close
 import fusedrnn
 from fusedrnn.backends import Arguments, Results, reference
 from fusedrnn.cells import CELLS
+from shapes import ALL_CELLS, CASES, Case, build, empty_arguments, empty_results, expected, named
 
 DTYPES = ["float32", "float64"]
 
@@ -152,18 +152,14 @@ def test_ops_jvp_and_hvp(backend, cell):
     tangents: dict[str, Any] = {name: rng.standard_normal(a.shape) for name, a in params.items()}
     tangents["x"] = rng.standard_normal(x.shape)
     s = 1e-6
-    ends = [
-        call(x + d * tangents["x"], {name: a + d * tangents[name] for name, a in params.items()}) for d in (s, -s)
-    ]
+    ends = [call(x + d * tangents["x"], {name: a + d * tangents[name] for name, a in params.items()}) for d in (s, -s)]
     y, state, cells, tape = call(x, params)
     ty, tstate, tcells = fusedrnn.ops.jvp(tape, tangents, return_cells=True)
     close.check("ty", (ends[0][0] - ends[1][0]) / (2 * s), ty, 1e-7)
     close.check("tcells", (ends[0][2] - ends[1][2]) / (2 * s), tcells, 1e-7)
     dstate = tuple(map(np.ones_like, state)) if isinstance(state, tuple) else np.ones_like(state)
     got = fusedrnn.ops.hvp(tape, tangents, y, dstate, cells, tdy=ty, tdstate=None, tdcells=tcells)
-    grads = [
-        backward(end[3], y + d * ty, dstate, cells + d * tcells) for end, d in zip(ends, (s, -s), strict=True)
-    ]
+    grads = [backward(end[3], y + d * ty, dstate, cells + d * tcells) for end, d in zip(ends, (s, -s), strict=True)]
     for name in ("x", *params):
         close.check(name, (grads[0][name] - grads[1][name]) / (2 * s), got[name], 1e-6)
     assert isinstance(tstate, tuple) == CELLS[cell].cell_state

@@ -5,13 +5,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import close
 import numpy as np
 import pytest
-from shapes import ALL_CELLS, Case, build, empty_arguments, empty_results, named
 
+import close
 from fusedrnn.backends import Arguments, Problem, Results, reference
 from fusedrnn.cells import CELLS
+from shapes import ALL_CELLS, Case, build, empty_arguments, empty_results, named
 
 torch = pytest.importorskip("torch")
 

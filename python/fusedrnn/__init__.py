@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import backends, clip, ops, params, report, tbptt
     from .config import get_num_threads, set_backend, set_num_threads
-    from .report import info
     from .layers import GRU, LSTM, RNN
     from .ops import gru, gru_backward, lstm, lstm_backward, rnn, rnn_backward
+    from .report import info
 
 __version__ = "0.1.0"
 

@@ -33,7 +33,7 @@ def kind(value: Any) -> str:
 
 
 def data_axes(axes: str, batch_first: bool, unbatched: bool, sets: bool) -> str:
-    """How x, y, cells or reset lie for the user: canonical axes with T behind E and B for batch_first, less those left out.
+    """How x, y, cells or reset lie for the user: T is behind E and B for batch_first, and axes may be left out.
 
     >>> data_axes(X, batch_first=False, unbatched=False, sets=False), data_axes(X, True, False, True)
     ('TBI', 'EBTI')
@@ -44,8 +44,8 @@ def data_axes(axes: str, batch_first: bool, unbatched: bool, sets: bool) -> str:
 
 
 def view(array: Any, axes: str, target: str, sets: int = 1, *, write: bool = False) -> Any:
-    """A view of an array that lies as `axes`, with the axes of `target`. Axes it lacks have size 1, but E has size `sets`
-    and stride 0.
+    """A view of an array that lies as `axes`, with the axes of `target`. Axes it lacks have size 1, but E has size
+    `sets` and stride 0.
 
     >>> view(np.zeros((5, 7, 2)), "BTI", "TEBI").shape
     (7, 1, 5, 2)

@@ -15,7 +15,8 @@ import numpy as np
 from . import arrays
 from . import params as parameters
 from .backends import Problem
-from .cells import CELLS, Cell
+from .cells import CELLS
+from .cells.cell import Cell
 
 _FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
 _WEIGHT_AXES = dict(zip(parameters.KINDS, (arrays.WEIGHT_IH, arrays.WEIGHT_HH, arrays.BIAS, arrays.BIAS), strict=True))
@@ -69,7 +70,9 @@ class Call:
         parts = [words.get(a, a) for a in axes]
         return f"({', '.join(parts)}{',' if len(parts) == 1 else ''})"
 
-    def expect(self, name: str, array: np.ndarray, axes: str, fix: str = "", layer: int = 0) -> None:
+    def expect(
+        self, name: str, array: np.ndarray, axes: str, fix: str = "", layer: int = 0, op: str | None = None
+    ) -> None:
         """Fail unless the array has the shape that `axes` says."""
         sizes = self.sizes()
         letters = self.letters(axes)
@@ -83,7 +86,7 @@ class Call:
         where = ", ".join(f"{a}={sizes[a]}" + (f" from {self.sources[a]}" if a in self.sources else "") for a in used)
         if not fix and array.ndim == 2 and array.shape[::-1] == expected:
             fix = "Did you pass its transpose?"
-        fail(self.op, name, f"has shape {array.shape}", f"{expected} = {letters} with {where}", fix)
+        fail(op or self.op, name, f"has shape {array.shape}", f"{expected} = {letters} with {where}", fix)
 
 
 def is_array(op: str, name: str, value: Any) -> np.ndarray:
@@ -98,7 +101,7 @@ def is_array(op: str, name: str, value: Any) -> np.ndarray:
 
 
 def is_float(op: str, name: str, value: Any, dtype: Any = None, like: str = "x") -> np.ndarray:
-    """The value, if it is a NumPy array of `dtype` (any float we compute in, if None) that kernels can read in place."""
+    """The value, if it is a NumPy array of `dtype` (None: either we compute in) that kernels can read in place."""
     array = is_array(op, name, value)
     if dtype is None and array.dtype not in _FLOATS:
         fix = f"Convert it: {name}.astype(numpy.float32)."
@@ -108,7 +111,8 @@ def is_float(op: str, name: str, value: Any, dtype: Any = None, like: str = "x")
         fail(op, name, f"has dtype {_dtype(array)}", f"{dtype}, the dtype of {like}", fix, TypeError)
     if not array.flags.aligned or any(s % array.itemsize for s in array.strides):
         fix = f"Pass {name}.copy()."
-        fail(op, name, f"is not aligned (strides {array.strides} bytes)", f"whole elements of {array.itemsize} bytes", fix)
+        expected = f"whole elements of {array.itemsize} bytes"
+        fail(op, name, f"is not aligned (strides {array.strides} bytes)", expected, fix)
     return array
 
 
@@ -157,7 +161,8 @@ def state_parts(op: str, name: str, cell: Cell, state: Any) -> tuple[Any, Any]:
         return None, None
     if not cell.cell_state:
         if isinstance(state, tuple | list):
-            fail(op, name, f"is {arrays.kind(state)}", "one array h", f"Only the LSTM has c: pass {name}[0].", TypeError)
+            fix = f"Only the LSTM has c: pass {name}[0]."
+            fail(op, name, f"is {arrays.kind(state)}", "one array h", fix, TypeError)
         return state, None
     if not isinstance(state, tuple | list) or len(state) != 2:
         fail(op, name, f"is {arrays.kind(state)}", "a pair (h, c)", "The LSTM's state has two parts.", TypeError)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The settings, in one place: which backend runs, and on how many threads. Environment: FUSEDRNN_BACKEND, FUSEDRNN_ISA."""
+"""The settings, in one place: which backend runs (or FUSEDRNN_BACKEND in the environment), on how many threads."""
 
 from __future__ import annotations
 

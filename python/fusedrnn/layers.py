@@ -83,11 +83,12 @@ class _Layer:
         """The short way for plain calls, where the native backend runs; remade when the settings change."""
         settings = (self.backend, config.backend)
         if settings != self._lane_for:
-            native = backends.load("native")
+            native: Any = backends.load("native")
             self._lane = None
-            if native and backends.choose(self.backend) is native:
-                directions = 2 if self.bidirectional else 1
-                self._lane = native.Lane(self._cell, self.num_layers, directions, self.batch_first, self._clip_cell or 0.0)
+            make: Any = native.Lane if native else None
+            if backends.choose(self.backend) is native:
+                directions, clip_cell = 2 if self.bidirectional else 1, self._clip_cell or 0.0
+                self._lane = make(self._cell, self.num_layers, directions, self.batch_first, clip_cell)
             self._lane_for = settings
         return self._lane
 
@@ -148,7 +149,7 @@ class _Layer:
         (12, 4)
         """
         if self._tape is None:
-            why = "the last call ran in eval mode" if not self.training else "there was no call since it was made or copied"
+            why = "there was no call since it was made or copied" if self.training else "the last call ran in eval mode"
             fix = "Call layer.train(), then layer(x), then layer.backward(dy)."
             raise RuntimeError(f"{type(self).__name__}.backward: no tape, because {why}. {fix}")
         result: dict[str, Any] = getattr(ops, f"{self._op}_backward")(self._tape, dy, dstate, dcells)
@@ -177,7 +178,8 @@ class _Layer:
                 return result
         op = f"{type(self).__name__}.step"
         if self.bidirectional:
-            check.fail(op, "layer", "is bidirectional", "one direction", "The other needs the whole sequence: layer(x).")
+            fix = "The other needs the whole sequence: layer(x)."
+            check.fail(op, "layer", "is bidirectional", "one direction", fix)
         check.is_float(op, "x_t", x_t, self.dtype, "the layer")
         if x_t.ndim not in (1, 2):
             check.fail(op, "x_t", f"has shape {x_t.shape}", "(B,I) or (I,)", "One time step has no time axis.")
@@ -203,7 +205,7 @@ class _Layer:
         return {name: array.copy() for name, array in self.parameters.items()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Copy parameters in, from arrays or whatever NumPy can read (torch tensors on a CPU), cast to the layer's dtype.
+        """Copy parameters in, from arrays or what NumPy can read (torch tensors on a CPU), cast to the layer's dtype.
 
         Raises ValueError for missing or unknown names and wrong shapes, before anything is written.
 

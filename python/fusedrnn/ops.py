@@ -11,9 +11,9 @@ Arrays (float32 or float64, all of one dtype, any strides; nothing large is copi
     reset    bool or uint8 (T,B), (B,T) with batch_first: row b begins a new sequence at step t
     params   a dict under torch.nn's names, or a flat list in torch.nn's order (see fusedrnn.params)
 
-Ensembles: parameters with one more axis in front, (E, ...), are E models in one call. Then y has an E axis too, (T,E,B,H)
-or (E,B,T,H) with batch_first, and a state (S,E,B,H). x, states, lengths, resets and parameters without an E axis are
-shared; the gradient of what is shared is the sum over E.
+Ensembles: parameters with one more axis in front, (E, ...), are E models in one call. Then y has an E axis too,
+(T,E,B,H) or (E,B,T,H) with batch_first, and a state (layers*directions, E, B, H). x, states, lengths, resets and
+parameters without an E axis are shared; the gradient of what is shared is the sum over E.
 """
 
 from __future__ import annotations
@@ -270,8 +270,8 @@ def hvp(
     tdstate: Any = None,
     tdcells: _Array | None = None,
 ) -> Any:
-    """Tangents of what backward(tape, dy, dstate, dcells) returns, along tangents of the arguments of forward and of the
-    gradients that went in (tdy, tdstate, tdcells): second derivatives times a vector.
+    """Tangents of what backward(tape, dy, dstate, dcells) returns, along tangents of the arguments of forward and of
+    the gradients that went in (tdy, tdstate, tdcells): second derivatives times a vector.
 
     Returns a dict as backward does. Raises TypeError or ValueError as `lstm` does.
 
@@ -399,7 +399,7 @@ def _given_results(op: str, call: check.Call, prefix: str, y: Any, state: Any, c
     ):
         if array is not None:
             check.is_float(op, name, array, call.dtype)
-            call.expect(name, array, axes)
+            call.expect(name, array, axes, op=op)
     return _canonical_results(call, Results(y, hn, cn, cells))
 
 
@@ -426,8 +426,8 @@ def _tangents(op: str, tape: Tape, tangents: Mapping[str, Any]) -> Arguments:
 
 
 def _new_arguments(tape: Tape) -> Any:
-    """New arrays for the gradients of all arguments: by name as the user gets them, their canonical views, and what sums
-    the gradients of a shared x or state over E at the end and names them."""
+    """New arrays for the gradients of all arguments: by name as the user gets them, their canonical views, and what
+    sums the gradients of a shared x or state over E at the end and names them."""
     call = tape.call
     E = call.problem.E
     public: dict[str, Any] = {}
@@ -458,7 +458,5 @@ def _new_arguments(tape: Tape) -> Any:
 
     views = iter([canonical[name] for name in call.names])
     kinds = len(call.names) // (call.problem.L * call.problem.D)
-    params = [
-        (*(next(views) for _ in range(kinds)), None, None)[:4] for _ in range(call.problem.L * call.problem.D)
-    ]
+    params = [(*(next(views) for _ in range(kinds)), None, None)[:4] for _ in range(call.problem.L * call.problem.D)]
     return public, Arguments(canonical["x"], canonical["h"], canonical.get("c"), params), finish

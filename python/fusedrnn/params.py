@@ -3,9 +3,9 @@
 
 Per layer k and direction (suffix "" or "_reverse"), with G gates (LSTM 4: i, f, g, o; GRU 3: r, z, n; RNN 1):
 `weight_ih_l{k}` (G*H, I_k), `weight_hh_l{k}` (G*H, H), `bias_ih_l{k}` (G*H), `bias_hh_l{k}` (G*H), where I_0 is the
-input size and I_k = directions * H above. A dict under these names is what torch.nn's state_dict holds, so PyTorch needs
-no conversion. `cell` is "rnn_tanh", "rnn_relu", "lstm", "gru" or "gru_reset_before" (Keras's reset_after=False, ONNX's
-linear_before_reset=0).
+input size and I_k = directions * H above. A dict under these names is what torch.nn's state_dict holds, so PyTorch
+needs no conversion. `cell` is "rnn_tanh", "rnn_relu", "lstm", "gru" or "gru_reset_before" (Keras's reset_after=False,
+ONNX's linear_before_reset=0).
 """
 
 from __future__ import annotations

@@ -22,7 +22,8 @@ from numba import njit, types
 from numba.extending import intrinsic, overload
 
 from .. import cells
-from ..cells import CELLS, Cell, dropout, gru, lstm, number, rnn
+from ..cells import CELLS, dropout, gru, lstm, number, rnn
+from ..cells.cell import Cell
 from . import Arguments, Problem, Results, reference
 
 _OPTIONS: dict[str, Any] = {"error_model": "numpy", "fastmath": {"contract"}, "forceinline": True}
@@ -65,8 +66,8 @@ def _horner(c: Any, rest: Any) -> Any:
 
 
 def _functions(kind: Any, whole: Any, mantissa: int, low: float, exp_fit: list[float], tanh_fit: list[float]) -> Any:
-    """sigmoid and tanh for one type. exp_fit: (exp(r) - 1 - r) / r^2 for |r| <= ln(2)/2; tanh_fit: (tanh(x)/x - 1) / x^2 in
-    x^2 for |x| <= 0.625; both interpolate at Chebyshev's points."""
+    """sigmoid and tanh for one type. exp_fit: (exp(r) - 1 - r) / r^2 for |r| <= ln(2)/2; tanh_fit: (tanh(x)/x - 1) / z
+    in z = x^2 for |x| <= 0.625; both interpolate at Chebyshev's points."""
     one, two, near_zero = kind(1), kind(2), kind(0.625)
     least, most = kind(low), kind(-low)
     log2_e = kind(1 / math.log(2))
@@ -264,8 +265,8 @@ def _limit(w: Any, slot: Any, limit: Any) -> Any:
 
 
 def _compile(stamp: str) -> dict[str, Any]:
-    """The compiled steps: all rows (N, ...) of one time step, every array C-contiguous. They close over the stamp of the
-    sources that they are made from, so that a cache on disk is not used for other sources."""
+    """The compiled steps: all rows (N, ...) of one time step, every array C-contiguous. They close over the stamp of
+    the sources that they are made from, so that a cache on disk is not used for other sources."""
     options = {"error_model": "numpy", "fastmath": {"contract"}, "cache": True, "nogil": True}
 
     @njit(**options)
@@ -306,9 +307,9 @@ def _compile(stamp: str) -> dict[str, Any]:
 
     @njit(**options)
     def backward(
-        kind: Any, x_sum: Any, h_sum: Any, kept_count: Any, has_c: Any, kept: Any, h_prev: Any, h: Any, c_prev: Any, c: Any,
-        clip_cell: Any, clip_grad: Any, dy: Any, dcells: Any, has_dcells: Any, active: Any, dh: Any, dc: Any, da_x: Any,
-        da_h: Any,
+        kind: Any, x_sum: Any, h_sum: Any, kept_count: Any, has_c: Any, kept: Any, h_prev: Any, h: Any, c_prev: Any,
+        c: Any, clip_cell: Any, clip_grad: Any, dy: Any, dcells: Any, has_dcells: Any, active: Any, dh: Any, dc: Any,
+        da_x: Any, da_h: Any,
     ) -> Any:  # fmt: skip
         """dh, dc (N,H): what comes from the step after; overwritten by what goes to the step before, less the product.
         Written: da_x, da_h (N,G*H), 0 in rows that are not active."""
@@ -498,17 +499,17 @@ class _Walk:
         self.kind = _KINDS.get(cell.name, -1)
         self.x_sum, self.h_sum = np.array(cell.x_sum), np.array(cell.h_sum)
         T, N = problem.T, self.N
-        self.active = np.ones((T, N), bool)
+        self.active: Any = np.ones((T, N), bool)
         if problem.lengths is not None:
             self.active = (np.arange(T)[:, None, None] < problem.lengths).reshape(T, N)
-        self.restart = np.zeros((T, N), bool)
+        self.restart: Any = np.zeros((T, N), bool)
         if problem.reset is not None:
             boundary = (np.asarray(problem.reset) != 0).reshape(T, N) & self.active
             if backwards:
                 self.restart[:-1] = boundary[1:]
             else:
                 self.restart = boundary
-        self.restarts = self.restart.any(1)
+        self.restarts: Any = self.restart.any(1)
         self.clip_cell, self.clip_grad = dtype.type(problem.clip_cell), dtype.type(problem.clip_grad)
 
     def chunks(self) -> list[range]:
@@ -646,16 +647,17 @@ class _Walk:
                     rhs[k][~self.active[t]] = 0  # nothing was kept for these rows
                     da_n = np.empty((N, H), self.dtype)
                     _STEPS["late_back"](
-                        gates[k], hp[k], self.clip_grad, dy_t, dcells_t, dcells is not None, self.active[t], dh, da_x[k], da_n
-                    )
+                        gates[k], hp[k], self.clip_grad, dy_t, dcells_t, dcells is not None, self.active[t], dh,
+                        da_x[k], da_n,
+                    )  # fmt: skip
                     drh = self.multiply(da_n, self.R[:, 2 * H :])
                     _STEPS["gate_back"](gates[k], hp[k], drh, self.active[t], da_x[k], dh)
                     dh += self.multiply(da_x[k, :, : 2 * H], self.R[:, : 2 * H])
                 else:
                     _STEPS["backward"](
-                        self.kind, self.x_sum, self.h_sum, cell.kept, cell.cell_state, gates[k], hp[k], hs[t], cp[k], cs[t],
-                        self.clip_cell, self.clip_grad, dy_t, dcells_t, dcells is not None, self.active[t], dh, dc,
-                        da_x[k], da_h[k],
+                        self.kind, self.x_sum, self.h_sum, cell.kept, cell.cell_state, gates[k], hp[k], hs[t], cp[k],
+                        cs[t], self.clip_cell, self.clip_grad, dy_t, dcells_t, dcells is not None, self.active[t], dh,
+                        dc, da_x[k], da_h[k],
                     )  # fmt: skip
                     dh += self.multiply(da_h[k], self.R, out=back)
                 if self.restarts[t]:

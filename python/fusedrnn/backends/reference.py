@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from ..cells import CELLS, Cell, dropout
+from ..cells import CELLS, dropout
+from ..cells.cell import Cell
 from ..cells.number import clamp
 from . import Arguments, Problem, Results
 
@@ -184,11 +185,11 @@ def _walk(problem: Problem, cell: Cell, x: Any, params: Any, h0: Any, c0: Any, b
         c_prev = np.where(restart[t], first_c, c)
         a = [s if isinstance(s, float) else s[t] for s in sums]
         if cell.gate is not None:
-            H = problem.H
-            for s, block in enumerate(_blocks(_product(h_prev, R[:, : 2 * H], None if bR is None else bR[:, : 2 * H]), 2)):
-                a[s] = a[s] + block
-            r, z, rh = cell.gate(a[0], a[1], h_prev)
-            n, h_new = cell.forward(a[2] + _product(rh, R[:, 2 * H :], None if bR is None else bR[:, 2 * H :]), z, h_prev)
+            early, late = slice(2 * problem.H), slice(2 * problem.H, None)
+            b_early, b_late = (None, None) if bR is None else (bR[:, early], bR[:, late])
+            a_r, a_z = _blocks(_product(h_prev, R[:, early], b_early), 2)
+            r, z, rh = cell.gate(a[0] + a_r, a[1] + a_z, h_prev)
+            n, h_new = cell.forward(a[2] + _product(rh, R[:, late], b_late), z, h_prev)
             kept, c_new = (r, z, n), c_prev
         else:
             rh = None
@@ -297,13 +298,12 @@ def _backward(problem: Problem, p: Arguments, g: Results) -> Arguments:
     params: list[Any] = [None] * len(p.params)
     for layer in reversed(range(problem.L)):
         dcells = np.zeros(shape, p.x.dtype) if g.cells is None else g.cells[layer]
-        dx = 0.0
+        dx: Any = 0.0
         for d in range(problem.D):
             n = layer * problem.D + d
             part = slice(d * problem.H, (d + 1) * problem.H)
-            walked = _walk_back(
-                problem, cell, kept[n], p.params[n], dy[..., part], dcells[..., part], dhn[n], dcn[n], _backwards(problem, d)
-            )
+            dys = dy[..., part], dcells[..., part]
+            walked = _walk_back(problem, cell, kept[n], p.params[n], *dys, dhn[n], dcn[n], _backwards(problem, d))
             dx = dx + walked[0]
             dh0[n], dc0[n], params[n] = walked[1], walked[2], walked[3]
         dy = dx

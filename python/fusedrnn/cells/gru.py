@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """GRU, one unit, one step (Cho et al. 2014; gate order r, z, n of PyTorch).
 
-    r, z = sigmoid(x W^T + bW + h' R^T + bR);  h = (1 - z) n + z h'
-    gru:              n = tanh(x Wn^T + bWn + r (h' Rn^T + bRn))    reset after the product: PyTorch, cuDNN
-    gru_reset_before: n = tanh(x Wn^T + bWn + (r h') Rn^T + bRn)    reset before it: the paper, Keras, ONNX
+r, z = sigmoid(x W^T + bW + h' R^T + bR);  h = (1 - z) n + z h'
+gru:              n = tanh(x Wn^T + bWn + r (h' Rn^T + bRn))    reset after the product: PyTorch, cuDNN
+gru_reset_before: n = tanh(x Wn^T + bWn + (r h') Rn^T + bRn)    reset before it: the paper, Keras, ONNX
 """
 
 from __future__ import annotations

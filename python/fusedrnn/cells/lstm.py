@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """LSTM, one unit, one step (Hochreiter & Schmidhuber 1997, forget gate of Gers 2000; gate order i, f, g, o of PyTorch).
 
-    a = x W^T + bW + h' R^T + bR
-    i, f, o = sigmoid(a_i), sigmoid(a_f), sigmoid(a_o);  g = tanh(a_g)
-    c = clip(f c' + i g);  h = o tanh(c)
+a = x W^T + bW + h' R^T + bR
+i, f, o = sigmoid(a_i), sigmoid(a_f), sigmoid(a_o);  g = tanh(a_g)
+c = clip(f c' + i g);  h = o tanh(c)
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Vanilla RNN, one unit, one step (Elman 1990).
 
-    a = x W^T + bW + h' R^T + bR;  h = tanh(a) or relu(a)
+a = x W^T + bW + h' R^T + bR;  h = tanh(a) or relu(a)
 """
 
 from __future__ import annotations
