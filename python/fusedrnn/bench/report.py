@@ -158,20 +158,15 @@ def rich_tables(document: Document, threads: int) -> Iterator[Table]:
     for heading, found in groups(document, threads):
         table = Table(title=heading, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for k, head in enumerate(HEADS):
-            table.add_column(
-                head, justify="left" if k in (0, 3) else "right", no_wrap=k > 0 or heading.startswith(TITLES["grid"])
-            )
+            whole = k > 0 or heading.startswith(TITLES["grid"])  # long names may take two lines
+            table.add_column(head, justify="left" if k in (0, 3) else "right", overflow="fold", no_wrap=whole)
         for line, cells in _rows(found):
             colour = "red" if line.behind or line.failed else "green" if (line.over(line.best) or 0) > 1 else ""
             cells[5] = f"[{colour}]{cells[5]}[/]" if colour else cells[5]
             table.add_row(*cells)
         table.add_section()
-        over = [
-            mean([line.over(title(line)) for line in found]) for title in (lambda one: one.best, lambda one: "torch")
-        ]
-        table.add_row(
-            "geometric mean", "", "", "", "", *map(_times, over), _percent(mean([one.share for one in found]))
-        )
+        over = (mean([line.over(line.best) for line in found]), mean([line.over("torch") for line in found]))
+        table.add_row("mean", "", "", "", "", *map(_times, over), _percent(mean([line.share for line in found])))
         yield table
 
 

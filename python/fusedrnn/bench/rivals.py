@@ -35,6 +35,7 @@ class Rival:
     title = ""
     module = ""
     trains = False
+    compiles = False  # at its first call with a new size
     spins = 0.01  # seconds for which its threads keep cores busy after a call
 
     def __init__(self, threads: int) -> None:
@@ -118,6 +119,7 @@ class FusedRNNNumba(FusedRNN):
 
     title = "fusedrnn numba"
     backend = "numba"
+    compiles = True
 
 
 class Torch(Rival):
@@ -380,6 +382,7 @@ class Jax(Rival):
     title = "jax"
     module = "jax"
     trains = True
+    compiles = True
 
     def __init__(self, threads: int) -> None:
         import jax

@@ -147,7 +147,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--groups", type=_words(GROUPS), metavar="GROUP,...", help=f"of {','.join(GROUPS)}")
     p.add_argument("--rivals", type=_words(tuple(RIVALS)), default=tuple(RIVALS), metavar="NAME,...")
     p.add_argument("--size", type=_integers, action="append", default=[], metavar="B,T,I,H", help="instead of the grid")
-    p.add_argument("--seconds", type=float, help="per library and line, default 0.3 (quick: 0.05)")
+    p.add_argument("--seconds", type=float, help="per library and line, default 0.2 (quick: 0.05)")
     p.add_argument("--rounds", type=int, help="slices that these seconds are cut into, default 5 (quick: 2)")
     p.add_argument(
         "--clock",
@@ -189,7 +189,7 @@ def main(arguments: list[str] | None = None) -> int:
         p.exit(2, "bench: rich is not installed; pip install 'fusedrnn[bench]'\n")
     if any(len(size) != 4 for size in options.size):
         p.error("--size takes B,T,I,H")
-    options.seconds = options.seconds or (0.05 if options.quick else 0.3)
+    options.seconds = options.seconds or (0.05 if options.quick else 0.2)
     options.rounds = options.rounds or (2 if options.quick else 5)
     counts = options.threads or ((1,) if options.clock == "cpu" else sorted({1, min(2, len(machine.cores()))}))
     if options.clock == "cpu" and max(counts) > 1:

@@ -48,7 +48,7 @@ class Server:
         del check, result
         gc.collect()
         self.run = self.rival.build(data, which)
-        if self.last < COMPILING:
+        if self.last < LONG or (self.rival.compiles and self.last < COMPILING):
             start = time.perf_counter()
             self.run()
             self.last = time.perf_counter() - start
