@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Runs the CUDA kernels on the CPU twin of the device and compares with float64.
-//   cuda_kernels [--only TEXT]... [--seeds N] [--first-seed N] [--case N] [--list] [--quiet]
-// Every case runs under all three scheduling policies with every seed. Exit status 1 if anything was wrong.
+//   cuda_kernels [--only TEXT]... [--seeds N] [--first-seed N] [--case N] [--policy NAME] [--list] [--quiet]
+// Every case runs under all three scheduling policies (or the one named) with every seed. Exit status 1 if anything was
+// wrong.
 //   cuda_kernels --break ...
 // The test of the test: every barrier, wait and the like that a kernel reaches is broken, one call at a time, for all
 // threads (see sim::Options::broken). Prints for every such call how many of the runs that reach it notice; exit status
@@ -47,10 +48,12 @@ constexpr const char* kPolicyNames[] = {"round_robin", "random", "skewed"};
 
 struct Settings {
   std::vector<std::string> only;
+  std::vector<Policy> policies = {Policy::skewed, Policy::random, Policy::round_robin};
   uint64_t seeds = 1, first_seed = 1;
   int only_case = -1;
   bool list = false, quiet = false, breaking = false;
 
+  bool wants_case(size_t i) const { return only_case < 0 || static_cast<size_t>(only_case) == i; }
   bool wants(const std::string& name) const {
     for (const std::string& text : only)
       if (name.find(text) == std::string::npos) return false;
@@ -75,6 +78,9 @@ Settings parse(int count, char** words) {
       s.first_seed = std::strtoull(value(), nullptr, 10);
     } else if (word == "--case") {
       s.only_case = std::atoi(value());
+    } else if (word == "--policy") {
+      const std::string name = value();
+      std::erase_if(s.policies, [&](Policy p) { return name != kPolicyNames[static_cast<int>(p)]; });
     } else if (word == "--list") {
       s.list = true;
     } else if (word == "--break") {
@@ -82,9 +88,10 @@ Settings parse(int count, char** words) {
     } else if (word == "--quiet") {
       s.quiet = true;
     } else {
-      std::fprintf(stderr,
-                   "%s: not an option; there are --only, --seeds, --first-seed, --case, --list, --quiet, --break\n",
-                   word.c_str());
+      std::fprintf(
+          stderr,
+          "%s: not an option; there are --only, --seeds, --first-seed, --case, --policy, --list, --quiet, --break\n",
+          word.c_str());
       std::exit(2);
     }
   }
@@ -94,8 +101,9 @@ Settings parse(int count, char** words) {
 // Does any case, policy or seed notice?
 bool notices(const Run& run, const Settings& settings, const std::string& site, std::string& how) {
   for (uint64_t seed = settings.first_seed; seed < settings.first_seed + settings.seeds; ++seed)
-    for (const Policy policy : {Policy::skewed, Policy::random, Policy::round_robin})
+    for (const Policy policy : settings.policies)
       for (size_t i = 0; i < run.cases.size(); ++i) {
+        if (!settings.wants_case(i)) continue;
         const Outcome o = run.run(run.cases[i], {.seed = seed, .policy = policy, .broken = site}, seed + 100 * i);
         if (o.wrong.empty()) continue;
         how = o.wrong;
@@ -114,7 +122,8 @@ int break_all(const std::vector<Run>& runs, const Settings& settings) {
     if (!settings.wants(run.name)) continue;
     std::set<std::string> sites;
     for (size_t i = 0; i < run.cases.size(); ++i)
-      run.run(run.cases[i], {.seed = 1, .policy = Policy::round_robin, .sites = &sites}, 100 * i);
+      if (settings.wants_case(i))
+        run.run(run.cases[i], {.seed = 1, .policy = Policy::round_robin, .sites = &sites}, 100 * i);
     for (const std::string& site : sites) {
       Count& count = counts[site];
       ++count.reached;
@@ -155,9 +164,9 @@ int main(int count, char** words) {
     double worst = 0;
     int bad = 0, tried = 0;
     for (size_t i = 0; i < run.cases.size(); ++i) {
-      if (settings.only_case >= 0 && static_cast<size_t>(settings.only_case) != i) continue;
+      if (!settings.wants_case(i)) continue;
       for (uint64_t seed = settings.first_seed; seed < settings.first_seed + settings.seeds; ++seed)
-        for (const Policy policy : {Policy::round_robin, Policy::random, Policy::skewed}) {
+        for (const Policy policy : settings.policies) {
           const Outcome o = run.run(run.cases[i], {.seed = seed, .policy = policy}, seed + 100 * i);
           ++tried;
           worst = std::max(worst, o.worst);

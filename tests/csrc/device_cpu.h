@@ -131,6 +131,7 @@ inline int threads() { return sim::me->threads; }
 inline int block() { return sim::me->block; }
 inline int blocks() { return sim::me->blocks; }
 inline int cluster_rank() { return sim::me->cluster_rank; }
+inline int opaque(int v) { return v; }
 
 // ---- barriers -----------------------------------------------------------------------------------------------------
 void sync_block(sim::Where at = sim::Where::current());
@@ -205,6 +206,16 @@ void mbar_wait(u64* bar, u32 parity, bool& late, sim::Where at = sim::Where::cur
 // ---- hand-off through global memory -------------------------------------------------------------------------------
 void publish16(void* global, const U4& v, sim::Where at = sim::Where::current());
 U4 ld_relaxed16(const void* global, sim::Where at = sim::Where::current());
+template <int N>
+inline void peek16(U4 (&v)[N], const void* base, int stride, u32 wanted, sim::Where at = sim::Where::current()) {
+  for (int i = 0; i < N; ++i)
+    if (wanted >> i & 1) v[i] = ld_relaxed16(static_cast<const u8*>(base) + static_cast<int64_t>(i) * stride, at);
+}
+template <int N>
+inline void settle16(U4 (&v)[N], const void* base, int stride, u32 wanted, bool& late,
+                     sim::Where at = sim::Where::current()) {
+  if (!late) sim::poll16(v, N, base, stride, wanted, at);
+}
 template <int N>
 inline void poll16(U4 (&v)[N], const void* base, int stride, u32 wanted, bool& late,
                    sim::Where at = sim::Where::current()) {

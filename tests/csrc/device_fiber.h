@@ -81,9 +81,6 @@ void seen_write(void* p, size_t bytes);
 void order_acquire(void* tag);
 void order_release(void* tag);
 int races_reported();  // by ThreadSanitizer, since the program began
-#if defined(__SANITIZE_THREAD__)
-void note_report();
-#endif
 
 template <class F>
 void Fiber::in_the_name_of(F&& access) {
