@@ -136,7 +136,7 @@ struct Backward {
   static constexpr int kStreams = kDyAt + 1;
 
   static constexpr int kAtOnce = S::kMma * S::kTiles;
-  static constexpr int kChains = kAtOnce >= 4 ? 1 : kAtOnce >= 2 ? 2 : 4;
+  static constexpr int kChains = kAtOnce >= 4 ? 1 : 2;
   static constexpr int kSlot = S::kOwned * kStreams * 64;  // of one warp and stage
   static constexpr int kRing = S::kWarps * kStages * kSlot;
   static constexpr int kBuffer = S::kRoute == Route::grid ? 0 : S::kLines * S::kTiles * 8;
@@ -281,13 +281,14 @@ struct Backward {
       dev::cp_async_wait<kStages - 2>();
       dev::sync_warp();
       Storage* const now = ring + s % kStages * kSlot;
+      const int first_row = dev::opaque(row0);
       FUSEDRNN_UNROLL
       for (int i = 0; i < S::kOwned; ++i) {
         if (!live(rank, warp, i)) continue;
         const int unit = unit_of(rank, warp, i) + g;
         FUSEDRNN_UNROLL
         for (int p = 0; p < 2; ++p) {
-          const int r = tile_of(warp, i) * 8 + 2 * q + p, row = row0 + r, len = length[r];
+          const int r = tile_of(warp, i) * 8 + 2 * q + p, row = first_row + r, len = length[r];
           Storage* const x = now + i * (kStreams * 64) + (2 * q + p) * 8 + g;
           float da[Cell::sums] = {};
           if (s < len && unit < a.H) {
@@ -386,24 +387,25 @@ struct Backward {
       }
 
       // -- to the tape
+      const int row0_now = dev::opaque(row0), set_now = dev::opaque(set);
       FUSEDRNN_UNROLL
       for (int i = 0; i < S::kOwned; ++i) {
         if (!live(rank, warp, i)) continue;
-        const int r = tile_of(warp, i) * 8 + piece_row, row = row0 + r;
+        const int r = tile_of(warp, i) * 8 + piece_row, row = row0_now + r;
         if (row >= a.B) continue;
         const int len = length[r], t = s < len && backwards ? len - 1 - s : s;
         const int unit = unit_of(rank, warp, i) + piece_half;
         for (int n = lane; n < kGates * kPieces; n += 32)
-          *reinterpret_cast<U4*>(a.da + padded(set, t, row) * kGates + n / kPieces * a.pitch + unit) =
+          *reinterpret_cast<U4*>(a.da + padded(set_now, t, row) * kGates + n / kPieces * a.pitch + unit) =
               *reinterpret_cast<const U4*>(now + i * (kStreams * 64) + n * T::kPer);
         if constexpr (kExtra) {
           if (lane < kPieces)
-            *reinterpret_cast<U4*>(a.da_h + padded(set, t, row) + unit) =
+            *reinterpret_cast<U4*>(a.da_h + padded(set_now, t, row) + unit) =
                 *reinterpret_cast<const U4*>(now + i * (kStreams * 64) + kExtraAt * 64 + lane * T::kPer);
         }
       }
       dev::sync_warp();
-      fetch(ring, s - (kStages - 1), lane, rank, warp, set, row0, length, backwards);
+      fetch(ring, s - (kStages - 1), lane, rank, warp, set_now, row0_now, length, backwards);
     }
     dev::cp_async_wait<0>();
 
@@ -492,24 +494,36 @@ struct Backward {
 
   FUSEDRNN_DEVICE void poll_multiply(float (&acc)[kChains][S::kTiles][S::kMma][4], const U4 (&w)[S::kChunks][2][S::kMma],
                                      int set, int s, int tile_row, int warp, int g, int q, bool& late) const {
-    // loads under way: more would not leave registers to the weights
-    constexpr int kPart = S::kChunks % 8 == 0 ? 8 : S::kChunks % 6 == 0 ? 6 : S::kChunks % 4 == 0 ? 4 : S::kChunks % 3 == 0 ? 3 : 1;
-    const int count = kGates * a.pitch / T::kPer;
+    // in parts, the next one under way while one is waited for and multiplied: more would not leave registers to the weights
+    constexpr int kPart = S::kChunks % 4 == 0 ? 4 : S::kChunks % 3 == 0 ? 3 : 2;
+    constexpr int kParts = S::kChunks / kPart;
+    static_assert(kPart * kParts == S::kChunks);
+    const int count = kGates * a.pitch / T::kPer, line = warp * S::kChunks * 4 + q;
+    const U4* const from = slot(set, s, tile_row) + line * S::kTiles * 8 + g;
+    constexpr int kStride = 4 * S::kTiles * 8;  // from one chunk to the next
+    u32 wanted = 0;
     FUSEDRNN_UNROLL
-    for (int j = 0; j < S::kTiles; ++j)
+    for (int k = 0; k < S::kChunks; ++k) wanted |= line + 4 * k < count ? 1u << k : 0u;
+    U4 b[2][kPart] = {};
+    dev::peek16(b[0], from, 16 * kStride, wanted);
+    FUSEDRNN_UNROLL
+    for (int n = 0; n < kParts * S::kTiles; ++n) {
+      const int j = n / kParts, part = n % kParts, next_j = (n + 1) / kParts, next_part = (n + 1) % kParts;
+      if (n + 1 < kParts * S::kTiles)
+        dev::peek16(b[(n + 1) % 2], from + next_part * kPart * kStride + next_j * 8, 16 * kStride,
+                    wanted >> (next_part * kPart));
+      dev::settle16(b[n % 2], from + part * kPart * kStride + j * 8, 16 * kStride, wanted >> (part * kPart), late);
+      dev::sync_warp();
       FUSEDRNN_UNROLL
-      for (int part = 0; part < S::kChunks / kPart; ++part) {
-        const int line = (warp * S::kChunks + part * kPart) * 4 + q;
-        const U4* from = slot(set, s, tile_row) + line * S::kTiles * 8 + j * 8 + g;
-        u32 wanted = 0;
+      for (int k = 0; k < kPart; ++k) {
+        // a line beyond the last: the buffer still holds another one
+        const u32 on = wanted >> (part * kPart + k) & 1 ? 0xFFFFFFFFu : 0u;
+        U4 v = b[n % 2][k];
         FUSEDRNN_UNROLL
-        for (int k = 0; k < kPart; ++k) wanted |= line + 4 * k < count ? 1u << k : 0u;
-        U4 b[kPart] = {};
-        dev::poll16(b, from, 4 * S::kTiles * 8 * 16, wanted, late);
-        dev::sync_warp();
-        FUSEDRNN_UNROLL
-        for (int k = 0; k < kPart; ++k) multiply(acc, w[part * kPart + k], 2 * k, j, b[k]);
+        for (int r = 0; r < 4; ++r) v.w[r] &= on;
+        multiply(acc, w[part * kPart + k], 2 * k, j, v);
       }
+    }
   }
 
   // What step s needs, on its way into the ring.

@@ -87,6 +87,12 @@ FUSEDRNN_DEVICE int cluster_rank() {  // 0 without clusters; clusters hold conse
 #endif
 }
 
+// The same number, but nothing that is computed from it is carried along in a register: a loop computes it anew.
+FUSEDRNN_DEVICE int opaque(int v) {
+  asm volatile("" : "+r"(v));
+  return v;
+}
+
 // ---- barriers -----------------------------------------------------------------------------------------------------
 FUSEDRNN_DEVICE void sync_block() { __syncthreads(); }
 FUSEDRNN_DEVICE void sync_warp() { __syncwarp(); }
@@ -258,15 +264,18 @@ FUSEDRNN_DEVICE U4 ld_relaxed16(const void* global) {
                : "memory");
   return v;
 }
-// v[i] = 16 bytes at base + i * stride bytes, for i < N with bit i of `wanted` set (the others are left alone), as soon as none
-// of its four words is kEmpty any more. All loads are under way together. `late` as in mbar_wait.
+// v[i] = 16 bytes at base + i * stride bytes, for i < N with bit i of `wanted` set (the others are left alone): what is there, or kEmpty.
 template <int N>
-FUSEDRNN_DEVICE void poll16(U4 (&v)[N], const void* base, int stride, u32 wanted, bool& late) {
+FUSEDRNN_DEVICE void peek16(U4 (&v)[N], const void* base, int stride, u32 wanted) {
   static_assert(N <= 32);
-  const u8* p = static_cast<const u8*>(base);
   FUSEDRNN_UNROLL
   for (int i = 0; i < N; ++i)
-    if (wanted >> i & 1) v[i] = ld_relaxed16(p + static_cast<int64_t>(i) * stride);
+    if (wanted >> i & 1) v[i] = ld_relaxed16(static_cast<const u8*>(base) + static_cast<int64_t>(i) * stride);
+}
+// After peek16 with the same arguments: waits until none of the four words of any of them is kEmpty any more. `late` as in mbar_wait.
+template <int N>
+FUSEDRNN_DEVICE void settle16(U4 (&v)[N], const void* base, int stride, u32 wanted, bool& late) {
+  const u8* p = static_cast<const u8*>(base);
   const long long start = clock64();
   while (!late) {
     bool again = false;
@@ -279,6 +288,11 @@ FUSEDRNN_DEVICE void poll16(U4 (&v)[N], const void* base, int stride, u32 wanted
     if (!again) break;
     if (clock64() - start > kPatience) late = true;
   }
+}
+template <int N>
+FUSEDRNN_DEVICE void poll16(U4 (&v)[N], const void* base, int stride, u32 wanted, bool& late) {
+  peek16(v, base, stride, wanted);
+  settle16(v, base, stride, wanted, late);
 }
 
 }  // namespace fusedrnn::dev

@@ -260,6 +260,7 @@ struct Forward {
       dev::cp_async_wait<kStages - 2>();
       dev::sync_warp();
       Storage* const now = ring + s % kStages * (S::kOwned * kGates * 64);
+      const int first_row = dev::opaque(row0);
       FUSEDRNN_UNROLL
       for (int i = 0; i < S::kOwned; ++i) {
         if (!live(rank, group, split, i)) continue;
@@ -292,9 +293,9 @@ struct Forward {
             if constexpr (Cell::cell_state) to[128] = T::store(c_new);
             if constexpr (Cell::kept > kGates) to[128] = T::store(kept[kGates]);
           }
-          if (a.reset && s + 1 < len && restart(e, row0 + r, backwards ? len - 1 - s : s + 1)) {
-            h[i][p] = initial(a.h0, set, row0 + r, unit);
-            if constexpr (Cell::cell_state) c[i][p] = initial(a.c0, set, row0 + r, unit);
+          if (a.reset && s + 1 < len && restart(e, first_row + r, backwards ? len - 1 - s : s + 1)) {
+            h[i][p] = initial(a.h0, set, first_row + r, unit);
+            if constexpr (Cell::cell_state) c[i][p] = initial(a.c0, set, first_row + r, unit);
           }
           to[0] = T::operand(T::store(h[i][p]));
           if constexpr (S::kRoute == Route::single) {
@@ -327,10 +328,11 @@ struct Forward {
       if constexpr (S::kRoute == Route::single) dev::sync_block();
 
       // -- everything nobody waits for
+      const int row0_now = dev::opaque(row0), set_now = dev::opaque(set);
       FUSEDRNN_UNROLL
       for (int i = 0; i < S::kOwned; ++i) {
         if (!live(rank, group, split, i)) continue;
-        const int r = tile_of(split, i) * 8 + piece_row, row = row0 + r;
+        const int r = tile_of(split, i) * 8 + piece_row, row = row0_now + r;
         if (row >= a.B) continue;
         const int len = length[r], t = time(s, len, backwards), unit = unit_of(rank, group, split, i) + piece_half;
         const Storage* const from = staged + (i * 3) * 64 + piece_row * 8 + piece_half;
@@ -340,22 +342,22 @@ struct Forward {
           write_y(a.y + e * a.y_e + d * a.y_d + t * a.y_t + row * a.y_b, unit, v);
           if (a.keep && s < len) {
             if constexpr (Cell::cell_state)
-              *reinterpret_cast<U4*>(a.cells + padded(set, t, row) + unit) = *reinterpret_cast<const U4*>(from + 128);
+              *reinterpret_cast<U4*>(a.cells + padded(set_now, t, row) + unit) = *reinterpret_cast<const U4*>(from + 128);
             if constexpr (Cell::kept > kGates)
-              *reinterpret_cast<U4*>(a.extra + padded(set, t, row) + unit) = *reinterpret_cast<const U4*>(from + 128);
+              *reinterpret_cast<U4*>(a.extra + padded(set_now, t, row) + unit) = *reinterpret_cast<const U4*>(from + 128);
             if (s + 1 < len)
-              *reinterpret_cast<U4*>(a.prev + padded(set, time(s + 1, len, backwards), row) + unit) =
+              *reinterpret_cast<U4*>(a.prev + padded(set_now, time(s + 1, len, backwards), row) + unit) =
                   *reinterpret_cast<const U4*>(from);
           }
         }
         if (a.keep && s < len) {
           for (int n = lane; n < kGates * kPieces; n += 32)
-            *reinterpret_cast<U4*>(a.gx + padded(set, t, row) * kGates + n / kPieces * a.pitch + unit) =
+            *reinterpret_cast<U4*>(a.gx + padded(set_now, t, row) * kGates + n / kPieces * a.pitch + unit) =
                 *reinterpret_cast<const U4*>(now + i * (kGates * 64) + n * T::kPer);
         }
       }
       dev::sync_warp();
-      fetch(ring, s + kStages - 1, steps, lane, rank, group, split, set, row0, length, backwards);
+      fetch(ring, s + kStages - 1, steps, lane, rank, group, split, set_now, row0_now, length, backwards);
     }
     dev::cp_async_wait<0>();
 

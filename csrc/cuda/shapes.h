@@ -77,7 +77,7 @@ struct Shapes<cells::Rnn<kRelu>, T> {
   using C = Shape<cells::Rnn<kRelu>, T, Route::cluster, n...>;
   template <int... n>
   using G = Shape<cells::Rnn<kRelu>, T, Route::grid, n...>;
-  using Forward = List<S<4, 1, 2, 2, 1>, S<8, 1, 2, 4, 1>, S<8, 1, 4, 8, 1>,                         // H <= 64, 128, 256
+  using Forward = List<S<4, 1, 2, 2, 1>, S<8, 1, 2, 4, 1>,                                            // H <= 64, 128
                        C<2, 4, 2, 4, 1>, C<2, 4, 2, 4, 2>, C<4, 2, 2, 16, 1>,                        // 512, 1024, 16 blocks
                        G<1, 8, 2, 4, 1>, G<1, 8, 2, 8, 1>>;                                          // 1024, 2048
   template <int... n>
@@ -86,7 +86,7 @@ struct Shapes<cells::Rnn<kRelu>, T> {
   using c = BackwardShape<cells::Rnn<kRelu>, T, Route::cluster, n...>;
   template <int... n>
   using g = BackwardShape<cells::Rnn<kRelu>, T, Route::grid, n...>;
-  using Backward = List<s<4, 1, 64, 2, 1>, s<8, 1, 128, 4, 1>, s<8, 2, 256, 8, 1>,                   // H <= 64, 128, 256
+  using Backward = List<s<4, 1, 64, 2, 1>, s<8, 1, 128, 4, 1>,                                       // H <= 64, 128
                         c<8, 4, 32, 1, 1>, c<8, 4, 32, 1, 2>, c<8, 8, 64, 2, 1>,                     // 512, 1024, 16 blocks
                         g<8, 1, 16, 4, 1>, g<8, 1, 16, 8, 1>>;                                       // 1024, 2048
 };
