@@ -205,7 +205,7 @@ class Backward {
       }
     }
     if (!tape_.every) return;
-    w.forward.pack(a.team, cell_, p, e, inputs, H);
+    w.forward.pack(a.team, cell_, p, e, inputs, H, a.rows.total);
   }
 
   static void shape(Panels<S>& w, int64_t K, int64_t columns, int threads) {
@@ -553,8 +553,8 @@ class Backward {
                 int64_t R, S* const* packed, S* const* panels, bool value, bool tangent) {
     const bool add = !a.fresh || (to.stride[0] == 0 && e > 0);
     const bool straight = to.stride[2] == 1;
-    // Memory with other strides gets a copy: `sums` is the place to add up.
-    const int64_t ld = straight ? to.stride[1] : padded(columns);
+    // Memory with other strides gets a copy: `sums` is the place to add up, a row of it always the same member's.
+    const int64_t ld = straight ? to.stride[1] : padded(larger(inputs_, n_.H));
     S* base = straight ? element<S>(to, e, row + m0) : a.w.sums + (row + m0) * ld;
     if (!straight && add)
       for (int64_t m = m0; m < m1; ++m) copy_row(element<S>(to, e, row + m), to.stride[2], base + (m - m0) * ld, 1, columns);

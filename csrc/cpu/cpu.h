@@ -14,7 +14,8 @@ namespace fusedrnn::cpu {
 // Size of the tape in elements of the problem's dtype.
 size_t tape_elements(const Problem& problem);
 
-// `threads` is an upper bound (>= 1); small work uses fewer. The bits of the results do not depend on it.
+// `threads` is an upper bound (>= 1); small work uses fewer; -n asks for n in any case (tests). The bits of the results do
+// not depend on it.
 void forward(const Problem& problem, const Arguments& p, const Results& out, void* tape, int threads);
 void backward(const Problem& problem, const Arguments& p, const void* tape, const Results& g, const Arguments& dp,
               int threads);

@@ -97,6 +97,7 @@ const Table& table() {
 
 // Threads that pay for their meetings: a barrier a step against the step's work.
 int useful_threads(const Problem& problem, int threads) {
+  if (threads < 0) return -threads;
   const Sizes& n = problem.sizes;
   const double flops = work(problem), tasks = static_cast<double>(n.E) * n.D;
   const double step = flops / (static_cast<double>(n.T > 0 ? n.T : 1) * n.L * tasks);

@@ -13,7 +13,8 @@ namespace fusedrnn::cpu::FUSEDRNN_ISA {
 template <class S, int P>
 class Forward {
   static constexpr int L = Vec<S>::lanes;
-  static constexpr int64_t kRowsAtOnce = 48;  // a step's rows are multiplied and finished in groups that stay in L1
+  static constexpr int64_t kRowsAtOnce = 48;    // a step's rows are multiplied and finished in groups that stay in L1
+  static constexpr int64_t kUnitsAtOnce = 768;  // ... of so many rows times units
 
  public:
   Forward(const Call& call, const Sets& sets, const Layers<S, P>& layers, Workspace& workspace)
@@ -84,7 +85,7 @@ class Forward {
       p[q] = p_[q]->params ? &p_[q]->params[ld] : nullptr;
       source_of[q] = layers_.source(q, l, set);
     }
-    w.weights.pack(team, cell_, p, sets_.count == 1 ? 0 : set, source_of[0].width, H);
+    w.weights.pack(team, cell_, p, sets_.count == 1 ? 0 : set, source_of[0].width, H, rows.total);
     const int64_t first = team.begin(w.weights.blocks()), end = team.end(w.weights.blocks());
     const int64_t u0 = w.weights.unit(first), u1 = w.weights.unit(end);
     start(w, rows, reversed, ld, u0, u1);
@@ -177,10 +178,13 @@ class Forward {
     const int64_t N = sets_.N, H = n_.H, live = rows.live[s], pair = rows.off[s], chunk_pair = pair - rows.off[s0];
     const int now = s & 1, phase = cell_.two_products && !gate;
     const ForwardWeights<S, P>& weights = w.weights;
-    // Every other step the other way round: what was read last is still in the cache.
-    for (int64_t k = first; k < end; ++k) {
-      const int64_t b = s & 1 ? first + end - 1 - k : k;
-      const int64_t u0 = weights.unit(b), u1 = weights.unit(b + 1);
+    // A few rows: several blocks before their cells, which then overlap. Every other step the other way round: what was
+    // read last is still in the cache.
+    const int64_t together = larger<int64_t>(1, kUnitsAtOnce / (live * weights.unit(1)));
+    const int64_t parts = (end - first + together - 1) / together;
+    for (int64_t k = 0; k < parts; ++k) {
+      const int64_t b0 = first + together * (s & 1 ? parts - 1 - k : k), b1 = smaller(b0 + together, end);
+      const int64_t u0 = weights.unit(b0), u1 = weights.unit(b1);
       for (int64_t r = 0; r < live; r += kRowsAtOnce) {
         ForwardTile<S, P> t{};
         t.rows = smaller(kRowsAtOnce, live - r);
@@ -211,7 +215,7 @@ class Forward {
                          u1 - u0);
           }
         }
-        weights.state_product(phase, b, a, t.rows, z);
+        for (int64_t j = b0; j < b1; ++j) weights.state_product(phase, s & 1 ? b0 + b1 - 1 - j : j, a, t.rows, z);
         if (gate) {
           cell_.gate(t);
         } else {

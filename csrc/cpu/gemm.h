@@ -2,7 +2,7 @@
 // The products.   C[r][n] = init + sum_k A[r][k] B[k][n]
 // Read: A by row pointers, or packed k-major; B packed in panels of up to 4 registers' width. Written: C, affine rows.
 // Overwrites C, starting from zero, from a bias row or from C itself (then it accumulates).
-// Route: packed; `dot` below needs no packing and wins where a weight is used by few rows.
+// Route: packed; `dot_kernel` needs no packing and wins where a weight is used by few rows.
 // Limit: FMA from 2 rows of A on; one row streams B at the bandwidth of the cache that holds it.
 // Every element of C is one chain of FMAs over k, whatever tile it falls into: that is why threads do not change a bit.
 #pragma once
@@ -113,17 +113,104 @@ struct Panels {
   int gates = 1, sums = 1, block = 1;
   int sum[4] = {0, 1, 2, 3};
   bool plain = false;  // C is user-like memory: `units` columns without padding
+  // Not packed: the matrix itself, rows of K contiguous elements, gate g's from row g * units on.
+  const S* source = nullptr;
+  int64_t row_stride = 0;
 
   int64_t tiles() const { return (units + lanes - 1) / lanes; }
   int64_t blocks() const { return (tiles() + block - 1) / block; }
   int width() const { return gates * block % kWidest == 0 ? kWidest : gates == 3 ? 3 : smaller(gates * block, kWidest); }
   int64_t elements() const { return tiles() * lanes * gates * K; }
 };
+// Packing costs as much as multiplying about so many rows (measured).
+inline bool worth_packing(int64_t rows, int64_t K) { return rows > 4 + K / 32; }
+
 // Unit tiles that a block has: enough to fill a panel, fewer where that leaves a thread without a block.
 inline int block_tiles(int gates, int64_t tiles, int threads) {
   int block = gates >= 3 ? 1 : kWidest / gates;
   while (block > 1 && (tiles + block - 1) / block < threads) block /= 2;
   return block < 1 ? 1 : block;
+}
+
+// Sums of L registers: lane i of the result is the sum of register i's lanes.
+template <class S>
+FUSEDRNN_FORCE Vec<S> sum_lanes(typename Vec<S>::Native* v) {
+  constexpr int L = Vec<S>::lanes;
+  typename Vec<S>::Int even, odd;
+#pragma GCC unroll 16
+  for (int j = 0; j < L; ++j) even[j] = 2 * j, odd[j] = 2 * j + 1;
+#pragma GCC unroll 4
+  for (int count = L; count > 1; count /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < count / 2; ++i)
+      v[i] = __builtin_shuffle(v[2 * i], v[2 * i + 1], even) + __builtin_shuffle(v[2 * i], v[2 * i + 1], odd);
+  return v[0];
+}
+
+// The product without packing: one register of C for each of MR rows, `valid` rows of weights times rows of A along k.
+template <class S, int MR>
+void dot_kernel(const Tile<S>& t, const S* w, int64_t row_stride, int64_t valid) {
+  using V = Vec<S>;
+  constexpr int L = V::lanes, Rows = L < 4 ? L : 4;  // rows of weights at a time: as many streams
+  typename V::Native sums[MR][L];
+  for (int i = 0; i < L; i += Rows) {
+    V acc[MR][Rows];
+#pragma GCC unroll 4
+    for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 4
+      for (int j = 0; j < Rows; ++j) acc[r][j] = V(S(0));
+    const S* row[Rows];
+#pragma GCC unroll 4
+    for (int j = 0; j < Rows; ++j) row[j] = w + smaller<int64_t>(i + j, valid - 1) * row_stride;
+    auto step = [&](int64_t k, int64_t n) {
+      V av[MR];
+#pragma GCC unroll 4
+      for (int r = 0; r < MR; ++r) av[r] = load(t.rows[r] + k, n);
+#pragma GCC unroll 4
+      for (int j = 0; j < Rows; ++j) {
+        const V wv = load(row[j] + k, n);
+#pragma GCC unroll 4
+        for (int r = 0; r < MR; ++r) acc[r][j] = acc[r][j] + av[r] * wv;
+      }
+    };
+    int64_t k = 0;
+    for (; k + L <= t.K; k += L) step(k, L);
+    if (k < t.K) step(k, t.K - k);
+#pragma GCC unroll 4
+    for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 4
+      for (int j = 0; j < Rows; ++j) sums[r][i + j] = acc[r][j].v;
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < MR; ++r) {
+    V sum = sum_lanes<S>(sums[r]);
+    if (t.init) sum = sum + load(t.init + r * t.ldi + t.offset[0], t.last);
+    store(t.c + r * t.ldc + t.offset[0], sum, t.last);
+  }
+}
+
+template <class S>
+void multiply_unpacked(const Panels<S>& w, int64_t first, int64_t end, Tile<S> t, const S* const* rows, int64_t n) {
+  const S* const init = t.init;
+  S* const c = t.c;
+  for (int64_t v = first; v < end; ++v) {
+    const int64_t tile = v / w.gates, gate = v % w.gates;
+    t.offset[0] = (tile * w.sums + w.sum[gate]) * w.lanes;
+    t.last = w.lanes;
+    const int64_t valid = smaller<int64_t>(w.lanes, w.units - tile * w.lanes);
+    const S* from = w.source + (gate * w.units + tile * w.lanes) * w.row_stride;
+    for (int64_t r = 0; r < n; r += 4) {
+      t.rows = rows + r;
+      t.init = init ? init + r * t.ldi : nullptr;
+      t.c = c + r * t.ldc;
+      switch (smaller<int64_t>(4, n - r)) {
+        case 1: dot_kernel<S, 1>(t, from, w.row_stride, valid); break;
+        case 2: dot_kernel<S, 2>(t, from, w.row_stride, valid); break;
+        case 3: dot_kernel<S, 3>(t, from, w.row_stride, valid); break;
+        default: dot_kernel<S, 4>(t, from, w.row_stride, valid);
+      }
+    }
+  }
 }
 
 // C rows [0, n) of one block. `rows`: A.
@@ -137,6 +224,11 @@ void multiply(const Panels<S>& w, int64_t block, const S* const* rows, int64_t n
   t.K = w.K;
   t.ldi = ldi;
   t.ldc = ldc;
+  if (w.source) {
+    t.init = init;
+    t.c = c;
+    return multiply_unpacked(w, first, end, t, rows, n);
+  }
   for (int64_t v = first; v < end; v += width) {
     const int nv = static_cast<int>(smaller<int64_t>(width, end - v));
     t.b = w.data + v * w.lanes * w.K;

@@ -33,8 +33,10 @@ struct ForwardWeights {
     }
   }
 
-  // Packs the blocks of this team member. `p[q]`: values, tangents (null pointers: not given).
-  void pack(const Team& team, const CellTable<S, P>& cell, const Params* const* p, int64_t e, int64_t inputs, int64_t H) {
+  // Packs the blocks of this team member, where that is worth it. `p[q]`: values, tangents (null pointers: not given).
+  // `pairs` rows will be multiplied.
+  void pack(const Team& team, const CellTable<S, P>& cell, const Params* const* p, int64_t e, int64_t inputs, int64_t H,
+            int64_t pairs) {
     constexpr int L = Vec<S>::lanes;
     const int64_t tiles = (H + L - 1) / L;
     const int block = block_tiles(cell.two_products ? 1 : cell.gates, tiles, team.size);
@@ -50,10 +52,13 @@ struct ForwardWeights {
       has_W[q] = p[q] && p[q]->W.data;
       has_R[q] = p[q] && p[q]->R.data;
       const int64_t begin = team.begin(W[q].blocks()), end = team.end(W[q].blocks());
+      if (has_W[q]) leave_unpacked(W[q], p[q]->W, e, 0, pairs);
+      for (int phase = 0; has_R[q] && phase < phases; ++phase)
+        leave_unpacked(R[q][phase], p[q]->R, e, phase * first_gates * H, pairs);
       for (int64_t b = begin; b < end; ++b) {
-        if (has_W[q])
+        if (has_W[q] && !W[q].source)
           pack_transposed(W[q], b, element<S>(p[q]->W, e), p[q]->W.stride[1], p[q]->W.stride[2], H, gate);
-        if (!has_R[q]) continue;
+        if (!has_R[q] || R[q][0].source) continue;
         for (int phase = 0; phase < phases; ++phase)
           pack_transposed(R[q][phase], b, element<S>(p[q]->R, e), p[q]->R.stride[1], p[q]->R.stride[2], H,
                           gate + phase * first_gates);
@@ -92,6 +97,10 @@ struct ForwardWeights {
   int64_t unit(int64_t block) const { return smaller(block * W[0].block * W[0].lanes, W[0].units); }
 
  private:
+  static void leave_unpacked(Panels<S>& w, const Array<3>& m, int64_t e, int64_t row, int64_t pairs) {
+    w.source = worth_packing(pairs, w.K) || m.stride[2] != 1 ? nullptr : element<S>(m, e, row);
+    w.row_stride = m.stride[1];
+  }
   static void shape(Panels<S>& w, int64_t K, int64_t H, int gates, const CellTable<S, P>& cell, int block,
                     const int* sum) {
     w.K = K;
@@ -105,14 +114,13 @@ struct ForwardWeights {
   static void pack_bias(const CellTable<S, P>& cell, const Params* p, int64_t e, int64_t begin, int64_t end, int64_t H,
                         S* bias) {
     constexpr int L = Vec<S>::lanes;
-    for (int64_t u = begin; u < end; ++u) {
-      S* at = bias + u / L * cell.sums * L + u % L;
-      if (u >= H && u % L == 0) break;
-      for (int j = 0; j < cell.sums; ++j) at[j * L] = 0;
-      if (!p || u >= H) continue;
-      for (int g = 0; g < cell.gates; ++g) {
-        if (p->bW.data) at[cell.x_sum[g] * L] += *element<S>(p->bW, e, g * H + u);
-        if (p->bR.data) at[cell.h_sum[g] * L] += *element<S>(p->bR, e, g * H + u);
+    for (int64_t u = begin; u < smaller(end, H); u += L) {
+      S* at = bias + u * cell.sums;
+      zero_row(at, 1, cell.sums * L);
+      const int64_t n = smaller<int64_t>(L, H - u);
+      for (int g = 0; p && g < cell.gates; ++g) {
+        if (p->bW.data) add_row(element<S>(p->bW, e, g * H + u), p->bW.stride[1], at + cell.x_sum[g] * L, 1, n);
+        if (p->bR.data) add_row(element<S>(p->bR, e, g * H + u), p->bR.stride[1], at + cell.h_sum[g] * L, 1, n);
       }
     }
   }

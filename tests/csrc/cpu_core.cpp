@@ -603,7 +603,7 @@ void run(Case c, const Set<double>& p, const Set<double>& v, const Set<double>& 
       size_t slot = 0;
       {
         Arrays<S> out(c, false, c.layout);
-        cpu::forward(c.p, arguments.arguments(c), out.results(c), nullptr, threads);
+        cpu::forward(c.p, arguments.arguments(c), out.results(c), nullptr, -threads);
         out.expect_results("inference ", c, want, tolerance);
         remember(out, threads == 1, slot);
       }
@@ -612,9 +612,9 @@ void run(Case c, const Set<double>& p, const Set<double>& v, const Set<double>& 
         const size_t elements = cpu::tape_elements(c.p);
         std::vector<S> tape(elements + 16);
         std::memset(static_cast<void*>(tape.data()), 0xFF, tape.size() * sizeof(S));
-        cpu::forward(c.p, arguments.arguments(c), out.results(c), tape.data(), threads);
+        cpu::forward(c.p, arguments.arguments(c), out.results(c), tape.data(), -threads);
         out.expect_results("", c, want, tolerance);
-        cpu::backward(c.p, arguments.arguments(c), tape.data(), gradients.results(c), d.arguments(c), threads);
+        cpu::backward(c.p, arguments.arguments(c), tape.data(), gradients.results(c), d.arguments(c), -threads);
         d.expect_arguments("d", c, want_backward, tolerance);
         remember(out, threads == 1, slot);
         remember(d, threads == 1, slot);
@@ -624,14 +624,14 @@ void run(Case c, const Set<double>& p, const Set<double>& v, const Set<double>& 
       }
       {
         Arrays<S> out(c, false, c.layout);
-        cpu::jvp(c.p, arguments.arguments(c), direction.arguments(c), out.results(c), threads);
+        cpu::jvp(c.p, arguments.arguments(c), direction.arguments(c), out.results(c), -threads);
         out.expect_results("jvp ", c, want_jvp, tolerance * 4);
         remember(out, threads == 1, slot);
       }
       {
         Arrays<S> d(c, c.share_d, c.layout);
         cpu::hvp(c.p, arguments.arguments(c), direction.arguments(c), gradients.results(c), gradient_tangents.results(c),
-                 d.arguments(c), threads);
+                 d.arguments(c), -threads);
         d.expect_arguments("hvp ", c, want_hvp, tolerance * 8);
         remember(d, threads == 1, slot);
       }
