@@ -140,7 +140,8 @@ struct Backward {
   static constexpr int kSlot = S::kOwned * kStreams * 64;  // of one warp and stage
   static constexpr int kRing = S::kWarps * kStages * kSlot;
   static constexpr int kBuffer = S::kRoute == Route::grid ? 0 : S::kLines * S::kTiles * 8;
-  static constexpr int kBuffers = S::kRoute == Route::single ? 2 : 1;
+  // Two: a warp may still multiply the last step's da when another writes this step's.
+  static constexpr int kBuffers = 2;
   static constexpr int kSums = S::kRoute == Route::cluster ? S::kMaxPeers * S::kUnits / 16 * S::kTiles * 32 : 0;
   static constexpr int kStaged = S::kRoute == Route::grid ? S::kWarps * S::kOwned * kGates * 64 : 0;
   static constexpr int kPartial = S::kRoute == Route::grid ? 2 * S::kBlocks * (S::kSplit - 1) * 64 : 0;
@@ -495,7 +496,7 @@ struct Backward {
   FUSEDRNN_DEVICE void poll_multiply(float (&acc)[kChains][S::kTiles][S::kMma][4], const U4 (&w)[S::kChunks][2][S::kMma],
                                      int set, int s, int tile_row, int warp, int g, int q, bool& late) const {
     // in parts, the next one under way while one is waited for and multiplied: more would not leave registers to the weights
-    constexpr int kPart = S::kChunks % 4 == 0 ? 4 : S::kChunks % 3 == 0 ? 3 : 2;
+    constexpr int kPart = S::kChunks % 4 == 0 ? 4 : S::kChunks % 3 == 0 ? 3 : S::kChunks % 2 == 0 ? 2 : 1;
     constexpr int kParts = S::kChunks / kPart;
     static_assert(kPart * kParts == S::kChunks);
     const int count = kGates * a.pitch / T::kPer, line = warp * S::kChunks * 4 + q;
