@@ -12,4 +12,5 @@ PYBIND11_MODULE(_core, module) {
   fusedrnn::bindings::register_layer(module);
   fusedrnn::bindings::register_lane(module);
   fusedrnn::bindings::register_clip(module);
+  fusedrnn::bindings::register_torch_lane(module);
 }

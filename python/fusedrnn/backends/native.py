@@ -21,6 +21,12 @@ from fusedrnn._core import (
     version,
 )
 
+from fusedrnn import _core
+
+torch_setup, torch_forward, torch_backward = (
+    getattr(_core, name, None) for name in ("torch_setup", "torch_forward", "torch_backward")
+)
+
 __all__ = [
     "Lane",
     "backward",
@@ -38,5 +44,8 @@ __all__ = [
     "set_isa",
     "set_num_threads",
     "tape_elements",
+    "torch_backward",
+    "torch_forward",
+    "torch_setup",
     "version",
 ]

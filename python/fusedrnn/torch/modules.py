@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from . import functional, operators
+from . import fast, functional, operators
 from .how import How
 
 _CELLS = {"LSTM": "lstm", "GRU": "gru", "RNN_TANH": "rnn_tanh", "RNN_RELU": "rnn_relu"}
@@ -60,6 +60,46 @@ class _Layer(nn.RNNBase):
         """As torch.nn's, and: lengths (B,) of rows, in any order, 0 allowed; reset (T,B) or as input lies: True where a
         row begins a new sequence; return_cells: also the state of every layer and step (L,T,B,D*H); recompute: for this
         call."""
+        if torch.compiler.is_compiling() or not (lengths is None and reset is None) or return_cells:
+            return self._general(input, hx, lengths, reset, return_cells, recompute)
+        out = self._fast(input, hx, recompute)
+        return self._general(input, hx, None, None, False, recompute) if out is None else out
+
+    def _fast(self, input: Any, hx: Any, recompute: bool | None) -> Any:
+        mode = self.mode
+        if self.proj_size or (self.training and self.dropout and self.num_layers > 1):
+            return None
+        h0, c0 = hx, None
+        if mode == "LSTM" and hx is not None:
+            if type(hx) is not tuple or len(hx) != 2:
+                return None
+            h0, c0 = hx
+        parameters = self._parameters
+        try:
+            weights = [parameters[name] for name in self._flat_weights_names]
+        except KeyError:  # parametrized
+            return None
+        settings = (
+            _CELLS[mode],
+            self.num_layers,
+            2 if self.bidirectional else 1,
+            self.bias,
+            False,
+            self.batch_first,
+            self.recompute if recompute is None else recompute,
+            self.clip_cell or 0.0,
+            self.clip_grad or 0.0,
+        )
+        out = fast.call(settings, input, h0, c0, weights)
+        if out is None:
+            return None
+        functional.set_route("fused")
+        y, h, c = out
+        return (y, (h, c)) if mode == "LSTM" else (y, h)
+
+    def _general(
+        self, input: Any, hx: Any, lengths: Any, reset: Any, return_cells: bool, recompute: bool | None
+    ) -> Any:
         if isinstance(input, PackedSequence):
             return self._packed(input, hx, lengths, reset, return_cells, recompute)
         states = hx if self.mode == "LSTM" and isinstance(hx, tuple | list) else (hx,)
@@ -223,6 +263,31 @@ def _no_projection(options: dict[str, Any]) -> None:
 
 def _step(module: Any, cell: str, input: Any, hx: Any) -> Any:
     """One step of a cell module; None where torch.nn's own code must run."""
+    out = None if torch.compiler.is_compiling() else _fast_step(module, cell, input, hx)
+    return _general_step(module, cell, input, hx) if out is None else out
+
+
+def _fast_step(module: Any, cell: str, input: Any, hx: Any) -> Any:
+    h0, c0 = hx, None
+    if cell == "lstm" and hx is not None:
+        if type(hx) is not tuple or len(hx) != 2:
+            return None
+        h0, c0 = hx
+    parameters = module._parameters
+    try:
+        weights = [parameters["weight_ih"], parameters["weight_hh"], parameters["bias_ih"], parameters["bias_hh"]]
+    except KeyError:  # parametrized
+        return None
+    bias = weights[2] is not None
+    settings = (cell, 1, 1, bias, True, False, False, 0.0, 0.0)
+    out = fast.call(settings, input, h0, c0, weights if bias else weights[:2])
+    if out is None:
+        return None
+    functional.set_route("fused")
+    return out[1:] if cell == "lstm" else out[1]
+
+
+def _general_step(module: Any, cell: str, input: Any, hx: Any) -> Any:
     states = hx if cell == "lstm" and isinstance(hx, tuple | list) else (hx,)
     weights = [module.weight_ih, module.weight_hh]
     H = module.hidden_size

@@ -93,7 +93,7 @@ def _reverse(
         if all(gradient is None for gradient in g):
             return (None,) * len(needs)
         down = settings._replace(want=want)
-        return _placed(settings, want, _apply("backward", down, lengths, reset, *p, tape, *_padded(settings, g)))
+        return _placed(settings, want, apply("backward", down, lengths, reset, *p, tape, *_padded(settings, g)))
     parts = how.parts(name, settings, saved)
     cut = how.cut(needs, how.groups(name, settings.states, settings.weights))
     if name == "backward":
@@ -106,10 +106,10 @@ def _reverse(
         if any(cut[0]):
             want = _digits(cut[0])
             down = settings._replace(want=want, each=False)
-            dp = _placed(settings, want, _apply("hvp", down, lengths, reset, *p, *along, *_padded(settings, g), *none))
+            dp = _placed(settings, want, apply("hvp", down, lengths, reset, *p, *along, *_padded(settings, g), *none))
         if any(cut[2]):
             down = settings._replace(want="", each=False)
-            dg = _apply("jvp", down, lengths, reset, *p, *along)
+            dg = apply("jvp", down, lengths, reset, *p, *along)
             dg = tuple(_reduced(*item) for item in zip(dg, g, settings.result_axes, strict=True))
             dg = tuple(d if need else None for d, need in zip(_padded(settings, dg), cut[2], strict=True))
         return (*dp, None, *dg)
@@ -121,11 +121,11 @@ def _reverse(
         if any(cut[0]):
             want = _digits(cut[0])
             down = settings._replace(want=want, each=False)
-            dp = _placed(settings, want, _apply("hvp", down, lengths, reset, *p, *v, *u, *none))
+            dp = _placed(settings, want, apply("hvp", down, lengths, reset, *p, *v, *u, *none))
         if any(cut[1]):
             want = _digits(cut[1])
             down = settings._replace(want=want, each=True)
-            dv = _placed(settings, want, _apply("backward", down, lengths, reset, *p, None, *u))
+            dv = _placed(settings, want, apply("backward", down, lengths, reset, *p, None, *u))
             dv = tuple(_reduced(*item) for item in zip(dv, v, settings.argument_axes, strict=True))
         return (*dp, *dv)
     wanted = tuple(n for n, need in enumerate(needs) if need)
@@ -137,11 +137,11 @@ def _forwards(name: str, settings: How, lengths: Any, reset: Any, saved: Tensors
     """Tangents of what an operator returns from those of its tensors."""
     if name == "forward":
         down = settings._replace(tape=False)
-        return (*_apply("jvp", down, lengths, reset, *saved[:-1], *tangents), None)
+        return (*apply("jvp", down, lengths, reset, *saved[:-1], *tangents), None)
     if name == "backward":
         p, _, g = how.parts(name, settings, saved)
         v, _, t = how.parts(name, settings, tangents)
-        result: tuple[Any, ...] = _apply(
+        result: tuple[Any, ...] = apply(
             "hvp", settings, lengths, reset, *p, *v, *_padded(settings, g), *_padded(settings, t)
         )
         return result
@@ -191,7 +191,7 @@ def _batched(
             folded[place] = None  # made outside of this vmap, so of another shape: forward runs again
     if name in ("backward", "hvp"):
         down = settings._replace(each=True)
-    outputs = _apply(name, down, *folded)
+    outputs = apply(name, down, *folded)
     if name in ("backward", "hvp"):
         p, p_dims = tensors[: settings.arguments], dims[2 : 2 + settings.arguments]
         kept = [n for n, digit in enumerate(settings.want) if digit == "1"]
@@ -252,7 +252,7 @@ def _make_function(name: str) -> Any:
 _FUNCTIONS = {name: _make_function(name) for name in _NAMES}
 
 
-def _apply(name: str, settings: How, lengths: Any, reset: Any, *tensors: Any) -> tuple[Any, ...]:
+def apply(name: str, settings: How, lengths: Any, reset: Any, *tensors: Any) -> tuple[Any, ...]:
     outputs: tuple[Any, ...] = _FUNCTIONS[name].apply(settings.text(), lengths, reset, *tensors)
     return outputs
 
@@ -320,7 +320,7 @@ def _make_operator(name: str, states: int, weights: int) -> Any:
 
     def transformed(*arguments: Any) -> tuple[Tensor, ...]:
         settings, lengths, reset, tensors = unpack(arguments)
-        return whole(settings, _apply(name, settings, lengths, reset, *tensors), tensors[0])
+        return whole(settings, apply(name, settings, lengths, reset, *tensors), tensors[0])
 
     _library.impl(full, kernel, "CPU")
     torch.library.register_fake(f"fusedrnn::{full}", fake, lib=_library)
@@ -375,7 +375,7 @@ def call(settings: How, lengths: Any, reset: Any, p: Sequence[Any]) -> tuple[Any
         op = _OPERATORS["forward", settings.states, settings.weights]
         outputs = _present("forward", settings, op(*p, lengths, reset, settings.text()))
     else:
-        outputs = _apply("forward", settings, lengths, reset, *p)
+        outputs = apply("forward", settings, lengths, reset, *p)
     return outputs[:-1]
 
 

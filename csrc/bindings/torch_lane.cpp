@@ -1,0 +1,423 @@
+// SPDX-License-Identifier: Apache-2.0
+// The short way from torch's CPU tensors to the kernels, for eager calls (see torch_forward in _core.pyi). It answers
+// the plain case and returns None for all else, having raised and written nothing.
+//
+// No libtorch: tensors are read and made through DLPack's C exchange API, a table of functions that torch hands out as
+// a capsule (torch.Tensor.__dlpack_c_exchange_api__). The structs below are that table's binary interface, version 1.
+#include <cstdint>
+#include <vector>
+
+#include "bindings/bindings.h"
+
+namespace fusedrnn::bindings {
+
+namespace {
+
+struct DLPackVersion {
+  uint32_t major, minor;
+};
+struct DLDevice {
+  int32_t type, id;  // type 1: CPU
+};
+struct DLDataType {
+  uint8_t code, bits;  // code 2: IEEE floating point
+  uint16_t lanes;
+};
+struct DLTensor {
+  void* data;
+  DLDevice device;
+  int32_t ndim;
+  DLDataType dtype;
+  int64_t *shape, *strides;
+  uint64_t byte_offset;
+};
+struct DLManagedTensorVersioned {
+  DLPackVersion version;
+  void* manager;
+  void (*deleter)(DLManagedTensorVersioned*);
+  uint64_t flags;
+  DLTensor tensor;
+};
+struct DLPackExchangeAPI {
+  DLPackVersion version;
+  DLPackExchangeAPI* previous;
+  int (*allocate)(DLTensor* prototype, DLManagedTensorVersioned** out, void* context,
+                  void (*set_error)(void* context, const char* kind, const char* message));
+  int (*managed_from_object)(void* object, DLManagedTensorVersioned** out);
+  int (*object_from_managed)(DLManagedTensorVersioned* tensor, void** out);  // takes the tensor
+  int (*view_of_object)(void* object, DLTensor* out);
+  int (*current_stream)(int32_t device_type, int32_t device_id, void** out);
+};
+
+const DLPackExchangeAPI* api = nullptr;
+PyTypeObject *tensor_type = nullptr, *parameter_type = nullptr;
+
+constexpr int kParts = 4;  // W, R, bW, bR
+
+// How a call's tensors lie: the settings tuple, see _core.pyi.
+struct Settings {
+  CellKind cell;
+  int layers, directions, parts;
+  bool is_cell, batch_first, recompute;
+  double clip_cell, clip_grad;
+
+  bool read(PyObject* tuple) {
+    if (!PyTuple_CheckExact(tuple) || PyTuple_GET_SIZE(tuple) != 9) return false;
+    const auto item = [&](int n) { return PyTuple_GET_ITEM(tuple, n); };
+    const char* name = PyUnicode_Check(item(0)) ? PyUnicode_AsUTF8(item(0)) : nullptr;
+    if (!name || !find_cell(name, &cell)) return false;
+    layers = static_cast<int>(PyLong_AsLong(item(1)));
+    directions = static_cast<int>(PyLong_AsLong(item(2)));
+    parts = item(3) == Py_True ? kParts : kParts / 2;
+    is_cell = item(4) == Py_True;
+    batch_first = item(5) == Py_True;
+    recompute = item(6) == Py_True;
+    clip_cell = PyFloat_AsDouble(item(7));
+    clip_grad = PyFloat_AsDouble(item(8));
+    return layers >= 1 && layers < (1 << 20) && (directions == 1 || directions == 2) && clip_cell >= 0 &&
+           clip_grad >= 0;
+  }
+};
+
+DLDataType type_of(Dtype dtype) { return {2, static_cast<uint8_t>(dtype == Dtype::f32 ? 32 : 64), 1}; }
+
+// What a plain tensor looks like; false for anything else.
+bool look(PyObject* object, DLTensor* out) {
+  if (Py_TYPE(object) != tensor_type && Py_TYPE(object) != parameter_type) return false;
+  if (api->view_of_object(object, out) != 0) {
+    PyErr_Clear();
+    return false;
+  }
+  const DLDataType& type = out->dtype;
+  return out->device.type == 1 && type.code == 2 && type.lanes == 1 && (type.bits == 32 || type.bits == 64);
+}
+
+template <class T>
+T* data_of(const DLTensor& tensor) {
+  return reinterpret_cast<T*>(static_cast<char*>(tensor.data) + tensor.byte_offset);
+}
+
+// One call: sizes from the tensors, and how canonical axes map to theirs.
+struct Call {
+  Settings settings;
+  Problem problem;
+  Arguments p;
+  std::vector<Params> params;
+  PyObject** sources = nullptr;  // weights, borrowed
+  int rank = 0;                  // of x
+  int64_t x_shape[3] = {}, y_shape[3] = {}, state_shape[3] = {};
+  int state_rank = 0;
+
+  // Fills canonical axes (T,1,B,n) from x's or y's.
+  template <int Rank>
+  void place(const DLTensor& from, Array<Rank>* out) const {
+    static_assert(Rank == 4);
+    out->data = data_of<void>(from);
+    const int64_t* s = from.strides;
+    int64_t t = 0, b = 0;
+    if (settings.is_cell) {
+      b = rank == 2 ? s[0] : 0;
+    } else if (rank == 2) {
+      t = s[0];
+    } else {
+      t = s[settings.batch_first ? 1 : 0], b = s[settings.batch_first ? 0 : 1];
+    }
+    out->stride[0] = t, out->stride[1] = 0, out->stride[2] = b, out->stride[3] = s[rank - 1];
+  }
+  void place_state(const DLTensor& from, Array<4>* out) const {
+    out->data = data_of<void>(from);
+    const int64_t* s = from.strides;
+    const bool batch = problem.sizes.B > 1 || (settings.is_cell ? rank == 2 : rank == 3);
+    out->stride[0] = settings.is_cell ? 0 : s[0];
+    out->stride[1] = 0;
+    out->stride[2] = batch ? s[state_rank - 2] : 0;
+    out->stride[3] = s[state_rank - 1];
+  }
+
+  bool fits(PyObject* object, int want_rank, const int64_t* shape, DLTensor* out) const {
+    if (!look(object, out) || out->ndim != want_rank || out->dtype.bits != type_of(problem.dtype).bits) return false;
+    for (int axis = 0; axis < want_rank; ++axis)
+      if (out->shape[axis] != shape[axis]) return false;
+    return true;
+  }
+
+  bool read(PyObject* tuple, PyObject* x, PyObject* h0, PyObject* c0, PyObject* weights) {
+    if (!api || !settings.read(tuple) || (!PyList_CheckExact(weights) && !PyTuple_CheckExact(weights))) return false;
+    const int count = settings.layers * settings.directions;
+    if (PySequence_Fast_GET_SIZE(weights) != count * settings.parts) return false;
+    sources = PySequence_Fast_ITEMS(weights);
+    DLTensor view, first, second;
+    if (!look(x, &view) || !look(sources[0], &first) || !look(sources[1], &second)) return false;
+    rank = view.ndim;
+    if (first.ndim != 2 || second.ndim != 2 || rank < (settings.is_cell ? 1 : 2) || rank > (settings.is_cell ? 2 : 3))
+      return false;
+    problem.cell = settings.cell;
+    problem.dtype = view.dtype.bits == 32 ? Dtype::f32 : Dtype::f64;
+    problem.recompute = settings.recompute;
+    problem.clip_cell = settings.clip_cell;
+    problem.clip_grad = settings.clip_grad;
+    Sizes& s = problem.sizes;
+    s.I = first.shape[1], s.H = second.shape[1], s.L = settings.layers, s.D = settings.directions;
+    for (int axis = 0; axis < rank; ++axis) x_shape[axis] = y_shape[axis] = view.shape[axis];
+    y_shape[rank - 1] = s.D * s.H;
+    if (settings.is_cell) {
+      s.T = 1, s.B = rank == 2 ? x_shape[0] : 1;
+    } else {
+      s.T = x_shape[rank == 3 && settings.batch_first ? 1 : 0];
+      s.B = rank == 3 ? x_shape[settings.batch_first ? 0 : 1] : 1;
+    }
+    if (x_shape[rank - 1] != s.I || s.T < 1 || s.B < 1 || s.I < 1 || s.H < 1) return false;
+    state_rank = rank;
+    int axis = 0;
+    if (!settings.is_cell) state_shape[axis++] = count;
+    if (settings.is_cell ? rank == 2 : rank == 3) state_shape[axis++] = s.B;
+    state_shape[axis] = s.H;
+    place(view, &p.x);
+    DLTensor state;
+    if (h0 != Py_None) {
+      if (!fits(h0, state_rank, state_shape, &state)) return false;
+      place_state(state, &p.h0);
+    }
+    if (c0 != Py_None) {
+      if (settings.cell != CellKind::lstm || !fits(c0, state_rank, state_shape, &state)) return false;
+      place_state(state, &p.c0);
+    }
+    params.resize(static_cast<size_t>(count));
+    for (int k = 0; k < count; ++k) {
+      Array<3>* matrices[2] = {&params[static_cast<size_t>(k)].W, &params[static_cast<size_t>(k)].R};
+      Array<2>* vectors[2] = {&params[static_cast<size_t>(k)].bW, &params[static_cast<size_t>(k)].bR};
+      for (int part = 0; part < settings.parts; ++part) {
+        int64_t shape[2];
+        weight_shape(k, part, shape);
+        DLTensor weight;
+        if (!fits(sources[k * settings.parts + part], part < 2 ? 2 : 1, shape, &weight)) return false;
+        if (part < 2)
+          *matrices[part] = {data_of<void>(weight), {0, weight.strides[0], weight.strides[1]}};
+        else
+          *vectors[part - 2] = {data_of<void>(weight), {0, weight.strides[0]}};
+      }
+    }
+    p.params = params.data();
+    return true;
+  }
+
+  void weight_shape(int k, int part, int64_t (&shape)[2]) const {
+    const Sizes& s = problem.sizes;
+    shape[0] = cell_of(settings.cell).gates * s.H;
+    shape[1] = part == 1 ? s.H : k < s.D ? s.I : s.D * s.H;
+  }
+  int64_t tape_elements() const { return static_cast<int64_t>(cpu::tape_elements(problem)) + 1; }
+};
+
+// A new tensor with undefined contents; null with an exception set.
+PyObject* make(Dtype dtype, int rank, const int64_t* shape, DLTensor* out) {
+  DLTensor prototype{nullptr, {1, 0}, rank, type_of(dtype), const_cast<int64_t*>(shape), nullptr, 0};
+  DLManagedTensorVersioned* managed = nullptr;
+  const auto set_error = [](void*, const char*, const char* message) { PyErr_SetString(PyExc_MemoryError, message); };
+  if (api->allocate(&prototype, &managed, nullptr, set_error) != 0) {
+    if (!PyErr_Occurred()) PyErr_NoMemory();
+    return nullptr;
+  }
+  *out = managed->tensor;
+  out->shape = const_cast<int64_t*>(shape);
+  out->strides = nullptr;  // theirs go with `managed`; a new tensor is contiguous
+  void* object = nullptr;
+  return api->object_from_managed(managed, &object) == 0 ? static_cast<PyObject*>(object) : nullptr;
+}
+
+// The results of a call, made one by one; dropped together when one fails.
+class Outputs {
+ public:
+  explicit Outputs(Py_ssize_t count) : tuple_(PyTuple_New(count)) {}
+  ~Outputs() { Py_XDECREF(tuple_); }
+  Outputs(const Outputs&) = delete;
+  Outputs& operator=(const Outputs&) = delete;
+
+  void none() { set(Py_NewRef(Py_None)); }
+  // `shape` must outlive the call.
+  bool add(Dtype dtype, int rank, const int64_t* shape, DLTensor* out, int64_t* strides) {
+    PyObject* object = make(dtype, rank, shape, out);
+    if (!object) return false;
+    set(object);
+    int64_t step = 1;
+    for (int axis = rank; axis-- > 0; step *= shape[axis]) strides[axis] = step;
+    out->strides = strides;
+    return true;
+  }
+  PyObject* take() {
+    PyObject* result = tuple_;
+    tuple_ = nullptr;
+    return result;
+  }
+
+ private:
+  void set(PyObject* object) { PyTuple_SET_ITEM(tuple_, next_++, object); }
+
+  PyObject* tuple_;
+  Py_ssize_t next_ = 0;
+};
+
+// (settings, x, h0, c0, weights, tape wanted) -> (y or None, h_n, c_n or None, tape or None), or None
+PyObject* torch_forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  Call call;
+  if (count != 6 || !call.read(args[0], args[1], args[2], args[3], args[4])) {
+    PyErr_Clear();
+    Py_RETURN_NONE;
+  }
+  const Dtype dtype = call.problem.dtype;
+  Outputs outputs(4);
+  Results out;
+  DLTensor made;
+  int64_t strides[3];
+  if (call.settings.is_cell) {
+    outputs.none();
+  } else {
+    if (!outputs.add(dtype, call.rank, call.y_shape, &made, strides)) return nullptr;
+    call.place(made, &out.y);
+  }
+  if (!outputs.add(dtype, call.state_rank, call.state_shape, &made, strides)) return nullptr;
+  call.place_state(made, &out.hn);
+  if (call.settings.cell == CellKind::lstm) {
+    if (!outputs.add(dtype, call.state_rank, call.state_shape, &made, strides)) return nullptr;
+    call.place_state(made, &out.cn);
+  } else {
+    outputs.none();
+  }
+  void* tape = nullptr;
+  if (args[5] == Py_True) {
+    const int64_t shape[2] = {1, call.tape_elements()};
+    if (!outputs.add(dtype, 2, shape, &made, strides)) return nullptr;
+    tape = data_of<void>(made);
+    // whose tape it is: see kernels.py
+    if (dtype == Dtype::f32)
+      static_cast<float*>(tape)[shape[1] - 1] = 0;
+    else
+      static_cast<double*>(tape)[shape[1] - 1] = 0;
+  } else {
+    outputs.none();
+  }
+  try {
+    const int threads = threads_now();
+    const Released released(cpu::work(call.problem));
+    cpu::forward(call.problem, call.p, out, tape, threads);
+  } catch (const std::bad_alloc&) {
+    return PyErr_NoMemory();
+  }
+  return outputs.take();
+}
+
+// (settings, x, h0, c0, weights, tape, dy, dh_n, dc_n, wanted: one bit for each of x, h0, c0 and the weights)
+// -> as many gradients or Nones, or None
+PyObject* torch_backward(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  Call call;
+  Results g;
+  DLTensor view;
+  unsigned long long wanted = 0;
+  const auto read = [&] {
+    if (count != 10 || !call.read(args[0], args[1], args[2], args[3], args[4])) return false;
+    if (call.settings.layers * call.settings.directions * call.settings.parts > 60) return false;
+    const int64_t tape[2] = {1, call.tape_elements()};
+    if (!call.fits(args[5], 2, tape, &view) || view.strides[1] != 1) return false;
+    void* const memory = data_of<void>(view);
+    if (args[6] != Py_None) {
+      if (call.settings.is_cell || !call.fits(args[6], call.rank, call.y_shape, &view)) return false;
+      call.place(view, &g.y);
+    }
+    Array<4>* states[2] = {&g.hn, &g.cn};
+    for (int n = 0; n < 2; ++n) {
+      if (args[7 + n] == Py_None) continue;
+      if (!call.fits(args[7 + n], call.state_rank, call.state_shape, &view)) return false;
+      call.place_state(view, states[n]);
+    }
+    wanted = PyLong_AsUnsignedLongLong(args[9]);
+    if (PyErr_Occurred()) return false;
+    call.fits(args[5], 2, tape, &view);
+    return memory == data_of<void>(view);
+  };
+  if (!read()) {
+    PyErr_Clear();
+    Py_RETURN_NONE;
+  }
+  void* const tape = data_of<void>(view);
+  const Dtype dtype = call.problem.dtype;
+  const int stacks = call.settings.layers * call.settings.directions, parts = call.settings.parts;
+  Outputs outputs(3 + stacks * parts);
+  Arguments dp;
+  std::vector<Params> params(static_cast<size_t>(stacks));
+  DLTensor made;
+  int64_t strides[3];
+  const auto want = [&](int n) { return (wanted >> n & 1) != 0; };
+  if (!want(0)) {
+    outputs.none();
+  } else {
+    if (!outputs.add(dtype, call.rank, call.x_shape, &made, strides)) return nullptr;
+    call.place(made, &dp.x);
+  }
+  Array<4>* states[2] = {&dp.h0, &dp.c0};
+  for (int n = 0; n < 2; ++n) {
+    if (!want(1 + n)) {
+      outputs.none();
+      continue;
+    }
+    if (!outputs.add(dtype, call.state_rank, call.state_shape, &made, strides)) return nullptr;
+    call.place_state(made, states[n]);
+  }
+  for (int k = 0; k < stacks; ++k)
+    for (int part = 0; part < parts; ++part) {
+      if (!want(3 + k * parts + part)) {
+        outputs.none();
+        continue;
+      }
+      int64_t shape[2];
+      call.weight_shape(k, part, shape);
+      if (!outputs.add(dtype, part < 2 ? 2 : 1, shape, &made, strides)) return nullptr;
+      Params& d = params[static_cast<size_t>(k)];
+      if (part < 2)
+        (part == 0 ? d.W : d.R) = {data_of<void>(made), {0, strides[0], strides[1]}};
+      else
+        (part == 2 ? d.bW : d.bR) = {data_of<void>(made), {0, strides[0]}};
+    }
+  dp.params = params.data();
+  try {
+    const int threads = threads_now();
+    const Released released(2 * cpu::work(call.problem));
+    cpu::backward(call.problem, call.p, tape, g, dp, threads);
+  } catch (const std::bad_alloc&) {
+    return PyErr_NoMemory();
+  }
+  return outputs.take();
+}
+
+// (capsule, torch.Tensor, torch.nn.Parameter) -> whether the short way is open
+PyObject* torch_setup(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (count != 3 || !PyType_Check(args[1]) || !PyType_Check(args[2])) {
+    PyErr_SetString(PyExc_TypeError, "torch_setup: expected (capsule, torch.Tensor, torch.nn.Parameter)");
+    return nullptr;
+  }
+  const auto* table = static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(args[0], "dlpack_exchange_api"));
+  if (!table) return nullptr;
+  if (table->version.major != 1 || !table->view_of_object) Py_RETURN_FALSE;
+  api = table;
+  tensor_type = reinterpret_cast<PyTypeObject*>(Py_NewRef(args[1]));
+  parameter_type = reinterpret_cast<PyTypeObject*>(Py_NewRef(args[2]));
+  Py_RETURN_TRUE;
+}
+
+PyCFunction fast(PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t)) {
+  return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
+}
+
+PyMethodDef methods[] = {
+    {"torch_setup", fast(torch_setup), METH_FASTCALL, nullptr},
+    {"torch_forward", fast(torch_forward), METH_FASTCALL, nullptr},
+    {"torch_backward", fast(torch_backward), METH_FASTCALL, nullptr},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+}  // namespace
+
+void register_torch_lane(pybind11::module_& module) {
+  if (PyModule_AddFunctions(module.ptr(), methods) < 0) throw pybind11::error_already_set();
+}
+
+}  // namespace fusedrnn::bindings
