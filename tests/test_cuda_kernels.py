@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CUDA kernels without a GPU: their source on the CPU twin of the device (tests/csrc/device_cpu.h), against float64."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+CSRC, TESTS = ROOT / "csrc", ROOT / "tests" / "csrc"
+COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++") or ""
+SANITIZED = "libasan" in os.environ.get("LD_PRELOAD", "")
+DEVICE = ["device_cpu", "device_fiber", "cuda_kernels"]
+CELLS = ["cuda_lstm", "cuda_gru", "cuda_rnn"]
+
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="the CPU twin of the device is written for Linux"),
+    pytest.mark.skipif(not COMPILER, reason="no C++ compiler"),
+    pytest.mark.skipif(SANITIZED, reason="a program of its own, with sanitizers of its own"),
+]
+
+
+def call(command: list[str], seconds: int, ok: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        command,
+        text=True,
+        capture_output=True,
+        timeout=seconds,
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, **environment},
+    )
+    assert done.returncode == 0 or not ok, f"{' '.join(command)}\n{done.stdout[-6000:]}\n{done.stderr[-6000:]}"
+    return done
+
+
+def compiled(source: Path, folder: Path, flags: list[str], csrc: Path = CSRC) -> Path:
+    out = folder / (source.stem + ".o")
+    warnings = ["-Wall", "-Wextra", "-Werror"]
+    call([COMPILER, "-std=c++20", *flags, *warnings, f"-I{csrc}", f"-I{TESTS}", "-c", str(source), "-o", str(out)], 600)
+    return out
+
+
+def linked(objects: list[Path], folder: Path, flags: list[str]) -> Path:
+    program = folder / "cuda_kernels"
+    call([COMPILER, *flags, *map(str, objects), "-o", str(program)], 120)
+    return program
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Builds the program once for every set of flags."""
+    done: dict[tuple[str, ...], Path] = {}
+
+    def build(*flags: str) -> Path:
+        if flags not in done:
+            folder = tmp_path_factory.mktemp("cuda")
+            all_flags = ["-O1", "-g1", *flags]
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                sources = [TESTS / f"{name}.cpp" for name in [*CELLS, *DEVICE]]
+                objects = list(pool.map(lambda source: compiled(source, folder, all_flags), sources))
+            done[flags] = linked(objects, folder, all_flags)
+        return done[flags]
+
+    return build
+
+
+def test_kernels_agree_with_float64(built):
+    call([str(built()), "--quiet"], 400)
+
+
+# Calls whose loss changes nothing that can be seen, each with the reason.
+REDUNDANT = {
+    # nothing reads what it waits for: it only keeps copies from arriving after the block has ended
+    ("cp_async_wait", "dev::cp_async_wait<0>();"),
+    # only brings the lanes together again for the product, which on the CPU waits for all of them by itself
+    ("sync_warp", "dev::sync_warp();  // together again"),
+}
+
+
+@pytest.mark.parametrize("only", ["lstm/f16", "gru/f16"])
+def test_every_barrier_and_wait_is_needed_and_missed(built, only):
+    """Each call of a primitive that orders anything is broken on its own; some case, schedule or seed must go wrong."""
+    out = call([str(built()), "--break", "--only", only], 400, ok=False).stdout
+    assert out.count("noticed ") > 20, out
+    for kind, what, file, line in re.findall(r"^(\w+)\s+(\w+) (\w+\.h):(\d+):\d+ ", out, re.M):
+        if kind == "MISSED":
+            source = (CSRC / "cuda" / file).read_text().splitlines()[int(line) - 1].strip()
+            assert (what, source) in REDUNDANT or what == "sync_warp", (
+                f"{what} at {file}:{line} could be lost unnoticed\n{out}"
+            )
+
+
+def test_address_sanitizer(built):
+    program = built("-fsanitize=address", "-DFUSEDRNN_FEW")
+    call([str(program), "--quiet", "--policy", "random"], 400, ASAN_OPTIONS="detect_leaks=0")
+
+
+def test_thread_sanitizer(built):
+    """Every access of a kernel to memory, against the order that its barriers give; the schedule does not matter."""
+    program = built("-fsanitize=thread", "-DFUSEDRNN_FEW")
+    call([str(program), "--quiet", "--policy", "random", "--case", "3", "--only", "/f16/"], 400)
+
+
+FORWARD = {
+    "single": "add_forward<cuda::Shape<cells::Lstm, dev::F16, cuda::Route::single, 3, 2, 1, 1, 1>>",
+    "cluster": "add_forward<cuda::Shape<cells::Lstm, dev::F16, cuda::Route::cluster, 1, 2, 1, 1, 2>>",
+    "grid": "add_forward<cuda::Shape<cells::Lstm, dev::F16, cuda::Route::grid, 2, 3, 1, 1, 1>>",
+}
+BACKWARD = {
+    "single": "add_backward<cuda::BackwardShape<cells::Lstm, dev::F16, cuda::Route::single, 2, 1, 32, 4, 1>>",
+    "cluster": "add_backward<cuda::BackwardShape<cells::Lstm, dev::F16, cuda::Route::cluster, 3, 1, 16, 2, 1>>",
+    "grid": "add_backward<cuda::BackwardShape<cells::Lstm, dev::F16, cuda::Route::grid, 2, 1, 16, 3, 1>>",
+}
+
+
+@dataclass
+class Fault:
+    """A slip of the pen in a kernel: `old`, which stands there once, becomes `new`."""
+
+    name: str
+    route: str
+    old: str
+    new: str
+    file: str = "forward.h"
+
+
+FAULTS = [
+    Fault("h of the wrong phase", "single", "h_lines + (s & 1) * (kH / 2)", "h_lines + (~s & 1) * (kH / 2)"),
+    Fault("parity of the message barrier", "cluster", "(s - 1) >> 1 & 1, late", "s >> 1 & 1, late"),
+    Fault(
+        "more bytes expected than come", "cluster", "expected = lines * S::kTiles", "expected = S::kLines * S::kTiles"
+    ),
+    Fault(
+        "every warp arrives, not one thread",
+        "cluster",
+        "if (dev::tid() == 0) dev::mbar_arrive_expect(bar + (s & 1)",
+        "if (lane == 0) dev::mbar_arrive_expect(bar + (s & 1)",
+    ),
+    Fault("one buffer for the sums of a grid", "grid", "(kOnChip ? 0 : (s & 1) *", "(kOnChip ? 0 : 0 *"),
+    Fault("stage of the input off by one", "single", "now = ring + s % kStages", "now = ring + (s + 1) % kStages"),
+    Fault(
+        "y behind the last unit", "single", "if (unit + j < a.H) row[unit + j]", "if (unit + j < a.H + 1) row[unit + j]"
+    ),
+    Fault("rows behind the last", "single", "if (row >= a.B || unit >= a.H) continue;", "if (unit >= a.H) continue;"),
+    Fault("units behind the last", "single", "if (row >= a.B || unit >= a.H) continue;", "if (row >= a.B) continue;"),
+    Fault(
+        "sums one place off",
+        "single",
+        "* 32 + lane) * 2;\n            to[0]",
+        "* 32 + lane + 1) * 2;\n            to[0]",
+    ),
+    Fault("restart a step early", "single", "backwards ? len - 1 - s : s + 1)", "backwards ? len - s : s)"),
+    Fault(
+        "restart a step late in reverse", "grid", "backwards ? len - 1 - s : s + 1)", "backwards ? len - 2 - s : s + 1)"
+    ),
+    Fault("one buffer for da", "cluster", "kBuffers = 2;", "kBuffers = 1;", "backward.h"),
+    Fault("parity in backward", "cluster", "(turn - 1) >> 1 & 1, late", "turn >> 1 & 1, late", "backward.h"),
+    Fault(
+        "stage of the tape off by one",
+        "grid",
+        "now = ring + s % kStages",
+        "now = ring + (s + 1) % kStages",
+        "backward.h",
+    ),
+    Fault(
+        "a restart's share of dh0 lost",
+        "single",
+        "dh_first[i][p] += dh[i][p];",
+        "dh_first[i][p] = dh[i][p];",
+        "backward.h",
+    ),
+]
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault.name} ({fault.route}, {fault.file})")
+def test_planted_fault_is_noticed(built, tmp_path, fault):
+    text = (CSRC / "cuda" / fault.file).read_text()
+    assert text.count(fault.old) == 1, f"{fault.file} has changed: adapt this fault, which looks for {fault.old!r}"
+    shutil.copytree(CSRC / "cuda", tmp_path / "csrc" / "cuda")
+    shutil.copytree(CSRC / "cells", tmp_path / "csrc" / "cells")
+    shutil.copy(CSRC / "api.h", tmp_path / "csrc")
+    (tmp_path / "csrc" / "cuda" / fault.file).write_text(text.replace(fault.old, fault.new))
+    what = (FORWARD if fault.file == "forward.h" else BACKWARD)[fault.route]
+    source = tmp_path / "fault.cpp"
+    source.write_text(
+        '#include "cuda_cuts.h"\nnamespace fusedrnn::test {\n'
+        f'void add_lstm(std::vector<Run>& runs) {{ {what}(runs, "fault"); }}\n'
+        "void add_gru(std::vector<Run>&) {}\nvoid add_rnn(std::vector<Run>&) {}\n}\n"
+    )
+    objects = [built().parent / f"{name}.o" for name in DEVICE]
+    faulty = compiled(source, tmp_path, ["-O1", "-g1"], tmp_path / "csrc")
+    program = linked([faulty, *objects], tmp_path, ["-O1"])
+    done = call([str(program), "--quiet", "--seeds", "6"], 300, ok=False)
+    assert done.returncode != 0, f"nothing noticed:\n{done.stdout}"
