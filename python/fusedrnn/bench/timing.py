@@ -25,7 +25,7 @@ from .rivals import RIVALS, environment
 from .workloads import Workload
 
 ANSWER_SECONDS = 300.0
-SLOW = 0.3  # seconds a call: fewer rounds
+SLOW = 0.1  # seconds a call: fewer rounds
 
 # max |error| / max |true value|, against float64; a rival over it has another answer, not the same one faster
 BUDGET = {"infer": 2e-5, "train": 1e-4}
