@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The demo's training loop end to end against the same loop in torch, alternated, with the losses compared.
 
-    python bench/demo_vs_torch.py --out bench/results/<machine>     writes demo_vs_torch.json there
+    python bench/demo_vs_torch.py     writes bench/results/<machine>/demo_vs_torch.json and the README's demo sentence
 
 Both begin with the same weights and see the same batches: embedding, stacked recurrent layers, softmax cross entropy,
 clipping by global norm, Adam (torch's fused one), truncated BPTT with carried state. Loading text is not counted.
@@ -11,7 +11,7 @@ import argparse
 import json
 import math
 import os
-import platform
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,10 +24,14 @@ import torch
 
 import fusedrnn
 from fusedrnn import tbptt
+from fusedrnn.bench import machine
 from fusedrnn.clip import clip_grad_norm_
 from fusedrnn.demo.adam import Adam
 from fusedrnn.demo.model import EMBEDDING, CharacterModel
 from fusedrnn.demo.text import Text, read, rows
+
+ROOT = Path(__file__).parents[1]
+BEGIN, END = "<!-- demo:begin -->", "<!-- demo:end -->"
 
 Batch = tuple[np.ndarray, np.ndarray]  # characters (T,B) and the characters after them
 
@@ -139,11 +143,11 @@ def compare(cell: str, hidden: int, layers: int, batch: int, chunk: int, rounds:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="folder for demo_vs_torch.json; printed only, if not given")
+    parser.add_argument("--print", action="store_true", help="write nothing")
     parser.add_argument("--cells", nargs="+", default=["lstm", "gru"], choices=["lstm", "gru", "rnn"])
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--chunk", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--steps", type=int, default=10, help="updates of either loop in a round")
@@ -160,17 +164,38 @@ def main() -> int:
             print(json.dumps(result), flush=True)
     report = {
         "what": "demo training loop, fusedrnn against torch, alternated in one process",
-        "python": platform.python_version(),
+        "machine": machine.facts(),
         "torch": torch.__version__,
         "numpy": np.__version__,
         "backend": fusedrnn.backends.choose().__name__.rpartition(".")[2],
         "geometric_mean_ratio_best": math.exp(float(np.mean([math.log(r["ratio_best"]) for r in results]))),
         "results": results,
     }
-    if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "demo_vs_torch.json").write_text(json.dumps(report, indent=1) + "\n")
+    if not options.print:
+        path = ROOT / "bench" / "results" / machine.name() / "demo_vs_torch.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(report, indent=1) + "\n")
+        tell(report, path)
     return 0
+
+
+def tell(report: dict[str, Any], path: Path) -> None:
+    """Put the figures into the README's sentence about the demo."""
+    readme = ROOT / "README.md"
+    before, rest = readme.read_text().split(BEGIN)
+    parts = [
+        f"{r['cell'].upper()} on {r['threads']} thread{'s' * (r['threads'] > 1)} "
+        f"{r['characters_per_second']['fusedrnn']['median']:,} characters a second, {r['ratio_median']:.2f} times torch"
+        for r in report["results"]
+    ]
+    text = (
+        f"The demo's training loop, end to end, beside the same loop in torch {report['torch']} "
+        f"({report['machine']['cpu']}, both with {report['results'][0]['hidden']} units in "
+        f"{report['results'][0]['layers']} layers): {'; '.join(parts)} "
+        f"([figures]({path.relative_to(ROOT).as_posix()}))."
+    )
+    lines = textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
+    readme.write_text(f"{before}{BEGIN}\n{lines}\n{END}{rest.split(END)[1]}")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ class Display:
             except ImportError:
                 print("(pip install 'fusedrnn[demo]' for a progress bar)")
             else:
-                layout = "{percentage:3.0f}%|{bar}| step {n_fmt}/{total_fmt} [{elapsed}, {remaining} left] {postfix}"
+                layout = "{percentage:3.0f}%|{bar:24}| {n_fmt}/{total_fmt} [{remaining} left{postfix}]"
                 self.bar = tqdm(initial=progress.step, bar_format=layout, dynamic_ncols=True)
 
     def update(self) -> None:

@@ -29,7 +29,7 @@ class Options:
     cell: str = "lstm"
     hidden: int = 256
     layers: int = 2
-    batch: int = 32
+    batch: int = 16
     chunk: int = 64
     rate: float = 3e-3
     clip: float = 1.0
