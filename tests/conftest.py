@@ -42,9 +42,7 @@ def _routes() -> list[Route]:
     return routes
 
 
-@pytest.fixture(params=_routes(), ids=str)
-def route(request: Any) -> Iterator[Any]:
-    """The module of a backend; the native one on one instruction set."""
+def _run_on(request: Any) -> Iterator[Any]:
     found = backends.choose(request.param.backend)  # fails where it is missing, and says why
     if not request.param.isa:
         yield found
@@ -53,6 +51,24 @@ def route(request: Any) -> Iterator[Any]:
     found.set_isa(request.param.isa)
     yield found
     found.set_isa(before)
+
+
+@pytest.fixture(params=_routes(), ids=str)
+def route(request: Any) -> Iterator[Any]:
+    """The module of a backend; the native one on one instruction set."""
+    yield from _run_on(request)
+
+
+@pytest.fixture(params=[r for r in _routes() if r.backend != "reference"], ids=str)
+def judged(request: Any) -> Iterator[Any]:
+    """The same without the judge itself."""
+    yield from _run_on(request)
+
+
+@pytest.fixture(params=[r for r in _routes() if r.backend == "native"], ids=str)
+def kernels(request: Any) -> Iterator[Any]:
+    """The native backend only: the tangents of the others are the judge's."""
+    yield from _run_on(request)
 
 
 @pytest.fixture(params=NAMES)

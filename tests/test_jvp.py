@@ -19,13 +19,13 @@ DTYPES = ["float32", "float64"]
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_jvp_and_hvp(route, case, dtype):
+def test_jvp_and_hvp(kernels, case, dtype):
     data = build(case, dtype)
     want = expected(case, dtype)
     tout, tdp = empty_results(data.problem, dtype), empty_arguments(data, dtype)
-    route.jvp(data.problem, data.p, data.v, tout)
+    kernels.jvp(data.problem, data.p, data.v, tout)
     close.check_all(str(case), named(tout), want["jvp"], dtype, "jvp")
-    route.hvp(data.problem, data.p, data.v, data.g, data.t, tdp)
+    kernels.hvp(data.problem, data.p, data.v, data.g, data.t, tdp)
     close.check_all(str(case), named(tdp), want["hvp"], dtype, "hvp")
 
 

@@ -7,6 +7,7 @@ Axes are written as letters: T steps, E weight sets, B rows, I inputs, H units, 
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,7 @@ def kind(value: Any) -> str:
     return f"a {name}" if module == "builtins" else f"a {module}.{name}"
 
 
+@functools.cache
 def data_axes(axes: str, batch_first: bool, unbatched: bool, sets: bool) -> str:
     """How x, y, cells or reset lie for the user: T is behind E and B for batch_first, and axes may be left out.
 
@@ -43,6 +45,14 @@ def data_axes(axes: str, batch_first: bool, unbatched: bool, sets: bool) -> str:
     return "".join(a for a in axes if not (a == "B" and unbatched) and not (a == "E" and not sets))
 
 
+@functools.cache
+def _plan(axes: str, target: str) -> tuple[Any, Any]:
+    """The transposition (None: none) and the index that make `view`."""
+    order = [axes.index(a) for a in target if a in axes]
+    index = tuple(slice(None) if a in axes else None for a in target)
+    return (None if order == sorted(order) else order), index
+
+
 def view(array: Any, axes: str, target: str, sets: int = 1, *, write: bool = False) -> Any:
     """A view of an array that lies as `axes`, with the axes of `target`. Axes it lacks have size 1, but E has size
     `sets` and stride 0.
@@ -52,8 +62,8 @@ def view(array: Any, axes: str, target: str, sets: int = 1, *, write: bool = Fal
     """
     if axes == target:
         return array
-    order = [axes.index(a) for a in target if a in axes]
-    result = array.transpose(order)[tuple(slice(None) if a in axes else None for a in target)]
+    order, index = _plan(axes, target)
+    result = (array if order is None else array.transpose(order))[index]
     if sets != 1 and "E" in target and "E" not in axes:
         shape = tuple(sets if a == "E" else n for a, n in zip(target, result.shape, strict=True))
         strides = tuple(0 if a == "E" else s for a, s in zip(target, result.strides, strict=True))

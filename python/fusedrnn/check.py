@@ -6,8 +6,9 @@ Every message says which operation and argument, what came, what was expected, w
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import numpy as np
@@ -44,23 +45,22 @@ class Call:
     y_axes: str
     state_axes: str
     sources: dict[str, str]  # size letter -> the argument that it was read from
+    sizes: dict[str, int] = field(init=False)  # of every axis letter
+
+    def __post_init__(self) -> None:
+        p = self.problem
+        self.sizes = {"T": p.T, "E": p.E, "B": p.B, "I": p.I, "H": p.H, "L": p.L, "J": p.D * p.H, "S": p.L * p.D}
+        self.sizes["G"] = self.cell.gates * p.H
 
     @property
     def cells_axes(self) -> str:
         """How `cells` lies."""
         return "L" + self.y_axes
 
-    def sizes(self) -> dict[str, int]:
-        """Every axis letter's size."""
-        p = self.problem
-        return {"T": p.T, "E": p.E, "B": p.B, "I": p.I, "H": p.H, "L": p.L, "J": p.D * p.H, "S": p.L * p.D} | {
-            "G": self.cell.gates * p.H
-        }
-
     def shape(self, axes: str) -> tuple[int, ...]:
         """The shape of an array that lies as `axes`."""
-        sizes = self.sizes()
-        return tuple(sizes[a] for a in axes)
+        sizes = self.sizes
+        return tuple([sizes[a] for a in axes])
 
     def letters(self, axes: str) -> str:
         """The same in letters, for messages: (4*H, H)."""
@@ -74,14 +74,12 @@ class Call:
         self, name: str, array: np.ndarray, axes: str, fix: str = "", layer: int = 0, op: str | None = None
     ) -> None:
         """Fail unless the array has the shape that `axes` says."""
-        sizes = self.sizes()
-        letters = self.letters(axes)
-        if layer > 0 and "I" in axes:  # what layers above the first take in
-            sizes["I"] = sizes["J"]
-            letters = letters.replace("I", "2*H" if self.problem.D > 1 else "H")
-        expected = tuple(sizes[a] for a in axes)
+        if layer > 0:
+            axes = axes.replace("I", "J")  # what layers above the first take in
+        expected = self.shape(axes)
         if array.shape == expected:
             return
+        sizes, letters = self.sizes, self.letters(axes)
         used = [a for a in "TEBIHL" if a in letters]
         where = ", ".join(f"{a}={sizes[a]}" + (f" from {self.sources[a]}" if a in self.sources else "") for a in used)
         if not fix and array.ndim == 2 and array.shape[::-1] == expected:
@@ -102,6 +100,8 @@ def is_array(op: str, name: str, value: Any) -> np.ndarray:
 
 def is_float(op: str, name: str, value: Any, dtype: Any = None, like: str = "x") -> np.ndarray:
     """The value, if it is a NumPy array of `dtype` (None: either we compute in) that kernels can read in place."""
+    if type(value) is np.ndarray and value.dtype is dtype and value.flags.carray:  # the usual case, at no cost
+        return value
     array = is_array(op, name, value)
     if dtype is None and array.dtype not in _FLOATS:
         fix = f"Convert it: {name}.astype(numpy.float32)."
@@ -227,12 +227,11 @@ def call(
 
     # The E axis: wherever an array has one axis more than it must.
     state_rank = 2 if unbatched else 3
-    may_have_sets = [("x", x, 3)] + [(n, a, len(weight_axes(n)) - 1) for n, a in zip(names, flat, strict=True)]
-    may_have_sets += [("state", a, state_rank) for a in (h0, c0) if a is not None]
-    may_have_sets += [("lengths", lengths, state_rank - 2)] if lengths is not None else []
-    may_have_sets += [("reset", reset, state_rank - 1)] if reset is not None else []
-    for name, array, rank in may_have_sets:
-        if array.ndim == rank + 1 and "E" not in found:
+    given = [("x", x, 3), *((n, a, len(weight_axes(n)) - 1) for n, a in zip(names, flat, strict=True))]
+    given += [("state", h0, state_rank), ("state", c0, state_rank)]
+    given += [("lengths", lengths, state_rank - 2), ("reset", reset, state_rank - 1)]
+    for name, array, rank in given:
+        if array is not None and array.ndim == rank + 1 and "E" not in found:
             lies = x_axes if name == "x" else _with_sets(name, batch_first, unbatched)
             found["E"], sources["E"] = array.shape[lies.index("E")], name
     sets = "E" in found
@@ -293,6 +292,7 @@ def call(
     return result, h0, c0
 
 
+@functools.cache
 def weight_axes(name: str) -> str:
     """The canonical axes of a parameter."""
     return _WEIGHT_AXES[name.partition("_l")[0]]
@@ -336,6 +336,8 @@ def _flatten(op: str, params: Any, L: int, D: int) -> tuple[list[str], list[np.n
     if isinstance(params, Mapping):
         bias = "bias_ih_l0" in params or "bias_hh_l0" in params
         wanted = parameters.names(L, D == 2, bias)
+        if list(params) == wanted:
+            return wanted, list(params.values())
         for name in wanted:
             if name not in params:
                 fail(op, "params", f"has no {name}", f"all of {', '.join(wanted)}", "Biases come both or not at all.")

@@ -805,11 +805,11 @@ def backward(problem: Problem, p: Arguments, tape: Any, g: Results, dp: Argument
 
 def jvp(problem: Problem, p: Arguments, v: Arguments, tout: Results) -> None:
     """Fill tout's arrays with the tangents of the results."""
-    _log.debug("numba: jvp runs on the reference")
+    _log.info("numba: jvp runs on the reference")
     reference.jvp(problem, p, v, tout)
 
 
 def hvp(problem: Problem, p: Arguments, v: Arguments, g: Results, t: Results, tdp: Arguments) -> None:
     """Fill tdp's arrays with the tangents of the gradients."""
-    _log.debug("numba: hvp runs on the reference")
+    _log.info("numba: hvp runs on the reference")
     reference.hvp(problem, p, v, g, t, tdp)
