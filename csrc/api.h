@@ -7,7 +7,8 @@
 //   jvp       tout = J(p) v             v: tangents of the arguments
 //   hvp       tdp  = d/ds [ J(p + s v)^T (g + s t) ] at s = 0
 // `Arguments` holds what goes in (p), and so also its tangents (v) and its gradients (dp); `Results` holds what
-// comes out, and so also its tangents (tout) and gradients (g, t). A null pointer means: not given (zero), or not wanted.
+// comes out, and so also its tangents (tout) and gradients (g, t). A null pointer means: not given (zero), or not
+// wanted.
 //
 // Shapes: T steps, E weight sets, B rows, I inputs, H units, L layers, D directions, G gates. Strides count elements;
 // any stride may be 0 or negative on what is read; what is written must not overlap itself.
@@ -40,6 +41,7 @@ struct Problem {
   bool reverse = false;           // D == 1 only: walk from the last step to the first
   bool reset_to_initial = false;  // a reset goes back to h0, c0 instead of zero
   bool recompute = false;         // tape without gates: rebuilt in backward
+  bool bf16_weights = false;      // W and R are bfloat16, the rest is f32: forward without a tape only
   double clip_cell = 0;           // |c| <= clip_cell after every step; 0 = off (LSTM only)
   double clip_grad = 0;           // |dh|, |dc| <= clip_grad at every step of backward; 0 = off
   double dropout = 0;             // on the output of every layer but the last, only while training
@@ -55,8 +57,8 @@ struct Params {
 };
 
 struct Arguments {
-  Array<4> x;               // (T,E,B,I)
-  Array<4> h0, c0;          // (L*D,E,B,H)
+  Array<4> x;                // (T,E,B,I)
+  Array<4> h0, c0;           // (L*D,E,B,H)
   Params* params = nullptr;  // [L*D], layer-major, forward direction first
 };
 

@@ -45,11 +45,11 @@ def clip_value_(arrays: Sequence[_Array], limit: float) -> None: ...  # clamp to
 
 # The short way from torch's tensors to the kernels. torch_setup(torch.Tensor.__dlpack_c_exchange_api__, torch.Tensor,
 # torch.nn.Parameter) opens it once (False: this torch's interface is another). Then, with settings = (cell, num_layers,
-# num_directions, bias, whether x is one step (B,I) or (I,) of a cell module, batch_first, recompute, clip_cell, clip_grad):
-# torch_forward(settings, x, h0, c0, weights, tape wanted) -> (y, h_n, c_n, tape), None where there is none;
-# torch_backward(settings, x, h0, c0, weights, tape, dy, dh_n, dc_n, wanted) -> (dx, dh0, dc0, *gradients of the weights),
-# `wanted` one bit for each. The plain case only: CPU tensors (no subclass) of one dtype, float32 or float64, of torch.nn's
-# shapes, any strides; h0, c0 and the last three may be None. Anything else: None, and nothing written.
+# num_directions, bias, whether x is one step (B,I) or (I,) of a cell module, batch_first, recompute, clip_cell,
+# clip_grad): torch_forward(settings, x, h0, c0, weights, tape wanted) -> (y, h_n, c_n, tape), None where there is none;
+# torch_backward(settings, x, h0, c0, weights, tape, dy, dh_n, dc_n, wanted) -> (dx, dh0, dc0, *gradients of weights),
+# `wanted` one bit for each. The plain case only: CPU tensors (no subclass) of one dtype, float32 or float64, of
+# torch.nn's shapes, any strides; h0, c0 and the last three may be None. Anything else: None, and nothing written.
 def torch_setup(capsule: object, tensor: type, parameter: type, /) -> bool: ...
 def torch_forward(
     settings: tuple[Any, ...], x: Any, h0: Any, c0: Any, weights: Sequence[Any], tape: bool, /

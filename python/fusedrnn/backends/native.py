@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The compiled backend. The only importer of _core: everything else asks here."""
 
+from fusedrnn import _core
 from fusedrnn._core import (
     Lane,
     backward,
@@ -20,8 +21,6 @@ from fusedrnn._core import (
     tape_elements,
     version,
 )
-
-from fusedrnn import _core
 
 torch_setup, torch_forward, torch_backward = (
     getattr(_core, name, None) for name in ("torch_setup", "torch_forward", "torch_backward")
