@@ -277,6 +277,18 @@ def test_memory_does_not_grow_with_the_sequence(k1, k2):
     assert peak(90) < peak(15) * 1.1
 
 
+def test_every_run_draws_another_dropout_mask():
+    layer = make_layer("GRU", dropout=0.5)
+    x = np.ones((12, B, I))
+    ys = [chunk.y.copy() for chunk in tbptt.chunks(layer, x, k1=4, k2=6)]
+    assert layer.draws == 5  # the windows 0..4 and 2..8 run in two parts each, 6..12 in one
+    state = None
+    for draw, (a, b) in enumerate([(0, 2), (2, 4)]):  # the first window again, by hand
+        layer.draws = draw
+        y, state = layer(x[a:b], state)
+        np.testing.assert_array_equal(ys[0][a:b], y)
+
+
 def test_evaluation_needs_no_backward():
     layer = make_layer("LSTM").eval()
     x, _ = make_data(20)

@@ -95,6 +95,8 @@ def run(trainer: Trainer, checkpoint: Path) -> int:
     )
     if progress.step:
         print(f"resumed after step {progress.step}")
+    elif checkpoint.exists():
+        print(f"(begins anew and will replace {checkpoint}; --resume would have gone on from there)")
     display = Display(progress)
     saved = time.monotonic()
     with interrupts() as interrupted:
