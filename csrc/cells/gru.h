@@ -2,7 +2,8 @@
 // GRU, one unit, one step (Cho et al. 2014; gate order r, z, n of PyTorch and cuDNN).
 //   r, z = sigmoid(x W^T + bW + h' R^T + bR);   h = (1 - z) n + z h'
 //   Gru:            n = tanh(x Wn^T + bWn + r (h' Rn^T + bRn))          reset after the product: PyTorch, cuDNN
-//   GruResetBefore: n = tanh(x Wn^T + bWn + (r h') Rn^T + bRn)          reset before it: the paper, Keras v2, ONNX default
+//   GruResetBefore: n = tanh(x Wn^T + bWn + (r h') Rn^T + bRn)          reset before it: the paper, Keras v2, ONNX
+//   default
 // V is a number: a SIMD vector, a Dual of one, or a CUDA float. sigmoid and tanh are found by V's namespace;
 // whoever includes this defines FUSEDRNN_INLINE (static, forced inline, __device__ under nvcc).
 #pragma once
@@ -19,8 +20,7 @@ struct Gru {
   static constexpr int h_sum[3] = {0, 1, 3};
 
   template <class V, class S>
-  FUSEDRNN_INLINE void forward(const V* a, const V& h_prev, const V&, S, V* k, V& h,
-                                                            V&) {
+  FUSEDRNN_INLINE void forward(const V* a, const V& h_prev, const V&, S, V* k, V& h, V&) {
     k[0] = sigmoid(a[0]);
     k[1] = sigmoid(a[1]);
     k[2] = tanh(a[2] + k[0] * a[3]);
@@ -29,8 +29,8 @@ struct Gru {
   }
 
   template <class V, class S>
-  FUSEDRNN_INLINE void backward(const V* k, const V& h_prev, const V&, const V&, const V&,
-                                                             S, const V& dh, const V&, V* da, V& dh_prev, V&) {
+  FUSEDRNN_INLINE void backward(const V* k, const V& h_prev, const V&, const V&, const V&, S, const V& dh, const V&,
+                                V* da, V& dh_prev, V&) {
     da[2] = dh * (1 - k[1]) * (1 - k[2] * k[2]);
     da[3] = da[2] * k[0];
     da[0] = da[2] * k[3] * k[0] * (1 - k[0]);
@@ -65,8 +65,7 @@ struct GruResetBefore {
   }
 
   template <class V>
-  FUSEDRNN_INLINE void backward(const V& z, const V& n, const V& h_prev, const V& dh, V& da_z,
-                                                             V& da_n, V& dh_prev) {
+  FUSEDRNN_INLINE void backward(const V& z, const V& n, const V& h_prev, const V& dh, V& da_z, V& da_n, V& dh_prev) {
     da_n = dh * (1 - z) * (1 - n * n);
     da_z = dh * (h_prev - n) * z * (1 - z);
     dh_prev = dh * z;
@@ -74,8 +73,7 @@ struct GruResetBefore {
 
   // drh = da_n Rn. dh_prev is added to.
   template <class V>
-  FUSEDRNN_INLINE void backward_gate(const V& r, const V& h_prev, const V& drh, V& da_r,
-                                                                  V& dh_prev) {
+  FUSEDRNN_INLINE void backward_gate(const V& r, const V& h_prev, const V& drh, V& da_r, V& dh_prev) {
     da_r = drh * h_prev * r * (1 - r);
     dh_prev = dh_prev + drh * r;
   }

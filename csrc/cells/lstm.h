@@ -2,8 +2,8 @@
 // LSTM, one unit, one step (Hochreiter & Schmidhuber 1997, forget gate of Gers 2000; gate order of PyTorch and cuDNN).
 //   a = x W^T + bW + h' R^T + bR;  i, f, o = sigmoid(a_i, a_f, a_o);  g = tanh(a_g)
 //   c = clip(f c' + i g);  h = o tanh(c)
-// V is a number: a SIMD vector, a Dual of one, or a CUDA float. sigmoid, tanh, clamp and inside are found by V's namespace;
-// whoever includes this defines FUSEDRNN_INLINE (static, forced inline, __device__ under nvcc).
+// V is a number: a SIMD vector, a Dual of one, or a CUDA float. sigmoid, tanh, clamp and inside are found by V's
+// namespace; whoever includes this defines FUSEDRNN_INLINE (static, forced inline, __device__ under nvcc).
 #pragma once
 
 namespace fusedrnn::cells {
@@ -18,8 +18,7 @@ struct Lstm {
   static constexpr int h_sum[4] = {0, 1, 2, 3};  // gate -> sum that takes its row of h' R^T + bR
 
   template <class V, class S>
-  FUSEDRNN_INLINE void forward(const V* a, const V&, const V& c_prev, S clip, V* k,
-                                                            V& h, V& c) {
+  FUSEDRNN_INLINE void forward(const V* a, const V&, const V& c_prev, S clip, V* k, V& h, V& c) {
     k[0] = sigmoid(a[0]);
     k[1] = sigmoid(a[1]);
     k[2] = tanh(a[2]);
@@ -30,9 +29,8 @@ struct Lstm {
 
   // dh, dc: gradients of this step's h and c. da: of the sums. dh_prev: what reaches h' past the product (none here).
   template <class V, class S>
-  FUSEDRNN_INLINE void backward(const V* k, const V&, const V&, const V& c_prev,
-                                                             const V& c, S clip, const V& dh, const V& dc_in, V* da,
-                                                             V& dh_prev, V& dc_prev) {
+  FUSEDRNN_INLINE void backward(const V* k, const V&, const V&, const V& c_prev, const V& c, S clip, const V& dh,
+                                const V& dc_in, V* da, V& dh_prev, V& dc_prev) {
     const V tc = tanh(c);
     const V dc = inside(dc_in + dh * k[3] * (1 - tc * tc), c, clip);
     da[0] = dc * k[2] * k[0] * (1 - k[0]);

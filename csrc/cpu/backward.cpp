@@ -13,8 +13,7 @@ void run_backward(const Call& call) {
   S* tape[1] = {static_cast<S*>(call.tape)};
   const Layers<S, 1> layers(call, sets, table_of<S, 1>(call.problem->cell), tape, workspace);
   Backward<S, 1> backward(call, sets, layers, workspace);
-  parallel(
-      call.threads, [](void* it, const Team& team) { static_cast<Backward<S, 1>*>(it)->run(team); }, &backward);
+  parallel(call.threads, [](void* it, const Team& team) { static_cast<Backward<S, 1>*>(it)->run(team); }, &backward);
 }
 
 // Forward and backward of dual numbers; the tape, and its tangent, are workspace.

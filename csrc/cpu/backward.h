@@ -103,11 +103,11 @@ class Backward {
 
  private:
   struct Scratch {
-    ForwardWeights<S, P> forward;      // recompute: to rebuild the gates
-    Panels<S> R[P][kPhases], W[P];     // for da R, da W
+    ForwardWeights<S, P> forward;   // recompute: to rebuild the gates
+    Panels<S> R[P][kPhases], W[P];  // for da R, da W
     S *da[P], *packed[P], *x_panels[P], *h_panels[P], *dx[P], *copied[P];
-    S *start[2][P];                    // h0, c0, rows of H
-    S *d[2][P], *d_start[2][P];        // running dh, dc; what reached h0, c0; rows of ld_
+    S* start[2][P];              // h0, c0, rows of H
+    S *d[2][P], *d_start[2][P];  // running dh, dc; what reached h0, c0; rows of ld_
     S *rh[P] = {}, *drh[P] = {}, *db, *sums;
     S *z[P] = {}, *kept[P] = {}, *c_kept[P] = {}, *state[2][P] = {};
     const S **before[2][P], **x[P], **da_rows[P], **da_h_rows[kPhases][P], **rh_rows[P] = {}, **picked[P];
@@ -122,10 +122,10 @@ class Backward {
     int64_t set, ld;
     bool reversed;
     Source<S> source[P] = {};
-    int64_t u0 = 0, u1 = 0;            // units owned
-    int64_t first = 0, end = 0;        // blocks owned of R's panels
-    int64_t x_first = 0, x_end = 0;    // ... of W's
-    bool fresh = true;                 // nothing has been added into dW, dR, db yet
+    int64_t u0 = 0, u1 = 0;          // units owned
+    int64_t first = 0, end = 0;      // blocks owned of R's panels
+    int64_t x_first = 0, x_end = 0;  // ... of W's
+    bool fresh = true;               // nothing has been added into dW, dR, db yet
   };
 
   static int64_t padded(int64_t n) { return (n + L - 1) / L * L; }
@@ -135,7 +135,8 @@ class Backward {
     const Sizes& n = call.problem->sizes;
     if (n.E <= 1) return false;
     const Arguments& dp = call.dp;
-    if ((dp.x.data && !dp.x.stride[1]) || (dp.h0.data && !dp.h0.stride[1]) || (dp.c0.data && !dp.c0.stride[1])) return true;
+    if ((dp.x.data && !dp.x.stride[1]) || (dp.h0.data && !dp.h0.stride[1]) || (dp.c0.data && !dp.c0.stride[1]))
+      return true;
     for (int i = 0; dp.params && i < n.L * n.D; ++i) {
       const Params& w = dp.params[i];
       if ((w.W.data && !w.W.stride[0]) || (w.R.data && !w.R.stride[0]) || (w.bW.data && !w.bW.stride[0]) ||
@@ -205,7 +206,7 @@ class Backward {
       }
     }
     if (!tape_.every) return;
-    w.forward.pack(a.team, cell_, p, e, inputs, H, a.rows.total);
+    w.forward.pack(a.team, cell_, p, e, inputs, H, a.rows.total, pairs_);
   }
 
   static void shape(Panels<S>& w, int64_t K, int64_t columns, int threads) {
@@ -241,9 +242,7 @@ class Backward {
 
   // ---- a chunk ----
 
-  const S* tape(const Part& a, int q) const {
-    return layers_.plane(q, a.l, a.d, a.set);
-  }
+  const S* tape(const Part& a, int q) const { return layers_.plane(q, a.l, a.d, a.set); }
 
   // Row pointers to h and c before each step.
   void states_before(Part& a, int64_t s0, int64_t s1) {
@@ -340,8 +339,8 @@ class Backward {
     for (int q = 0; q < P; ++q) {
       const S* data = tape(a, q);
       t.h[q] = data + pair * H + a.u0;
-      t.kept[q] = tape_.every ? w.kept[q] + in_chunk * t.ld_kept + a.u0
-                              : data + tape_.kept_offset(N) + pair * t.ld_kept + a.u0;
+      t.kept[q] =
+          tape_.every ? w.kept[q] + in_chunk * t.ld_kept + a.u0 : data + tape_.kept_offset(N) + pair * t.ld_kept + a.u0;
       t.c[q] = tape_.every ? w.c_kept[q] + in_chunk * H + a.u0 : data + tape_.c_offset(N) + pair * H + a.u0;
       t.h_prev[q] = w.before[0][q] + in_chunk;
       t.c_prev[q] = w.before[1][q] + in_chunk;
@@ -416,7 +415,8 @@ class Backward {
   }
   void clip_gradient(S* const* d, int64_t u0, int64_t u1) const {
     using Pl = Planes<S, P>;
-    for (int64_t u = u0; u < u1; u += L) Pl::write(d, u, clamp(Pl::read(d, u, L), static_cast<S>(problem_.clip_grad)), L);
+    for (int64_t u = u0; u < u1; u += L)
+      Pl::write(d, u, clamp(Pl::read(d, u, L), static_cast<S>(problem_.clip_grad)), L);
   }
 
   // What step s hands on: to the step before, or to h0, c0 at a row's first step and at cuts.
@@ -468,7 +468,8 @@ class Backward {
       const bool split = sets_.count == 1 && n_.E > 1;
       const S *const *da[P], *const *x[P], *const *h[P], *const *rh[P];
       for (int q = 0; q < P; ++q)
-        da[q] = w.da_rows[q], x[q] = a.source[q].given() ? w.x[q] : nullptr, h[q] = w.before[0][q], rh[q] = w.rh_rows[q];
+        da[q] = w.da_rows[q], x[q] = a.source[q].given() ? w.x[q] : nullptr, h[q] = w.before[0][q],
+        rh[q] = w.rh_rows[q];
       if (split && !all_shared(*dp)) {
         for (int64_t e = 0; e < n_.E; ++e) {
           int64_t count = 0;
@@ -548,7 +549,8 @@ class Backward {
     }
   }
 
-  // Rows [row + m0, row + m1) of a gradient of `columns` columns: A^T B. Added into what is there unless it is the first.
+  // Rows [row + m0, row + m1) of a gradient of `columns` columns: A^T B. Added into what is there unless it is the
+  // first.
   void gradient(const Part& a, const Array<3>& to, int64_t e, int64_t row, int64_t m0, int64_t m1, int64_t columns,
                 int64_t R, S* const* packed, S* const* panels, bool value, bool tangent) {
     const bool add = !a.fresh || (to.stride[0] == 0 && e > 0);
@@ -557,7 +559,8 @@ class Backward {
     const int64_t ld = straight ? to.stride[1] : padded(larger(inputs_, n_.H));
     S* base = straight ? element<S>(to, e, row + m0) : a.w.sums + (row + m0) * ld;
     if (!straight && add)
-      for (int64_t m = m0; m < m1; ++m) copy_row(element<S>(to, e, row + m), to.stride[2], base + (m - m0) * ld, 1, columns);
+      for (int64_t m = m0; m < m1; ++m)
+        copy_row(element<S>(to, e, row + m), to.stride[2], base + (m - m0) * ld, 1, columns);
     const int64_t width = kWidest * L;
     for (int64_t column = 0; column < columns; column += width) {
       const int64_t valid = smaller(width, columns - column);
@@ -581,7 +584,8 @@ class Backward {
             part.packed += i;
             part.c += i * ld;
             if (part.init) part.init += i * ld;
-            run_tile<S, true>(part, static_cast<int>(smaller<int64_t>(rows_of(nv), smaller<int64_t>(kTile, m1 - m) - i)), nv);
+            run_tile<S, true>(part,
+                              static_cast<int>(smaller<int64_t>(rows_of(nv), smaller<int64_t>(kTile, m1 - m) - i)), nv);
           }
           begun = true;
         };
@@ -596,7 +600,8 @@ class Backward {
       }
     }
     if (!straight)
-      for (int64_t m = m0; m < m1; ++m) copy_row(base + (m - m0) * ld, 1, element<S>(to, e, row + m), to.stride[2], columns);
+      for (int64_t m = m0; m < m1; ++m)
+        copy_row(base + (m - m0) * ld, 1, element<S>(to, e, row + m), to.stride[2], columns);
   }
 
   void bias_gradient(const Part& a, const Params& dp, int64_t e, const Segment& s, int64_t m0, int64_t m1, int64_t R,
@@ -648,8 +653,8 @@ class Backward {
           S* from = w.dx[q] + r * ld;
           if (problem_.dropout > 0) {
             const uint64_t row = static_cast<uint64_t>((t * n_.E + rows.e[i]) * n_.B + rows.b[i]);
-            Dropout{problem_.dropout, problem_.seed}.apply(from + c0, c1 - c0, row * static_cast<uint64_t>(n_.D * H) + c0,
-                                                           a.l - 1);
+            Dropout{problem_.dropout, problem_.seed}.apply(from + c0, c1 - c0,
+                                                           row * static_cast<uint64_t>(n_.D * H) + c0, a.l - 1);
           }
           for (int d = 0; d < n_.D; ++d) {
             const int64_t low = larger(c0, d * H), high = smaller(c1, (d + 1) * H);

@@ -156,8 +156,7 @@ constexpr CellTable<S, P> make_table() {
   t.kept = Cell::kept;
   t.cell_state = Cell::cell_state;
   t.two_products = Cell::two_products;
-  t.x_sum = Cell::x_sum;
-  t.h_sum = Cell::h_sum;
+  for (int g = 0; g < Cell::gates; ++g) t.x_sum[g] = Cell::x_sum[g], t.h_sum[g] = Cell::h_sum[g];
   t.forward = forward_tile<Cell, S, P>;
   t.backward = backward_tile<Cell, S, P>;
   if constexpr (Cell::two_products) {
@@ -167,15 +166,15 @@ constexpr CellTable<S, P> make_table() {
   return t;
 }
 
-#define FUSEDRNN_TABLE_OF(name, Cell, S, P)                                       \
-  template <>                                                                     \
-  const CellTable<S, P>& name<S, P>() {                                           \
-    static constexpr CellTable<S, P> table = make_table<Cell, S, P>();            \
-    return table;                                                                 \
+#define FUSEDRNN_TABLE_OF(name, Cell, S, P)                            \
+  template <>                                                          \
+  const CellTable<S, P>& name<S, P>() {                                \
+    static constexpr CellTable<S, P> table = make_table<Cell, S, P>(); \
+    return table;                                                      \
   }
-#define FUSEDRNN_TABLE(name, Cell)        \
-  FUSEDRNN_TABLE_OF(name, Cell, float, 1) \
-  FUSEDRNN_TABLE_OF(name, Cell, float, 2) \
+#define FUSEDRNN_TABLE(name, Cell)         \
+  FUSEDRNN_TABLE_OF(name, Cell, float, 1)  \
+  FUSEDRNN_TABLE_OF(name, Cell, float, 2)  \
   FUSEDRNN_TABLE_OF(name, Cell, double, 1) \
   FUSEDRNN_TABLE_OF(name, Cell, double, 2)
 

@@ -14,8 +14,8 @@ namespace fusedrnn::cpu {
 // Size of the tape in elements of the problem's dtype.
 size_t tape_elements(const Problem& problem);
 
-// `threads` is an upper bound (>= 1); small work uses fewer; -n asks for n in any case (tests). The bits of the results do
-// not depend on it.
+// `threads` is an upper bound (>= 1); small work uses fewer; -n asks for n in any case (tests). The bits of the results
+// do not depend on it.
 void forward(const Problem& problem, const Arguments& p, const Results& out, void* tape, int threads);
 void backward(const Problem& problem, const Arguments& p, const void* tape, const Results& g, const Arguments& dp,
               int threads);
@@ -30,8 +30,9 @@ double work(const Problem& problem);
 int get_num_threads();
 void set_num_threads(int threads);
 
-// Instruction sets, weakest first: "baseline", "avx2", "avx512" or "baseline", "neon". The best one found is used unless
-// FUSEDRNN_ISA names another or set_isa does. set_isa is false, and changes nothing, where the name is not in isas_found().
+// Instruction sets, weakest first: "baseline", "avx2", "avx512" or "baseline", "neon". The best one found is used
+// unless FUSEDRNN_ISA names another or set_isa does. set_isa is false, and changes nothing, where the name is not in
+// isas_found().
 std::vector<const char*> isas_built();
 std::vector<const char*> isas_found();
 const char* isa();

@@ -59,17 +59,17 @@ bool has_avx512() {
 }
 #endif
 
-#define FUSEDRNN_TABLE(isa, found)                                                        \
-  {#isa,                                                                                  \
-   isa::forward,                                                                          \
-   isa::backward,                                                                         \
-   isa::jvp,                                                                              \
-   isa::hvp,                                                                              \
-   {read<float, isa::sum_of_squares>, read<double, isa::sum_of_squares>},                 \
-   {read<float, isa::sum_of_sizes>, read<double, isa::sum_of_sizes>},                     \
-   {read<float, isa::largest_size>, read<double, isa::largest_size>},                     \
-   {change<float, isa::scale>, change<double, isa::scale>},                               \
-   {change<float, isa::clip_value>, change<double, isa::clip_value>},                     \
+#define FUSEDRNN_TABLE(isa, found)                                        \
+  {#isa,                                                                  \
+   isa::forward,                                                          \
+   isa::backward,                                                         \
+   isa::jvp,                                                              \
+   isa::hvp,                                                              \
+   {read<float, isa::sum_of_squares>, read<double, isa::sum_of_squares>}, \
+   {read<float, isa::sum_of_sizes>, read<double, isa::sum_of_sizes>},     \
+   {read<float, isa::largest_size>, read<double, isa::largest_size>},     \
+   {change<float, isa::scale>, change<double, isa::scale>},               \
+   {change<float, isa::clip_value>, change<double, isa::clip_value>},     \
    found}
 
 // Weakest first.
@@ -208,8 +208,7 @@ double global_norm(const Span* spans, size_t count, double norm_type) {
 }
 
 void scale(const Span* spans, size_t count, double factor) {
-  for (size_t i = 0; i < count; ++i)
-    table().scale[spans[i].dtype == Dtype::f64](spans[i].data, spans[i].size, factor);
+  for (size_t i = 0; i < count; ++i) table().scale[spans[i].dtype == Dtype::f64](spans[i].data, spans[i].size, factor);
 }
 
 void clip_value(const Span* spans, size_t count, double limit) {

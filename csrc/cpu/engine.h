@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// What forward.cpp, backward.cpp and the cells' files of one instruction set agree on. The engine never names a cell: it
-// sees a table of numbers (how many gates, sums, kept values) and functions that do a cell's elementwise part on a tile.
+// What forward.cpp, backward.cpp and the cells' files of one instruction set agree on. The engine never names a cell:
+// it sees a table of numbers (how many gates, sums, kept values) and functions that do a cell's elementwise part on a
+// tile.
 //
 // S = float or double. P planes: 1 for values, 2 for values and tangents (dual numbers): every array then is a pair.
 #pragma once
@@ -32,7 +33,7 @@ struct BackwardTile {
   const S* kept[P];
   int64_t ld_kept, H;
   const S *h[P], *c[P];                          // rows of H: after the step
-  const S* const *h_prev[P], *const *c_prev[P];  // before the step, by row pointers ...
+  const S *const *h_prev[P], *const *c_prev[P];  // before the step, by row pointers ...
   int64_t unit;                                  // ... to unit 0: the tile starts at this one
   S *dh[P], *dc[P], *drh[P];  // in: gradient after the step; out: the part that reaches back past the product
   int64_t ld;
@@ -46,7 +47,7 @@ template <class S, int P>
 struct CellTable {
   int gates, sums, kept;
   bool cell_state, two_products;
-  const int *x_sum, *h_sum;
+  int x_sum[4], h_sum[4];
   void (*gate)(const ForwardTile<S, P>&);
   void (*forward)(const ForwardTile<S, P>&);
   void (*backward)(const BackwardTile<S, P>&);
@@ -67,16 +68,21 @@ const CellTable<S, P>& rnn_relu_table();
 template <class S, int P>
 const CellTable<S, P>& table_of(CellKind cell) {
   switch (cell) {
-    case CellKind::lstm: return lstm_table<S, P>();
-    case CellKind::gru: return gru_table<S, P>();
-    case CellKind::gru_reset_before: return gru_reset_before_table<S, P>();
-    case CellKind::rnn_relu: return rnn_relu_table<S, P>();
-    default: return rnn_tanh_table<S, P>();
+    case CellKind::lstm:
+      return lstm_table<S, P>();
+    case CellKind::gru:
+      return gru_table<S, P>();
+    case CellKind::gru_reset_before:
+      return gru_reset_before_table<S, P>();
+    case CellKind::rnn_relu:
+      return rnn_relu_table<S, P>();
+    default:
+      return rnn_tanh_table<S, P>();
   }
 }
 
-// Where sums go in a row of da: so that those of the product with x, and those of the product with h, are each contiguous.
-// With sums of n apart (GRU): n of x, r, z, n of h.
+// Where sums go in a row of da: so that those of the product with x, and those of the product with h, are each
+// contiguous. With sums of n apart (GRU): n of x, r, z, n of h.
 inline int place_of(int sums, int gates, int sum) {
   if (sums == gates) return sum;
   return sum == 3 ? 3 : sum == 2 ? 0 : sum + 1;
@@ -159,7 +165,8 @@ struct Dropout {
   }
 };
 
-// How a call is cut into weight sets: one with all rows (e, b) where every weight has stride 0 on E, else E with B rows.
+// How a call is cut into weight sets: one with all rows (e, b) where every weight has stride 0 on E, else E with B
+// rows.
 struct Sets {
   int64_t count, N;
   Rows* rows;
@@ -198,7 +205,8 @@ struct Source {
   bool given() const { return x || plane[0]; }
   bool direct() const { return x ? i == 1 : D == 1 && !dropout; }
 
-  // Pointers to the input rows of pairs [rows.off[s0], rows.off[s1]); copied into `buffer` (rows of width) if not direct.
+  // Pointers to the input rows of pairs [rows.off[s0], rows.off[s1]); copied into `buffer` (rows of width) if not
+  // direct.
   void fill(const Team& team, const Rows& rows, bool reversed, int64_t s0, int64_t s1, S* buffer, const S** out) const {
     const int64_t first = rows.off[s0], begin = team.begin(rows.off[s1] - first), end = team.end(rows.off[s1] - first);
     for (int64_t s = s0; s < s1; ++s) {
@@ -231,13 +239,18 @@ struct Source {
   }
 };
 
-// Where the layers' outputs lie, and so the inputs of the layers above: on the tape, or in workspace between two layers.
+// Where the layers' outputs lie, and so the inputs of the layers above: on the tape, or in workspace between two
+// layers.
 template <class S, int P>
 class Layers {
  public:
   // `tape[q]`: null in inference.
   Layers(const Call& call, const Sets& sets, const CellTable<S, P>& cell, S* const* tape, Workspace& workspace)
-      : problem_(*call.problem), n_(problem_.sizes), count_(sets.count), N_(sets.N), layout_(problem_, cell.kept, cell.cell_state) {
+      : problem_(*call.problem),
+        n_(problem_.sizes),
+        count_(sets.count),
+        N_(sets.N),
+        layout_(problem_, cell.kept, cell.cell_state) {
     p_[0] = &call.p;
     if (P == 2) p_[1] = &call.v;
     const int64_t size = count_ * n_.D * n_.T * N_ * n_.H;

@@ -11,8 +11,7 @@ void run(const Call& call) {
   S* tape[P] = {static_cast<S*>(call.tape)};
   const Layers<S, P> layers(call, sets, table_of<S, P>(call.problem->cell), call.tape ? tape : nullptr, workspace);
   Forward<S, P> forward(call, sets, layers, workspace);
-  parallel(
-      call.threads, [](void* it, const Team& team) { static_cast<Forward<S, P>*>(it)->run(team); }, &forward);
+  parallel(call.threads, [](void* it, const Team& team) { static_cast<Forward<S, P>*>(it)->run(team); }, &forward);
 }
 
 }  // namespace

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// Forward through all layers and directions:   z = x W^T + b for a chunk of steps, then step by step z += h R^T, h = cell(z)
-// Read: x (T,E,B,I), h0, c0 (L*D,E,B,H), weights. Written: y (T,E,B,D*H), hn, cn, cells, the tape.
-// Overwrites. With P = 2 every number is a value with its tangent, and the tangents are what is written.
-// Route: weights packed once a call; a thread owns blocks of units, so one barrier a step is all the recurrence needs.
-// Limit: FMA for 16 rows and more; the bandwidth of the cache that holds R for one row.
+// Forward through all layers and directions:   z = x W^T + b for a chunk of steps, then step by step z += h R^T, h =
+// cell(z) Read: x (T,E,B,I), h0, c0 (L*D,E,B,H), weights. Written: y (T,E,B,D*H), hn, cn, cells, the tape. Overwrites.
+// With P = 2 every number is a value with its tangent, and the tangents are what is written. Route: weights packed once
+// a call; a thread owns blocks of units, so one barrier a step is all the recurrence needs. Limit: FMA for 16 rows and
+// more; the bandwidth of the cache that holds R for one row.
 #pragma once
 
 #include "weights.h"
@@ -85,7 +85,15 @@ class Forward {
       p[q] = p_[q]->params ? &p_[q]->params[ld] : nullptr;
       source_of[q] = layers_.source(q, l, set);
     }
-    w.weights.pack(team, cell_, p, sets_.count == 1 ? 0 : set, source_of[0].width, H, rows.total);
+    const int64_t e = sets_.count == 1 ? 0 : set, inputs = source_of[0].width;
+    if constexpr (P == 1 && sizeof(S) == 4) {
+      if (problem_.bf16_weights)
+        w.weights.template pack<Half>(team, cell_, p, e, inputs, H, rows.total, sets_.N);
+      else
+        w.weights.pack(team, cell_, p, e, inputs, H, rows.total, sets_.N);
+    } else {
+      w.weights.pack(team, cell_, p, e, inputs, H, rows.total, sets_.N);
+    }
     const int64_t first = team.begin(w.weights.blocks()), end = team.end(w.weights.blocks());
     const int64_t u0 = w.weights.unit(first), u1 = w.weights.unit(end);
     start(w, rows, reversed, ld, u0, u1);
@@ -151,7 +159,7 @@ class Forward {
   }
 
   void final_state(Scratch& w, const Rows& rows, int parity, int64_t i, int64_t ld, int64_t u0, int64_t u1) {
-    const Array<4>*last[2] = {&out_.hn, &out_.cn};
+    const Array<4>* last[2] = {&out_.hn, &out_.cn};
     for (int which = 0; which < 1 + cell_.cell_state; ++which) {
       const Array<4>& a = *last[which];
       const S* from = (which ? w.c[P - 1] : w.h[parity][P - 1]) + i * ld_ + u0;

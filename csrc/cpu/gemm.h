@@ -96,15 +96,20 @@ FUSEDRNN_FORCE void run_rows(const Tile<S>& t, int rows) {
 template <class S, bool Packed>
 void run_tile(const Tile<S>& t, int rows, int nv) {
   switch (nv) {
-    case 1: return run_rows<S, Packed, 1>(t, rows);
-    case 2: return run_rows<S, Packed, 2>(t, rows);
-    case 3: return run_rows<S, Packed, 3>(t, rows);
-    default: return run_rows<S, Packed, 4>(t, rows);
+    case 1:
+      return run_rows<S, Packed, 1>(t, rows);
+    case 2:
+      return run_rows<S, Packed, 2>(t, rows);
+    case 3:
+      return run_rows<S, Packed, 3>(t, rows);
+    default:
+      return run_rows<S, Packed, 4>(t, rows);
   }
 }
 
-// Weights in panels. The registers of B are numbered v = tile * gates + gate, so that a panel holds all gates of its units;
-// `sum[gate]` says where in C's row (tile * sums + sum) register v lands. Blocks of `block` unit tiles are what threads own.
+// Weights in panels. The registers of B are numbered v = tile * gates + gate, so that a panel holds all gates of its
+// units; `sum[gate]` says where in C's row (tile * sums + sum) register v lands. Blocks of `block` unit tiles are what
+// threads own.
 template <class S>
 struct Panels {
   static constexpr int lanes = Vec<S>::lanes;
@@ -112,14 +117,17 @@ struct Panels {
   int64_t K = 0, units = 0;
   int gates = 1, sums = 1, block = 1;
   int sum[4] = {0, 1, 2, 3};
-  bool plain = false;  // C is user-like memory: `units` columns without padding
+  bool plain = false;   // C is user-like memory: `units` columns without padding
+  bool halves = false;  // packed as bfloat16, for a few rows of A
   // Not packed: the matrix itself, rows of K contiguous elements, gate g's from row g * units on.
   const S* source = nullptr;
   int64_t row_stride = 0;
 
   int64_t tiles() const { return (units + lanes - 1) / lanes; }
   int64_t blocks() const { return (tiles() + block - 1) / block; }
-  int width() const { return gates * block % kWidest == 0 ? kWidest : gates == 3 ? 3 : smaller(gates * block, kWidest); }
+  int width() const {
+    return gates * block % kWidest == 0 ? kWidest : gates == 3 ? 3 : smaller(gates * block, kWidest);
+  }
   int64_t elements() const { return tiles() * lanes * gates * K; }
 };
 // Packing costs as much as multiplying about so many rows (measured).
@@ -189,6 +197,39 @@ void dot_kernel(const Tile<S>& t, const S* w, int64_t row_stride, int64_t valid)
   }
 }
 
+// One row of A, B packed as bfloat16: half the bytes to read. A has a finite element behind its last one.
+template <int NV>
+void half_kernel(const Tile<float>& t) {
+  using V = Vec<float>;
+  V acc[NV];
+#pragma GCC unroll 4
+  for (int j = 0; j < NV; ++j) acc[j] = t.init ? load(t.init + t.offset[j]) : V(0);
+  const float *a = t.rows[0], *b = t.b;
+  for (int64_t k = 0; k < t.K; k += 2, b += t.ldb) {
+    const V a0(a[k]), a1(a[k + 1]);
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) {
+      const auto two = reinterpret_cast<V::Int>(load(b + j * V::lanes).v);
+      acc[j] = acc[j] + a0 * V(reinterpret_cast<V::Native>(two << 16));
+      acc[j] = acc[j] + a1 * V(reinterpret_cast<V::Native>(two & static_cast<int32_t>(0xffff0000)));
+    }
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < NV; ++j) store(t.c + t.offset[j], acc[j]);
+}
+inline void run_halves(const Tile<float>& t, int nv) {
+  switch (nv) {
+    case 1:
+      return half_kernel<1>(t);
+    case 2:
+      return half_kernel<2>(t);
+    case 3:
+      return half_kernel<3>(t);
+    default:
+      return half_kernel<4>(t);
+  }
+}
+
 template <class S>
 void multiply_unpacked(const Panels<S>& w, int64_t first, int64_t end, Tile<S> t, const S* const* rows, int64_t n) {
   const S* const init = t.init;
@@ -204,10 +245,17 @@ void multiply_unpacked(const Panels<S>& w, int64_t first, int64_t end, Tile<S> t
       t.init = init ? init + r * t.ldi : nullptr;
       t.c = c + r * t.ldc;
       switch (smaller<int64_t>(4, n - r)) {
-        case 1: dot_kernel<S, 1>(t, from, w.row_stride, valid); break;
-        case 2: dot_kernel<S, 2>(t, from, w.row_stride, valid); break;
-        case 3: dot_kernel<S, 3>(t, from, w.row_stride, valid); break;
-        default: dot_kernel<S, 4>(t, from, w.row_stride, valid);
+        case 1:
+          dot_kernel<S, 1>(t, from, w.row_stride, valid);
+          break;
+        case 2:
+          dot_kernel<S, 2>(t, from, w.row_stride, valid);
+          break;
+        case 3:
+          dot_kernel<S, 3>(t, from, w.row_stride, valid);
+          break;
+        default:
+          dot_kernel<S, 4>(t, from, w.row_stride, valid);
       }
     }
   }
@@ -238,6 +286,18 @@ void multiply(const Panels<S>& w, int64_t block, const S* const* rows, int64_t n
       t.offset[j] = (tile * w.sums + w.sum[(v + j) % w.gates]) * w.lanes;
     }
     t.last = w.plain ? smaller<int64_t>(w.lanes, w.units - (v + nv - 1) * w.lanes) : w.lanes;
+    if constexpr (sizeof(S) == 4) {
+      if (w.halves) {
+        t.b = w.data + v * w.lanes * ((w.K + 1) / 2);
+        for (int64_t r = 0; r < n; ++r) {
+          t.rows = rows + r;
+          t.init = init ? init + r * ldi : nullptr;
+          t.c = c + r * ldc;
+          run_halves(t, nv);
+        }
+        continue;
+      }
+    }
     const int64_t parts = (n + rows_of(nv) - 1) / rows_of(nv);  // of equal height: a last tile of one row would be slow
     for (int64_t part = 0; part < parts; ++part) {
       const int64_t r = n * part / parts;
@@ -251,9 +311,32 @@ void multiply(const Panels<S>& w, int64_t block, const S* const* rows, int64_t n
 
 // ---- packing ----
 
-// `lanes` rows of `count` elements become `count` registers: out[k * ldo + lane] = in[lane][k].
+// Weights may lie in memory as bfloat16: the upper half of a float.
+using Half = uint16_t;
+FUSEDRNN_FORCE float as(const Half* p, float) {
+  const uint32_t bits = uint32_t{*p} << 16;
+  float x;
+  __builtin_memcpy(&x, &bits, sizeof x);
+  return x;
+}
 template <class S>
-void transpose_rows(const S* const* in, int64_t stride, int64_t valid, int64_t count, S* out, int64_t ldo) {
+FUSEDRNN_FORCE S as(const S* p, S) {
+  return *p;
+}
+template <class S>
+FUSEDRNN_FORCE Vec<S> load_as(const S* p, S) {
+  return load(p);
+}
+FUSEDRNN_FORCE Vec<float> load_as(const Half* p, float) {
+  typedef Half Halves __attribute__((vector_size(kBytes / 2)));
+  Halves halves;
+  __builtin_memcpy(&halves, p, sizeof halves);
+  return reinterpret_cast<Vec<float>::Native>(__builtin_convertvector(halves, Vec<float>::Int) << 16);
+}
+
+// `lanes` rows of `count` elements become `count` registers: out[k * ldo + lane] = in[lane][k]. T: as S, or Half.
+template <class T, class S>
+void transpose_rows(const T* const* in, int64_t stride, int64_t valid, int64_t count, S* out, int64_t ldo) {
   using V = Vec<S>;
   constexpr int L = V::lanes;
   using Int = typename V::Int;
@@ -267,7 +350,7 @@ void transpose_rows(const S* const* in, int64_t stride, int64_t valid, int64_t c
     for (; k + L <= count; k += L) {
       typename V::Native v[L], w[L];
 #pragma GCC unroll 16
-      for (int i = 0; i < L; ++i) v[i] = load(in[i] + k).v;
+      for (int i = 0; i < L; ++i) v[i] = load_as(in[i] + k, S()).v;
 #pragma GCC unroll 4
       for (int half = 1; half < L; half *= 2) {
 #pragma GCC unroll 16
@@ -283,12 +366,31 @@ void transpose_rows(const S* const* in, int64_t stride, int64_t valid, int64_t c
     }
   }
   for (; k < count; ++k)
-    for (int i = 0; i < L; ++i) out[k * ldo + i] = i < valid ? in[i][k * stride] : S(0);
+    for (int i = 0; i < L; ++i) out[k * ldo + i] = i < valid ? as(in[i] + k * stride, S()) : S(0);
+}
+
+inline void pack_halves(const Half* const* in, int64_t stride, int64_t valid, int64_t count, float* out, int64_t ldo) {
+  using V = Vec<float>;
+  constexpr int L = V::lanes, Steps = 2 * L;
+  float part[Steps * L];
+  for (int64_t k = 0; k < count; k += Steps) {
+    const int64_t n = smaller<int64_t>(Steps, count - k);
+    const Half* from[L];
+    for (int i = 0; i < L; ++i) from[i] = i < valid ? in[i] + k * stride : nullptr;
+    transpose_rows(from, stride, valid, n, part, L);
+    if (n % 2) store(part + n * L, V(0));
+    for (int64_t j = 0; j < n; j += 2) {
+      const auto low = reinterpret_cast<V::Int>(load(part + j * L).v),
+                 high = reinterpret_cast<V::Int>(load(part + (j + 1) * L).v);
+      store(out + (k + j) / 2 * ldo, V(reinterpret_cast<V::Native>((low >> 16 & 0xffff) | high)));
+    }
+  }
 }
 
 // Panels of a matrix M (gates * H, K) for C = A M^T: the forward products. `gate[g]`: row block of gate g.
-template <class S>
-void pack_transposed(const Panels<S>& w, int64_t block, const S* m, int64_t row_stride, int64_t stride, int64_t H,
+// With `halves`, as bfloat16: a register holds steps k (lower halves) and k + 1 (upper ones).
+template <class T, class S>
+void pack_transposed(const Panels<S>& w, int64_t block, const T* m, int64_t row_stride, int64_t stride, int64_t H,
                      const int* gate) {
   const int64_t first = block * w.block * w.gates;
   const int64_t end = smaller((block + 1) * w.block, w.tiles()) * w.gates;
@@ -298,15 +400,23 @@ void pack_transposed(const Panels<S>& w, int64_t block, const S* m, int64_t row_
     for (int j = 0; j < nv; ++j) {
       const int64_t u = (v + j) / w.gates * w.lanes;
       const int64_t valid = smaller<int64_t>(w.lanes, w.units - u);
-      const S* in[Vec<S>::lanes];
+      const T* in[Vec<S>::lanes];
       for (int64_t i = 0; i < w.lanes; ++i)
         in[i] = i < valid ? m + (gate[(v + j) % w.gates] * H + u + i) * row_stride : nullptr;
-      transpose_rows(in, stride, valid, w.K, w.data + v * w.lanes * w.K + j * w.lanes, nv * w.lanes);
+      S* out = w.data + v * w.lanes * w.K + j * w.lanes;
+      if constexpr (sizeof(T) == 2) {
+        if (w.halves) {
+          pack_halves(in, stride, valid, w.K, w.data + v * w.lanes * ((w.K + 1) / 2) + j * w.lanes, nv * w.lanes);
+          continue;
+        }
+      }
+      transpose_rows(in, stride, valid, w.K, out, nv * w.lanes);
     }
   }
 }
 
-// Panels of M's rows for C = A M: k runs over `parts` row blocks of H rows, in the order of `part`. The backward products.
+// Panels of M's rows for C = A M: k runs over `parts` row blocks of H rows, in the order of `part`. The backward
+// products.
 template <class S>
 void pack_rows(const Panels<S>& w, int64_t block, const S* m, int64_t row_stride, int64_t stride, int64_t H, int parts,
                const int* part) {
@@ -341,8 +451,8 @@ void pack_columns(const S* const* rows, int64_t R, int64_t column, int64_t M, S*
       const int64_t valid = smaller<int64_t>(kTile, M - m);
       for (int64_t r = r0; r < r1; ++r) {
         const S* from = rows[r] + column + m;
-        if (valid == kTile) {
-          for (int i = 0; i < kTile; ++i) to[r * kTile + i] = from[i];
+        if (m + 8 <= M && r + 1 < r1) {  // two more than asked for, which the next row then overwrites
+          __builtin_memcpy(to + r * kTile, from, 8 * sizeof(S));
         } else {
           for (int i = 0; i < kTile; ++i) to[r * kTile + i] = i < valid ? from[i] : S(0);
         }

@@ -17,22 +17,22 @@ struct Call {
   int threads;
 };
 
-#define FUSEDRNN_DECLARE(isa)                                \
-  namespace isa {                                            \
-  void forward(const Call&);                                 \
-  void backward(const Call&);                                \
-  void jvp(const Call&);                                     \
-  void hvp(const Call&);                                     \
-  double sum_of_squares(const float*, int64_t);              \
-  double sum_of_squares(const double*, int64_t);             \
-  double sum_of_sizes(const float*, int64_t);                \
-  double sum_of_sizes(const double*, int64_t);               \
-  double largest_size(const float*, int64_t);                \
-  double largest_size(const double*, int64_t);               \
-  void scale(float*, int64_t, float);                        \
-  void scale(double*, int64_t, double);                      \
-  void clip_value(float*, int64_t, float);                   \
-  void clip_value(double*, int64_t, double);                 \
+#define FUSEDRNN_DECLARE(isa)                    \
+  namespace isa {                                \
+  void forward(const Call&);                     \
+  void backward(const Call&);                    \
+  void jvp(const Call&);                         \
+  void hvp(const Call&);                         \
+  double sum_of_squares(const float*, int64_t);  \
+  double sum_of_squares(const double*, int64_t); \
+  double sum_of_sizes(const float*, int64_t);    \
+  double sum_of_sizes(const double*, int64_t);   \
+  double largest_size(const float*, int64_t);    \
+  double largest_size(const double*, int64_t);   \
+  void scale(float*, int64_t, float);            \
+  void scale(double*, int64_t, double);          \
+  void clip_value(float*, int64_t, float);       \
+  void clip_value(double*, int64_t, double);     \
   }
 FUSEDRNN_DECLARE(baseline)
 FUSEDRNN_DECLARE(avx2)

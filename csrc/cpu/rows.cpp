@@ -59,8 +59,9 @@ Rows make_rows(const Problem& problem, int64_t e_begin, int64_t e_end, Workspace
       for (int64_t i = 0; i < rows.live[s]; ++i) {
         // Forward: the boundary before t = s. Reverse: the one between t + 1 and t; none before the row's first step.
         const int64_t t = direction ? rows.length[i] - s : s;
-        const bool boundary = !(direction && s == 0) && reset[t * problem.reset.stride[0] + rows.e[i] * problem.reset.stride[1] +
-                                                              rows.b[i] * problem.reset.stride[2]] != 0;
+        const bool boundary =
+            !(direction && s == 0) && reset[t * problem.reset.stride[0] + rows.e[i] * problem.reset.stride[1] +
+                                            rows.b[i] * problem.reset.stride[2]] != 0;
         cut[rows.off[s] + i] = boundary;
         any[s] |= boundary;
       }

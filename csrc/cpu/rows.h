@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The rows of one weight set in walking order. Rows are sorted by length, longest first, so that the rows alive at any step
-// are a prefix, and (step, row) pairs lie packed: pair (s, i) is number off[s] + i. The reverse direction walks every row
-// from its own last step, so the same numbering serves both directions.
+// The rows of one weight set in walking order. Rows are sorted by length, longest first, so that the rows alive at any
+// step are a prefix, and (step, row) pairs lie packed: pair (s, i) is number off[s] + i. The reverse direction walks
+// every row from its own last step, so the same numbering serves both directions.
 #pragma once
 
 #include <cstdint>
@@ -12,15 +12,17 @@
 namespace fusedrnn::cpu {
 
 struct Rows {
-  int64_t N = 0, steps = 0, total = 0;  // rows, longest length, pairs
-  bool uniform = true;                  // every row has length `steps`, rows in natural order
+  int64_t N = 0, steps = 0, total = 0;                    // rows, longest length, pairs
+  bool uniform = true;                                    // every row has length `steps`, rows in natural order
   int64_t *e = nullptr, *b = nullptr, *length = nullptr;  // [N]
   int64_t *live = nullptr, *off = nullptr;                // [steps + 1]; live[steps] = 0, off[steps] = total
-  uint8_t* cut[2] = {};                                   // [direction][pair]: the state before the step is not the last one
-  uint8_t* any_cut[2] = {};                               // [direction][step]
+  uint8_t* cut[2] = {};      // [direction][pair]: the state before the step is not the last one
+  uint8_t* any_cut[2] = {};  // [direction][step]
 
   FUSEDRNN_FORCE int64_t time(bool reversed, int64_t s, int64_t i) const { return reversed ? length[i] - 1 - s : s; }
-  FUSEDRNN_FORCE bool is_cut(bool reversed, int64_t s, int64_t i) const { return cut[reversed] && cut[reversed][off[s] + i]; }
+  FUSEDRNN_FORCE bool is_cut(bool reversed, int64_t s, int64_t i) const {
+    return cut[reversed] && cut[reversed][off[s] + i];
+  }
   FUSEDRNN_FORCE bool step_cut(bool reversed, int64_t s) const { return cut[reversed] && any_cut[reversed][s]; }
 };
 
@@ -42,7 +44,9 @@ struct Tape {
     }
   }
   FUSEDRNN_FORCE int64_t c_steps() const { return !cell_state ? 0 : every ? (T + every - 1) / every : T; }
-  FUSEDRNN_FORCE int64_t elements(int64_t N) const { return N * H * (T + c_steps() + T * kept); }  // of one direction and weight set
+  FUSEDRNN_FORCE int64_t elements(int64_t N) const {
+    return N * H * (T + c_steps() + T * kept);
+  }  // of one direction and weight set
   FUSEDRNN_FORCE int64_t c_offset(int64_t N) const { return T * N * H; }
   FUSEDRNN_FORCE int64_t kept_offset(int64_t N) const { return (T + c_steps()) * N * H; }
 };

@@ -147,8 +147,8 @@ FUSEDRNN_FORCE Vec<S> positive(Vec<S> g, Vec<S> x) {
   return x.v <= zero ? zero : g.v;
 }
 
-// Both activations rest on exp(a x) = 2^n exp(a r) with a x = n log 2 + a r, |a r| <= log(2) / 2 and a = -1 or 2, folded
-// into the constants. |x| is clamped so that 2^n exists; NaN stays in r. `tail`(r) = (exp(a r) - 1) / r.
+// Both activations rest on exp(a x) = 2^n exp(a r) with a x = n log 2 + a r, |a r| <= log(2) / 2 and a = -1 or 2,
+// folded into the constants. |x| is clamped so that 2^n exists; NaN stays in r. `tail`(r) = (exp(a r) - 1) / r.
 template <class S, int A>
 struct Exp {
   using V = Vec<S>;
@@ -164,9 +164,10 @@ struct Exp {
       tail = polynomial<4>({0.0013926376, 0.0083633335, 0.041666552, 0.16666576, 0.5});
     } else {
       r = x - n * V(0x1.62e42fefa3800p-1 / a) - n * V(0x1.ef35793c76730p-45 / a);
-      tail = polynomial<10>({2.0912843483161167e-09, 2.5105466819243704e-08, 2.755727908522525e-07, 2.755725481017472e-06,
-                             2.4801587320047256e-05, 0.0001984126987527486, 0.0013888888888885969, 0.00833333333332601,
-                             0.041666666666666664, 0.1666666666666667, 0.5});
+      tail =
+          polynomial<10>({2.0912843483161167e-09, 2.5105466819243704e-08, 2.755727908522525e-07, 2.755725481017472e-06,
+                          2.4801587320047256e-05, 0.0001984126987527486, 0.0013888888888885969, 0.00833333333332601,
+                          0.041666666666666664, 0.1666666666666667, 0.5});
     }
     // The low bits of t hold n; the magic number's own bits leave at the top.
     using Int = typename V::Int;

@@ -34,9 +34,10 @@ struct ForwardWeights {
   }
 
   // Packs the blocks of this team member, where that is worth it. `p[q]`: values, tangents (null pointers: not given).
-  // `pairs` rows will be multiplied.
+  // `pairs` rows will be multiplied, `together` at a time those with R. T: what W and R consist of.
+  template <class T = S>
   void pack(const Team& team, const CellTable<S, P>& cell, const Params* const* p, int64_t e, int64_t inputs, int64_t H,
-            int64_t pairs) {
+            int64_t pairs, int64_t together) {
     constexpr int L = Vec<S>::lanes;
     const int64_t tiles = (H + L - 1) / L;
     const int block = block_tiles(cell.two_products ? 1 : cell.gates, tiles, team.size);
@@ -52,15 +53,16 @@ struct ForwardWeights {
       has_W[q] = p[q] && p[q]->W.data;
       has_R[q] = p[q] && p[q]->R.data;
       const int64_t begin = team.begin(W[q].blocks()), end = team.end(W[q].blocks());
-      if (has_W[q]) leave_unpacked(W[q], p[q]->W, e, 0, pairs);
+      for (int phase = 0; phase < phases; ++phase) R[q][phase].halves = sizeof(T) == 2 && together <= 2;
+      if (has_W[q]) leave_unpacked<T>(W[q], p[q]->W, e, 0, pairs);
       for (int phase = 0; has_R[q] && phase < phases; ++phase)
-        leave_unpacked(R[q][phase], p[q]->R, e, phase * first_gates * H, pairs);
+        leave_unpacked<T>(R[q][phase], p[q]->R, e, phase * first_gates * H, pairs);
       for (int64_t b = begin; b < end; ++b) {
         if (has_W[q] && !W[q].source)
-          pack_transposed(W[q], b, element<S>(p[q]->W, e), p[q]->W.stride[1], p[q]->W.stride[2], H, gate);
+          pack_transposed(W[q], b, element<T>(p[q]->W, e), p[q]->W.stride[1], p[q]->W.stride[2], H, gate);
         if (!has_R[q] || R[q][0].source) continue;
         for (int phase = 0; phase < phases; ++phase)
-          pack_transposed(R[q][phase], b, element<S>(p[q]->R, e), p[q]->R.stride[1], p[q]->R.stride[2], H,
+          pack_transposed(R[q][phase], b, element<T>(p[q]->R, e), p[q]->R.stride[1], p[q]->R.stride[2], H,
                           gate + phase * first_gates);
       }
       pack_bias(cell, p[q], e, begin * block * L, end * block * L, H, bias[q]);
@@ -68,7 +70,8 @@ struct ForwardWeights {
   }
 
   // z of `n` pairs, one block of units: bias + x W^T. `x[q]`: row pointers, null where not given.
-  void input_product(const CellTable<S, P>& cell, int64_t block, const S* const* const* x, int64_t n, S* const* z) const {
+  void input_product(const CellTable<S, P>& cell, int64_t block, const S* const* const* x, int64_t n,
+                     S* const* z) const {
     multiply(W[0], block, x[0], n, bias[0], 0, z[0], ldz);
     if constexpr (P == 2) {
       bool begun = false;
@@ -97,8 +100,10 @@ struct ForwardWeights {
   int64_t unit(int64_t block) const { return smaller(block * W[0].block * W[0].lanes, W[0].units); }
 
  private:
+  template <class T>
   static void leave_unpacked(Panels<S>& w, const Array<3>& m, int64_t e, int64_t row, int64_t pairs) {
-    w.source = worth_packing(pairs, w.K) || m.stride[2] != 1 ? nullptr : element<S>(m, e, row);
+    const bool pack = sizeof(T) != sizeof(S) || worth_packing(pairs, w.K) || m.stride[2] != 1;
+    w.source = pack ? nullptr : element<S>(m, e, row);
     w.row_stride = m.stride[1];
   }
   static void shape(Panels<S>& w, int64_t K, int64_t H, int gates, const CellTable<S, P>& cell, int block,

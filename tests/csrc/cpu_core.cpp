@@ -137,7 +137,8 @@ struct Set {  // all arguments or all results, dense
 };
 
 double keep(const Case& c, int layer, uint64_t n) {
-  uint32_t counter[4] = {static_cast<uint32_t>(n / 4), static_cast<uint32_t>(n / 4 >> 32), static_cast<uint32_t>(layer), 0};
+  uint32_t counter[4] = {static_cast<uint32_t>(n / 4), static_cast<uint32_t>(n / 4 >> 32), static_cast<uint32_t>(layer),
+                         0};
   uint32_t key[2] = {static_cast<uint32_t>(c.p.seed), static_cast<uint32_t>(c.p.seed >> 32)};
   for (int round = 0; round < 10; ++round) {
     const uint64_t p0 = 0xD2511F53ull * counter[0], p1 = 0xCD9E8D57ull * counter[2];
@@ -154,7 +155,8 @@ template <class N>
 void reference(const Case& c, Set<N>& s) {
   const Sizes& n = c.p.sizes;
   const int64_t G = c.gates(), H = n.H;
-  const size_t out = static_cast<size_t>(n.T * n.E * n.B * n.D * H), states = static_cast<size_t>(n.L * n.D * n.E * n.B * H);
+  const size_t out = static_cast<size_t>(n.T * n.E * n.B * n.D * H),
+               states = static_cast<size_t>(n.L * n.D * n.E * n.B * H);
   s.y.assign(out, N(0));
   s.cells.assign(out * static_cast<size_t>(n.L), N(0));
   s.hn.assign(states, N(0));
@@ -226,7 +228,8 @@ void reference(const Case& c, Set<N>& s) {
             if (c.p.clip_grad > 0)
               for (int64_t u = 0; u < H; ++u) {
                 next[static_cast<size_t>(u)] = clip_gradient(next[static_cast<size_t>(u)], c.p.clip_grad);
-                if (c.lstm()) c_next[static_cast<size_t>(u)] = clip_gradient(c_next[static_cast<size_t>(u)], c.p.clip_grad);
+                if (c.lstm())
+                  c_next[static_cast<size_t>(u)] = clip_gradient(c_next[static_cast<size_t>(u)], c.p.clip_grad);
               }
             h = next;
             cc = c_next;
@@ -335,10 +338,12 @@ void expect(const char* name, Laid<S, Rank>& got, const std::vector<double>& wan
   for (int64_t i = 0; i < got.count; ++i) {
     const double g = static_cast<double>(got[i]), w = want[static_cast<size_t>(i)];
     if (std::abs(g - w) <= tolerance * size) continue;
-    if (++failures <= 20) std::printf("FAIL %s: %s%s is %.9g, expected %.9g\n", context.c_str(), name, got.coordinate(i).c_str(), g, w);
+    if (++failures <= 20)
+      std::printf("FAIL %s: %s%s is %.9g, expected %.9g\n", context.c_str(), name, got.coordinate(i).c_str(), g, w);
     return;
   }
-  if (got.strayed() && ++failures <= 20) std::printf("FAIL %s: %s: memory beside the array was written\n", context.c_str(), name);
+  if (got.strayed() && ++failures <= 20)
+    std::printf("FAIL %s: %s: memory beside the array was written\n", context.c_str(), name);
 }
 
 // All arrays of one role, as the core sees them.
@@ -467,7 +472,8 @@ Set<double> random_results(const Case& c, double size) {
 void each_argument(const Case& c, auto&& s, auto&& f) {
   f(s.x, 0);
   if (c.states) f(s.h0, 1), f(s.c0, 2);
-  for (size_t i = 0; i < s.W.size(); ++i) f(s.W[i], 3 + 4 * i), f(s.R[i], 4 + 4 * i), f(s.bW[i], 5 + 4 * i), f(s.bR[i], 6 + 4 * i);
+  for (size_t i = 0; i < s.W.size(); ++i)
+    f(s.W[i], 3 + 4 * i), f(s.R[i], 4 + 4 * i), f(s.bW[i], 5 + 4 * i), f(s.bR[i], 6 + 4 * i);
 }
 std::vector<double>& argument(Set<double>& s, size_t number) {
   if (number < 3) return number == 0 ? s.x : number == 1 ? s.h0 : s.c0;
@@ -548,7 +554,8 @@ Set<double> tangents(const Set<Dual>& s) {
   Set<double> t;
   t.x = tangents(s.x), t.h0 = tangents(s.h0), t.c0 = tangents(s.c0);
   for (size_t i = 0; i < s.W.size(); ++i)
-    t.W.push_back(tangents(s.W[i])), t.R.push_back(tangents(s.R[i])), t.bW.push_back(tangents(s.bW[i])), t.bR.push_back(tangents(s.bR[i]));
+    t.W.push_back(tangents(s.W[i])), t.R.push_back(tangents(s.R[i])), t.bW.push_back(tangents(s.bW[i])),
+        t.bR.push_back(tangents(s.bR[i]));
   t.y = tangents(s.y), t.hn = tangents(s.hn), t.cn = tangents(s.cn), t.cells = tangents(s.cells);
   return t;
 }
@@ -570,8 +577,9 @@ Set<double> add_up(const Case& c, Set<double> s) {
 // ---- one case: all four operations, each instruction set, several numbers of threads ----
 
 template <class S>
-void run(Case c, const Set<double>& p, const Set<double>& v, const Set<double>& g, const Set<double>& t, const Set<double>& want,
-         const Set<double>& want_backward, const Set<double>& want_jvp, const Set<double>& want_hvp) {
+void run(Case c, const Set<double>& p, const Set<double>& v, const Set<double>& g, const Set<double>& t,
+         const Set<double>& want, const Set<double>& want_backward, const Set<double>& want_jvp,
+         const Set<double>& want_hvp) {
   c.p.dtype = sizeof(S) == 8 ? Dtype::f64 : Dtype::f32;
   if (!c.lengths.empty()) c.p.lengths = {c.lengths.data(), {c.p.sizes.B, 1}};
   if (!c.reset.empty()) c.p.reset = {c.reset.data(), {c.p.sizes.E * c.p.sizes.B, c.p.sizes.B, 1}};
@@ -588,7 +596,8 @@ void run(Case c, const Set<double>& p, const Set<double>& v, const Set<double>& 
     auto one = [&](auto& laid) {
       if (first)
         bits.push_back(laid.memory);
-      else if (std::memcmp(bits[slot].data(), laid.memory.data(), laid.memory.size() * sizeof(S)) != 0 && ++failures <= 20)
+      else if (std::memcmp(bits[slot].data(), laid.memory.data(), laid.memory.size() * sizeof(S)) != 0 &&
+               ++failures <= 20)
         std::printf("FAIL %s: bits differ from one thread's (array %zu)\n", context.c_str(), slot);
       ++slot;
     };
@@ -630,8 +639,8 @@ void run(Case c, const Set<double>& p, const Set<double>& v, const Set<double>& 
       }
       {
         Arrays<S> d(c, c.share_d, c.layout);
-        cpu::hvp(c.p, arguments.arguments(c), direction.arguments(c), gradients.results(c), gradient_tangents.results(c),
-                 d.arguments(c), -threads);
+        cpu::hvp(c.p, arguments.arguments(c), direction.arguments(c), gradients.results(c),
+                 gradient_tangents.results(c), d.arguments(c), -threads);
         d.expect_arguments("hvp ", c, want_hvp, tolerance * 8);
         remember(d, threads == 1, slot);
       }
@@ -648,12 +657,15 @@ const char* cell_name(CellKind k) {
 void check(const Case& c) {
   const Sizes& n = c.p.sizes;
   char text[256];
-  std::snprintf(text, sizeof text, "%s T=%d E=%d B=%d I=%d H=%d L=%d D=%d%s%s%s%s%s%s%s%s%s layout=%d", cell_name(c.p.cell),
-                static_cast<int>(n.T), static_cast<int>(n.E), static_cast<int>(n.B), static_cast<int>(n.I),
-                static_cast<int>(n.H), n.L, n.D, c.p.reverse ? " reverse" : "", c.lengths.empty() ? "" : " lengths",
-                c.reset.empty() ? "" : c.p.reset_to_initial ? " reset-to-initial" : " reset", c.p.recompute ? " recompute" : "",
-                c.p.clip_cell > 0 ? " clip_cell" : "", c.p.clip_grad > 0 ? " clip_grad" : "", c.p.dropout > 0 ? " dropout" : "",
-                c.share_p ? " shared" : "", c.share_d ? " summed" : "", c.layout);
+  std::snprintf(
+      text, sizeof text, "%s T=%d E=%d B=%d I=%d H=%d L=%d D=%d%s%s%s%s%s%s%s%s%s layout=%d", cell_name(c.p.cell),
+      static_cast<int>(n.T), static_cast<int>(n.E), static_cast<int>(n.B), static_cast<int>(n.I), static_cast<int>(n.H),
+      n.L, n.D, c.p.reverse ? " reverse" : "", c.lengths.empty() ? "" : " lengths",
+      c.reset.empty()        ? ""
+      : c.p.reset_to_initial ? " reset-to-initial"
+                             : " reset",
+      c.p.recompute ? " recompute" : "", c.p.clip_cell > 0 ? " clip_cell" : "", c.p.clip_grad > 0 ? " clip_grad" : "",
+      c.p.dropout > 0 ? " dropout" : "", c.share_p ? " shared" : "", c.share_d ? " summed" : "", c.layout);
   context = text;
   const Set<double> p = random_arguments(c, 0.8), v = random_arguments(c, 0.5), g = random_results(c, 0.5),
                     t = random_results(c, 0.5);
@@ -710,7 +722,9 @@ void check_judge() {
     };
     Set<double> grad = reverse<double>(
         c, [](size_t, size_t, double x) { return x; }, p,
-        [&](int which, size_t i) { return (which == 0 ? g.y : which == 1 ? g.hn : which == 2 ? g.cn : g.cells)[i]; });
+        [&](int which, size_t i) {
+          return (which == 0 ? g.y : which == 1 ? g.hn : which == 2 ? g.cn : g.cells)[i];
+        });
     for (size_t number = 0; number < 3 + 4 * p.W.size(); ++number) {
       Set<double> q = p;
       std::vector<double>& values = argument(q, number);
@@ -809,13 +823,64 @@ void check_clip() {
       cpu::scale(spans, 2, 0.5);
       for (int64_t i = 0; i < n; ++i) {
         ++checks;
-        const bool good = std::abs(d[static_cast<size_t>(i)]) <= 0.625 &&
-                          (i ? f[static_cast<size_t>(i)] == static_cast<float>(d[static_cast<size_t>(i)]) : std::isnan(f[0]));
-        if (!good && ++failures <= 20) std::printf("FAIL clip_value, scale %s n=%d i=%d\n", isa, static_cast<int>(n), static_cast<int>(i));
+        const bool good =
+            std::abs(d[static_cast<size_t>(i)]) <= 0.625 &&
+            (i ? f[static_cast<size_t>(i)] == static_cast<float>(d[static_cast<size_t>(i)]) : std::isnan(f[0]));
+        if (!good && ++failures <= 20)
+          std::printf("FAIL clip_value, scale %s n=%d i=%d\n", isa, static_cast<int>(n), static_cast<int>(i));
       }
-      if (n && (!std::isnan(cpu::global_norm(spans, 2, std::numeric_limits<double>::infinity())) ||
-                !std::isnan(cpu::global_norm(spans, 2, 2))) && ++failures)
+      if (n &&
+          (!std::isnan(cpu::global_norm(spans, 2, std::numeric_limits<double>::infinity())) ||
+           !std::isnan(cpu::global_norm(spans, 2, 2))) &&
+          ++failures)
         std::printf("FAIL norm of NaN %s\n", isa);
+    }
+  }
+}
+
+// Inference with weights stored as bfloat16: exact where the weights are.
+void check_bf16() {
+  for (int cell = 0; cell < 5; ++cell) {
+    for (int64_t B : {1, 2, 3}) {
+      for (int64_t H : {1, 5, 16, 37}) {
+        Case c = make(static_cast<CellKind>(cell), 6, 1, B, 7, H, 2);
+        c.p.bf16_weights = true;
+        Set<double> p = random_arguments(c, 0.8);
+        std::vector<std::vector<uint16_t>> half[2];
+        for (int which = 0; which < 2; ++which)
+          for (std::vector<double>& values : which ? p.R : p.W) {
+            half[which].emplace_back();
+            for (double& x : values) {
+              const float f = static_cast<float>(x);
+              uint32_t bits;
+              std::memcpy(&bits, &f, sizeof bits);
+              half[which].back().push_back(static_cast<uint16_t>(bits >> 16));
+              bits &= 0xffff0000u;
+              float back;
+              std::memcpy(&back, &bits, sizeof back);
+              x = back;
+            }
+          }
+        Set<double> want = p;
+        reference(c, want);
+        Arrays<float> arguments(c, false, 0);
+        arguments.fill_arguments(p);
+        for (const char* isa : cpu::isas_found()) {
+          cpu::set_isa(isa);
+          for (int threads = 1; threads <= 2; ++threads) {
+            context = std::string("bf16 ") + cell_name(c.p.cell) + " B=" + std::to_string(B) +
+                      " H=" + std::to_string(H) + " " + isa;
+            Arguments a = arguments.arguments(c);
+            for (size_t i = 0; i < half[0].size(); ++i) {
+              arguments.params[i].W.data = half[0][i].data();
+              arguments.params[i].R.data = half[1][i].data();
+            }
+            Arrays<float> out(c, false, 0);
+            cpu::forward(c.p, a, out.results(c), nullptr, -threads);
+            out.expect_results("", c, want, 2e-5);
+          }
+        }
+      }
     }
   }
 }
@@ -827,6 +892,7 @@ int main(int argc, char** argv) {
   check_judge();
   check_functions();
   check_clip();
+  check_bf16();
   for (int cell = 0; cell < 5; ++cell) {
     const auto kind = static_cast<CellKind>(cell);
     for (int64_t H : {1, 7, 16, 17, 33}) check(make(kind, 3, 1, 2, 3, H));
@@ -840,8 +906,8 @@ int main(int argc, char** argv) {
   }
   for (int round = 0; round < rounds; ++round) {
     for (int cell = 0; cell < 5; ++cell) {
-      Case c = make(static_cast<CellKind>(cell), pick(1, 9), pick(0, 2) ? 1 : pick(2, 3), pick(1, 4), pick(1, 6), pick(1, 20),
-                    static_cast<int>(pick(1, 3)), static_cast<int>(pick(1, 2)));
+      Case c = make(static_cast<CellKind>(cell), pick(1, 9), pick(0, 2) ? 1 : pick(2, 3), pick(1, 4), pick(1, 6),
+                    pick(1, 20), static_cast<int>(pick(1, 3)), static_cast<int>(pick(1, 2)));
       c.p.reverse = c.p.sizes.D == 1 && pick(0, 1);
       c.p.reset_to_initial = pick(0, 1);
       c.p.recompute = pick(0, 2) == 0;
