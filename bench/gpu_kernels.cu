@@ -3,12 +3,14 @@
 // its number, so that variants can be checked and timed side by side.
 #include <cstring>
 
+#include "cuda.h"
 #include "device.h"
 #include "gates.h"
 
 #include "../cells/gru.h"
 #include "../cells/lstm.h"
 #include "../cells/rnn.h"
+#include "backward.h"
 #include "forward.h"
 #include "launch.h"
 #include "pack.h"
@@ -88,4 +90,32 @@ int pack(int id, const void* R, int64_t r_set, int64_t r_row, void* packed, int 
 int forward(int id, const void* args, void* stream) { return kTable[id].forward(args, stream); }
 int clusters(int id, int cluster) { return kTable[id].clusters(cluster); }
 int args_size() { return static_cast<int>(sizeof(ForwardArgs<BF16>)); }
+
+// The whole backend (csrc/cuda/cuda.h), for the same script. kind: 0 bytes of the tape, 1 and 2 of the workspaces, 3 forward, 4 backward,
+// 5 routes (10 * forward + backward in *bytes). Returns 0, or 1 with the reason in `failure` (512 bytes).
+int api(int kind, const Problem* problem, const Arguments* p, const Results* out, const Results* g, const Arguments* dp, void* tape,
+        void* workspace, int keep, int tf32, int route, int64_t* bytes, void* stream, char* failure) {
+  const Settings settings{tf32 ? Precision::tf32 : Precision::strict, route};
+  size_t n = 0;
+  Status status;
+  if (kind == 0) status = tape_bytes(*problem, settings, &n);
+  if (kind == 1) status = forward_workspace_bytes(*problem, *p, *out, keep != 0, settings, &n);
+  if (kind == 2) status = backward_workspace_bytes(*problem, *p, *g, *dp, settings, &n);
+  if (kind == 3) status = fusedrnn::cuda::forward(*problem, *p, *out, tape, keep != 0, workspace, settings, stream);
+  if (kind == 4) status = fusedrnn::cuda::backward(*problem, *p, tape, *g, *dp, workspace, settings, stream);
+  if (kind == 5) {
+    const char *f = "", *b = "";
+    status = routes(*problem, settings, &f, &b);
+    const auto number = [](const char* name) {
+      constexpr const char* kNames[] = {"single", "cluster", "grid", "stepwise"};
+      for (int i = 0; i < 4; ++i)
+        if (!std::strcmp(name, kNames[i])) return i;
+      return 9;
+    };
+    n = static_cast<size_t>(number(f) * 10 + number(b));
+  }
+  *bytes = static_cast<int64_t>(n);
+  std::strncpy(failure, status.c_str(), 511);
+  return status.empty() ? 0 : 1;
+}
 }

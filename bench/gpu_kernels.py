@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Check and time the persistent CUDA kernels, variant by variant, on a GPU: `python bench/gpu_kernels.py check time`.
+"""Check and time the CUDA kernels on a GPU: `python bench/gpu_kernels.py api check time`.
 
-Every answer is compared with float64 on the same (rounded) inputs; every time stands beside torch.nn (cuDNN) in the same run, with
-the input product included on both sides. Writes kernels.json into $OUT. Needs torch; builds the library with nvcc if it is not there.
+api: the whole backend (csrc/cuda/cuda.h) against the float64 reference, every cell, type and route, forward and backward, twice for the
+same bits. apitime: forward and forward+backward beside torch.nn (cuDNN). check, time: the forward kernels variant by variant, for
+choosing among them. sanitize: a few small sizes, for compute-sanitizer. Every time is a median beside torch's in the same run, with the
+input product included on both sides. Writes kernels.json into $OUT. Needs torch and NumPy; builds the library if it is not there.
 """
 
 from __future__ import annotations
@@ -29,11 +31,13 @@ def build() -> ctypes.CDLL:
     sources = [ROOT / "bench" / "gpu_kernels.cu", ROOT / "bench" / "gpu_kernels.inc", *(ROOT / "csrc").rglob("*.h")]
     if not path.exists() or ("build" in sys.argv and max(s.stat().st_mtime for s in sources) > path.stat().st_mtime):
         path.parent.mkdir(exist_ok=True)
-        subprocess.run(
-            ["nvcc", "-std=c++20", "-O3", "-gencode", "arch=compute_90a,code=sm_90a", "-lineinfo", "-Xcompiler", "-fPIC", "-shared",
-             f"-I{ROOT / 'csrc' / 'cuda'}", f"-I{ROOT / 'bench'}", str(ROOT / "bench" / "gpu_kernels.cu"), "-o", str(path)],
-            check=True,
-        )  # fmt: skip
+        flags = ["-std=c++20", "-O3", "-gencode", "arch=compute_90a,code=sm_90a", "-lineinfo", "-Xcompiler", "-fPIC"]
+        flags += [f"-I{ROOT / 'csrc' / 'cuda'}", f"-I{ROOT / 'bench'}"]
+        units = [ROOT / "bench" / "gpu_kernels.cu", *(ROOT / "csrc" / "cuda").glob("*.cu")]
+        objects = [path.parent / (u.stem + ".o") for u in units]
+        running = [subprocess.Popen(["nvcc", *flags, "-c", u, "-o", o]) for u, o in zip(units, objects, strict=True)]
+        assert all([p.wait() == 0 for p in running]), "nvcc failed"
+        subprocess.run(["nvcc", "-shared", *map(str, objects), "-o", str(path), "-ldl"], check=True)
     lib = ctypes.CDLL(str(path))
     lib.name.restype = ctypes.c_char_p
     lib.pieces.restype = ctypes.c_int64
@@ -375,6 +379,233 @@ def bench(kernels: list[Kernel], sizes: list[tuple[str, str, int, int]], T: int,
     return rows
 
 
+# ---- the whole backend ------------------------------------------------------------------------------------------------
+
+ROUTES = ("single", "cluster", "grid", "stepwise")
+API_CELLS = ("rnn_tanh", "rnn_relu", "lstm", "gru", "gru_reset_before")
+API_TYPES = {"f32": (0, torch.float32), "tf32": (0, torch.float32), "f64": (1, torch.float64), "bf16": (2, torch.bfloat16), "f16": (3, torch.float16)}
+API_BUDGET = {"f32": 5e-6, "tf32": 2e-2, "f64": 1e-12, "bf16": 1e-1, "f16": 2e-2}
+
+
+def array(rank: int) -> type[ctypes.Structure]:
+    return type(f"Array{rank}", (ctypes.Structure,), {"_fields_": [("data", P), ("stride", L64 * rank)]})
+
+
+Array2, Array3, Array4, Array5 = (array(n) for n in (2, 3, 4, 5))
+
+
+class ApiProblem(ctypes.Structure):
+    _fields_ = [
+        ("cell", ctypes.c_int32), ("dtype", ctypes.c_int32), *[(n, L64) for n in "TEBIH"], ("L", ctypes.c_int32), ("D", ctypes.c_int32),
+        *[(n, B8) for n in ("reverse", "reset_to_initial", "recompute")], *[(n, ctypes.c_double) for n in ("clip_cell", "clip_grad", "dropout")],
+        ("seed", ctypes.c_uint64), ("lengths", Array2), ("reset", Array3),
+    ]  # fmt: skip
+
+
+class ApiParams(ctypes.Structure):
+    _fields_ = [("W", Array3), ("R", Array3), ("bW", Array2), ("bR", Array2)]
+
+
+class ApiArguments(ctypes.Structure):
+    _fields_ = [("x", Array4), ("h0", Array4), ("c0", Array4), ("params", ctypes.POINTER(ApiParams))]
+
+
+class ApiResults(ctypes.Structure):
+    _fields_ = [("y", Array4), ("hn", Array4), ("cn", Array4), ("cells", Array5)]
+
+
+def put(field: ctypes.Structure, t: torch.Tensor | None) -> None:
+    if t is not None:
+        field.data = t.data_ptr()
+        for i, s in enumerate(t.stride()):
+            field.stride[i] = s
+
+
+class Api:
+    """One problem with contiguous CUDA tensors (E = 1), its tape and its workspaces."""
+
+    def __init__(self, lib, cell, kind, T, B, I, H, L=1, D=1, route=-1, **options) -> None:  # noqa: E741
+        self.lib, self.kind, self.route = lib, kind, route
+        number, dtype = API_TYPES[kind]
+        G = {"lstm": 4, "gru": 3, "gru_reset_before": 3}.get(cell, 1)
+        self.cell, self.size, self.dtype = cell, (T, B, I, H, L, D, G), dtype
+        q = self.problem = ApiProblem(API_CELLS.index(cell), number, T, 1, B, I, H, L, D)
+        self.lengths, self.reset = options.pop("lengths", None), options.pop("reset", None)
+        self.options = options
+        for name, value in options.items():
+            setattr(q, name, value)
+        put(q.lengths, self.lengths)
+        put(q.reset, self.reset)
+        has_c = cell == "lstm"
+
+        def draw(*shape: int, scale: float = 1.0) -> torch.Tensor:
+            return ((torch.rand(*shape, device=DEV) * 2 - 1) * scale).to(dtype)
+
+        def empty(*shape: int) -> torch.Tensor:
+            return torch.full(shape, float("nan"), device=DEV, dtype=dtype)
+
+        shapes = [[(1, G * H, I if n < D else D * H), (1, G * H, H), (1, G * H), (1, G * H)] for n in range(L * D)]
+        self.p = [draw(T, 1, B, I), draw(L * D, 1, B, H), draw(L * D, 1, B, H) if has_c else None,
+                  [[draw(*s, scale=(3 / s[-1]) ** 0.5 if len(s) == 3 else 0.5) for s in group] for group in shapes]]  # fmt: skip
+        self.dp = [empty(T, 1, B, I), empty(L * D, 1, B, H), empty(L * D, 1, B, H) if has_c else None, [[empty(*s) for s in group] for group in shapes]]
+        self.out = [empty(T, 1, B, D * H), empty(L * D, 1, B, H), empty(L * D, 1, B, H) if has_c else None]
+        self.g = [draw(T, 1, B, D * H), draw(L * D, 1, B, H), draw(L * D, 1, B, H) if has_c else None]
+        self.structs = [self.arguments(self.p), self.results(self.out), self.results(self.g), self.arguments(self.dp)]
+        self.tape = torch.empty(max(self.call(0), 1), dtype=torch.uint8, device=DEV)
+        self.work = [torch.empty(self.call(k), dtype=torch.uint8, device=DEV) for k in (1, 2)]
+        routes = self.call(5)
+        self.routes = (ROUTES[routes // 10], ROUTES[routes % 10])
+
+    @staticmethod
+    def arguments(a: list) -> ApiArguments:
+        out = ApiArguments()
+        for name, t in zip(("x", "h0", "c0"), a[:3], strict=True):
+            put(getattr(out, name), t)
+        out.params = (ApiParams * len(a[3]))()
+        for i, group in enumerate(a[3]):
+            for name, t in zip(("W", "R", "bW", "bR"), group, strict=True):
+                put(getattr(out.params[i], name), t)
+        return out
+
+    @staticmethod
+    def results(r: list) -> ApiResults:
+        out = ApiResults()
+        for name, t in zip(("y", "hn", "cn"), r, strict=True):
+            put(getattr(out, name), t)
+        return out
+
+    def call(self, kind: int, keep: bool = True) -> int:
+        p, out, g, dp = self.structs
+        n, why = L64(0), ctypes.create_string_buffer(512)
+        work = self.work[kind - 3] if kind in (3, 4) else None
+        bad = self.lib.api(
+            kind, ctypes.byref(self.problem), ctypes.byref(p), ctypes.byref(out), ctypes.byref(g), ctypes.byref(dp), P(ptr(getattr(self, "tape", None))),
+            P(ptr(work)), int(keep), int(self.kind == "tf32"), self.route, ctypes.byref(n), stream(), why,
+        )  # fmt: skip
+        assert not bad, why.value.decode()
+        return n.value
+
+    def forward(self, keep: bool = True) -> None:
+        self.call(3, keep)
+
+    def backward(self) -> None:
+        self.call(4)
+
+    def late(self) -> bool:
+        return any(int(w[32 << 20 :][:4].view(torch.int32)) for w in self.work)
+
+    def named(self) -> dict[str, torch.Tensor]:
+        out = dict(zip(("y", "hn", "cn"), self.out, strict=True)) | dict(zip(("dx", "dh0", "dc0"), self.dp[:3], strict=True))
+        out |= {f"d{n}[{i}]": t for i, group in enumerate(self.dp[3]) for n, t in zip(("W", "R", "bW", "bR"), group, strict=True)}
+        return {n: t for n, t in out.items() if t is not None}
+
+    def expected(self) -> dict:
+        import numpy as np
+
+        sys.path.insert(0, str(ROOT / "python"))
+        from fusedrnn.backends import Arguments, Problem, Results, reference
+
+        T, B, I, H, L, D, _ = self.size  # noqa: E741
+
+        def wide(t):
+            return None if t is None else t.double().cpu().numpy()
+
+        def like(t):
+            return None if t is None else np.full(t.shape, np.nan)
+
+        problem = Problem(self.cell, T, 1, B, I, H, L, D, **self.options)
+        problem.lengths = None if self.lengths is None else self.lengths.cpu().numpy()
+        problem.reset = None if self.reset is None else self.reset.cpu().numpy()
+        p = Arguments(*map(wide, self.p[:3]), [tuple(map(wide, group)) for group in self.p[3]])
+        g = Results(*map(wide, self.g), None)
+        out = Results(*map(like, self.out), None)
+        dp = Arguments(*map(like, self.dp[:3]), [tuple(map(like, group)) for group in self.dp[3]])
+        reference.forward(problem, p, out, None)
+        reference.backward(problem, p, None, g, dp)
+        named = {"y": out.y, "hn": out.hn, "cn": out.cn, "dx": dp.x, "dh0": dp.h0, "dc0": dp.c0}
+        named |= {f"d{n}[{i}]": t for i, group in enumerate(dp.params) for n, t in zip(("W", "R", "bW", "bR"), group, strict=True)}
+        return named
+
+
+def check_api(lib: ctypes.CDLL, deadline: float, few: bool = False) -> list[dict]:
+    import random
+
+    pick, rows, seen = random.Random(1), [], {}
+    sizes = [(45, 3), (64, 8), (128, 33), (200, 7), (256, 16), (512, 8), (768, 5), (1000, 16), (1024, 8)]
+    for cell in API_CELLS:
+        for kind in API_TYPES:
+            for route in range(4):
+                exact = kind in ("f32", "f64")
+                if route < 3 and (exact or cell == "gru_reset_before") or cell == "rnn_relu" and not exact and kind != "tf32":
+                    continue
+                for H, B in sizes[:1] if few else sizes:
+                    if time.time() > deadline or (route == 3 or kind == "f64") and H > 300:
+                        continue
+                    T, L, D = 5, pick.choice([1, 1, 2]), pick.choice([1, 1, 2])
+                    options = {"reverse": D == 1 and pick.random() < 0.3, "reset_to_initial": pick.random() < 0.5, "dropout": pick.choice([0.0, 0.3]), "seed": 7}
+                    if pick.random() < 0.5:
+                        options["lengths"] = torch.randint(0, T + 1, (1, B), device=DEV)
+                    if pick.random() < 0.5:
+                        options["reset"] = (torch.rand(T, 1, B, device=DEV) < 0.3).to(torch.uint8)
+                    a = Api(lib, cell, kind, T, B, 40, H, L, D, route, **options)
+                    if a.routes == ("stepwise", "stepwise") and route != 3:
+                        continue  # this route has no kernel for this size
+                    a.forward()
+                    a.backward()
+                    torch.cuda.synchronize()
+                    first = {n: t.clone() for n, t in a.named().items()}
+                    a.forward()
+                    a.backward()
+                    torch.cuda.synchronize()
+                    same = all(torch.equal(t.view(torch.uint8), first[n].view(torch.uint8)) for n, t in a.named().items())
+                    expected = a.expected()
+                    errors = {n: float((t.double().cpu() - torch.from_numpy(expected[n])).abs().max() / max(1.0, abs(expected[n]).max())) for n, t in a.named().items()}
+                    name, worst = max(errors.items(), key=lambda v: v[1] if v[1] == v[1] else math.inf)
+                    ok = worst <= API_BUDGET[kind] and same and not a.late()
+                    key = (cell, kind, *a.routes)
+                    n, bad, most = seen.get(key, (0, 0, 0.0))
+                    seen[key] = (n + 1, bad + (not ok), max(most, worst))
+                    if not ok:
+                        print(f"FAIL {key} T={T} B={B} H={H} L={L} D={D} {sorted(options)}: {name} {worst:.2e} same bits {same} late {a.late()}", flush=True)
+                    rows.append({"cell": cell, "type": kind, "routes": a.routes, "H": H, "B": B, "error": worst, "where": name, "same_bits": same, "ok": ok})
+    for key, (n, bad, most) in sorted(seen.items()):
+        print(f"{'/'.join(key):44s} {n:3d} calls, {bad} wrong, error {most:.1e}")
+    return rows
+
+
+def time_api(lib: ctypes.CDLL, T: int, deadline: float) -> list[dict]:
+    rows = []
+    modules = {"lstm": torch.nn.LSTM, "gru": torch.nn.GRU}
+    for cell, kind in (("lstm", "bf16"), ("lstm", "f16"), ("gru", "bf16"), ("lstm", "tf32"), ("gru", "tf32"), ("lstm", "f32")):
+        for H in (64, 128, 256, 512, 768, 1024):
+            for B in (8, 16, 32, 64, 128):
+                if time.time() > deadline:
+                    print("out of time")
+                    return rows
+                torch.backends.cudnn.allow_tf32 = kind != "f32"
+                a = Api(lib, cell, kind, T, B, H, H)
+                m = modules[cell](H, H).to(DEV, a.dtype)
+                x = a.p[0][:, 0].detach().clone().requires_grad_()
+                dy = a.g[0][:, 0]
+
+                def theirs() -> None:
+                    torch.autograd.grad(m(x)[0], [x, *m.parameters()], dy)
+
+                def ours() -> None:
+                    a.forward()
+                    a.backward()
+
+                with torch.no_grad():
+                    t = [timed(lambda: m(x)) / T, timed(lambda: a.forward(keep=False)) / T]
+                t += [timed(theirs, graph=False) / T, timed(ours) / T]
+                torch.backends.cudnn.allow_tf32 = True
+                rows.append({"cell": cell, "type": kind, "H": H, "B": B, "T": T, "routes": a.routes, "late": a.late(),
+                             "cudnn": [t[0], t[2]], "ours": [t[1], t[3]]})  # fmt: skip
+                print(f"{cell:5s}{kind:5s} H={H:5d} B={B:4d} {a.routes[0]:8s}/{a.routes[1]:8s} forward {t[0]:6.2f} {t[1]:6.2f} x{t[0] / t[1]:5.2f}  "
+                      f"both {t[2]:6.2f} {t[3]:6.2f} x{t[2] / t[3]:5.2f}{' LATE' if a.late() else ''}", flush=True)  # fmt: skip
+    return rows
+
+
 def main() -> None:
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cudnn.allow_tf32 = True
@@ -386,7 +617,13 @@ def main() -> None:
     print(out)
     if "sanitize" in sys.argv:
         check([k for k in kernels if k.type != "F16"][::3], few=True)
+        check_api(lib, start + budget, few=True)
         return
+    if "api" in sys.argv:
+        out["api"] = check_api(lib, start + budget / 2)
+        print(f"{time.time() - start:.0f} s")
+    if "apitime" in sys.argv:
+        out["apitime"] = time_api(lib, int(os.environ.get("STEPS", "512")), start + budget)
     if "check" in sys.argv:
         out["check"] = check(kernels, few=False)
         bad = {r["kernel"] for r in out["check"] if not r["ok"]}
