@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Clipping against torch.nn.utils, which is the definition."""
 
+import doctest
 import math
 
 import numpy as np
 import pytest
 
 import fusedrnn
+from fusedrnn import clip
 from fusedrnn.clip import clip_each_norm_, clip_grad_norm_, clip_grad_value_
 
 torch = pytest.importorskip("torch")
@@ -145,13 +147,18 @@ def test_one_array_and_nothing():
         ([np.ones(3), np.broadcast_to(np.float32(1), (2, 3))], r"grads\[1\] is read-only"),
     ],
 )
-@pytest.mark.parametrize("clip", [clip_grad_norm_, clip_grad_value_, clip_each_norm_])
-def test_bad_grads_are_refused_before_anything_is_written(clip, grads, match):
+@pytest.mark.parametrize("function", [clip_grad_norm_, clip_grad_value_, clip_each_norm_])
+def test_bad_grads_are_refused_before_anything_is_written(function, grads, match):
     first = next(iter(grads.values())) if isinstance(grads, dict) else grads[0]
     before = first.copy()
     with pytest.raises((TypeError, ValueError), match=match):
-        clip(grads, 0.1)
+        function(grads, 0.1)
     np.testing.assert_array_equal(first, before)
+
+
+def test_the_documented_examples_run():
+    result = doctest.testmod(clip, extraglobs={"fusedrnn": fusedrnn})
+    assert result.attempted > 5 and result.failed == 0
 
 
 def test_bad_limits():

@@ -23,6 +23,12 @@ def clip_grad_norm_(grads: Any, max_norm: float, norm_type: float = 2.0, error_i
     """Scale all gradients together so that their common norm is at most `max_norm`; returns the norm before.
 
     `norm_type` is any p > 0 or inf. With `error_if_nonfinite` an infinite or NaN norm raises and nothing is changed.
+
+    >>> grads = {"weight": np.array([3.0, 0.0]), "bias": np.array([4.0])}
+    >>> fusedrnn.clip.clip_grad_norm_(grads, 1.0)
+    5.0
+    >>> grads["bias"].round(3)
+    array([0.8])
     """
     arrays = [array for _, array in leaves("clip_grad_norm_", grads)]
     check_norm("clip_grad_norm_", max_norm, norm_type)
@@ -34,7 +40,12 @@ def clip_grad_norm_(grads: Any, max_norm: float, norm_type: float = 2.0, error_i
 
 
 def clip_each_norm_(grads: Any, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> Any:
-    """Scale every array by itself so that its own norm is at most `max_norm`; returns the norms, nested as `grads`."""
+    """Scale every array by itself so that its own norm is at most `max_norm`; returns the norms, nested as `grads`.
+
+    >>> grads = {"weight": np.array([3.0, 4.0]), "bias": np.array([0.5])}
+    >>> fusedrnn.clip.clip_each_norm_(grads, 1.0)
+    {'weight': 5.0, 'bias': 0.5}
+    """
     pairs = list(leaves("clip_each_norm_", grads))
     check_norm("clip_each_norm_", max_norm, norm_type)
     norms = [norm_of([array], norm_type) for _, array in pairs]
@@ -47,7 +58,13 @@ def clip_each_norm_(grads: Any, max_norm: float, norm_type: float = 2.0, error_i
 
 
 def clip_grad_value_(grads: Any, clip_value: float) -> None:
-    """Clamp every element to [-clip_value, clip_value]; NaN stays NaN."""
+    """Clamp every element to [-clip_value, clip_value]; NaN stays NaN.
+
+    >>> grads = [np.array([3.0, -0.1])]
+    >>> fusedrnn.clip.clip_grad_value_(grads, 0.5)
+    >>> grads[0]
+    array([ 0.5, -0.1])
+    """
     arrays = [array for _, array in leaves("clip_grad_value_", grads)]
     if not clip_value >= 0:
         raise ValueError(f"clip_grad_value_: clip_value is {clip_value}; expected a number >= 0")
