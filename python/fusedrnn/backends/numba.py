@@ -240,22 +240,28 @@ def _backward_block(kind: Any, w: Any, clip: Any) -> Any:
             w[14 * n + j] = dh_prev
 
 
+# Indices below are unsigned: Numba would test signed ones for negative values, and LLVM could not vectorise the loops.
+
+
 @njit(**_OPTIONS)
 def _load(w: Any, slot: Any, a: Any, start: Any, n: Any) -> Any:
-    for j in range(n):
-        w[slot * _BLOCK + j] = a[start + j]
+    to, at = np.uintp(slot * _BLOCK), np.uintp(start)
+    for j in range(np.uintp(n)):
+        w[to + j] = a[at + j]
 
 
 @njit(**_OPTIONS)
 def _add(w: Any, slot: Any, a: Any, start: Any, n: Any) -> Any:
-    for j in range(n):
-        w[slot * _BLOCK + j] += a[start + j]
+    to, at = np.uintp(slot * _BLOCK), np.uintp(start)
+    for j in range(np.uintp(n)):
+        w[to + j] += a[at + j]
 
 
 @njit(**_OPTIONS)
 def _save(w: Any, slot: Any, a: Any, start: Any, n: Any) -> Any:
-    for j in range(n):
-        a[start + j] = w[slot * _BLOCK + j]
+    of, at = np.uintp(slot * _BLOCK), np.uintp(start)
+    for j in range(np.uintp(n)):
+        a[at + j] = w[of + j]
 
 
 @njit(**_OPTIONS)
