@@ -125,7 +125,7 @@ class Trainer:
 
     def evaluation_due(self) -> bool:
         step, total = self.progress.step, self.progress.total
-        return total is not None and (step == total or step % max(total // self.EVALUATIONS, 1) == 0)
+        return total is not None and step * self.EVALUATIONS // total > (step - 1) * self.EVALUATIONS // total
 
     def evaluate(self) -> float:
         """Bits per character on the text that is never trained on."""
