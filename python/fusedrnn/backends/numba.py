@@ -502,7 +502,7 @@ class _Walk:
             if bias is not None:
                 for g, s in enumerate(sums):
                     self.bias[:, s] += bias[:, g * H : (g + 1) * H]
-        self.kind = _KINDS.get(cell.name, -1)
+        self.kind = -1 if cell.two_products else _KINDS[cell.name]
         self.x_sum, self.h_sum = np.array(cell.x_sum), np.array(cell.h_sum)
         T, N = problem.T, self.N
         self.active: Any = np.ones((T, N), bool)
