@@ -1,16 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// The persistent kernels behind a flat C interface, for bench/gpu_kernels.py: every entry of the table below is one kernel, chosen by
-// its number, so that variants can be checked and timed side by side.
+// The persistent kernels behind a flat C interface, for bench/gpu_kernels.py: every entry of the table below is one
+// kernel, chosen by its number, so that variants can be checked and timed side by side.
 #include <cstring>
 
-#include "cuda.h"
-#include "device.h"
-#include "gates.h"
-
-#include "../cells/gru.h"
-#include "../cells/lstm.h"
-#include "../cells/rnn.h"
+#include "cells_on_gpu.h"  // before everything that is written on the device
+// and then the kernels
 #include "backward.h"
+#include "cuda.h"
 #include "forward.h"
 #include "launch.h"
 #include "pack.h"
@@ -50,7 +46,8 @@ Entry entry_of(const char* name) {
       static_cast<int>(sizeof(typename T::Storage)),
       Forward<S>::shared_bytes(),
       [](const void* R, int64_t r_set, int64_t r_row, void* packed, int H, int peers, int sets, void* stream) {
-        const PackForward<S> k{{static_cast<const typename T::Storage*>(R), r_set, r_row, 1, static_cast<U4*>(packed), H, peers, sets}};
+        const PackForward<S> k{
+            {static_cast<const typename T::Storage*>(R), r_set, r_row, 1, static_cast<U4*>(packed), H, peers, sets}};
         return static_cast<int>(launch(k, 264, 0, false, static_cast<cudaStream_t>(stream)));
       },
       [](const void* args, void* stream) {
@@ -91,10 +88,11 @@ int forward(int id, const void* args, void* stream) { return kTable[id].forward(
 int clusters(int id, int cluster) { return kTable[id].clusters(cluster); }
 int args_size() { return static_cast<int>(sizeof(ForwardArgs<BF16>)); }
 
-// The whole backend (csrc/cuda/cuda.h), for the same script. kind: 0 bytes of the tape, 1 and 2 of the workspaces, 3 forward, 4 backward,
-// 5 routes (10 * forward + backward in *bytes). Returns 0, or 1 with the reason in `failure` (512 bytes).
-int api(int kind, const Problem* problem, const Arguments* p, const Results* out, const Results* g, const Arguments* dp, void* tape,
-        void* workspace, int keep, int tf32, int route, int64_t* bytes, void* stream, char* failure) {
+// The whole backend (csrc/cuda/cuda.h), for the same script. kind: 0 bytes of the tape, 1 and 2 of the workspaces, 3
+// forward, 4 backward, 5 routes (10 * forward + backward in *bytes). Returns 0, or 1 with the reason in `failure` (512
+// bytes).
+int api(int kind, const Problem* problem, const Arguments* p, const Results* out, const Results* g, const Arguments* dp,
+        void* tape, void* workspace, int keep, int tf32, int route, int64_t* bytes, void* stream, char* failure) {
   const Settings settings{tf32 ? Precision::tf32 : Precision::strict, route};
   size_t n = 0;
   Status status;

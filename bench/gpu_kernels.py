@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
+# ruff: noqa: B023, E501  (what is timed is called at once, inside its own loop; tables are wide)
 """Check and time the CUDA kernels on a GPU: `python bench/gpu_kernels.py api check time`.
 
-api: the whole backend (csrc/cuda/cuda.h) against the float64 reference, every cell, type and route, forward and backward, twice for the
-same bits. apitime: forward and forward+backward beside torch.nn (cuDNN). check, time: the forward kernels variant by variant, for
-choosing among them. sanitize: a few small sizes, for compute-sanitizer. Every time is a median beside torch's in the same run, with the
-input product included on both sides. Writes kernels.json into $OUT. Needs torch and NumPy; builds the library if it is not there.
+api: the whole backend (csrc/cuda/cuda.h) against the float64 reference, every cell, type and route, forward and
+backward, twice for the same bits. apitime: forward and forward+backward beside torch.nn (cuDNN). check, time: the
+forward kernels variant by variant, for choosing among them. sanitize: a few small sizes, for compute-sanitizer. Every
+time is a median beside torch's in the same run, with the input product included on both sides. Writes kernels.json
+into $OUT. Needs torch and NumPy; builds the library if it is not there.
 """
 
 from __future__ import annotations
@@ -115,18 +117,41 @@ class Run:
         tiles = -(-B // k.rows)
         self.hand_off = None
         if k.route == GRID:
-            self.hand_off = torch.empty(D * (T + 1) * tiles * k.rows * self.pitch, dtype=k.dtype, device=DEV).view(torch.uint8)
+            self.hand_off = torch.empty(D * (T + 1) * tiles * k.rows * self.pitch, dtype=k.dtype, device=DEV).view(
+                torch.uint8
+            )
         a = self.args = ForwardArgs()
-        a.T, a.B, a.H, a.pitch, a.sets, a.directions, a.peers, a.row_tiles = T, B, H, self.pitch, D, D, self.peers, tiles
+        a.T, a.B, a.H, a.pitch, a.sets, a.directions, a.peers, a.row_tiles = (
+            T,
+            B,
+            H,
+            self.pitch,
+            D,
+            D,
+            self.peers,
+            tiles,
+        )
         a.keep, a.wide = keep, H % 8 == 0
-        a.weights, a.gx, a.extra, a.cells, a.prev = (ptr(t) for t in (self.packed, self.gx, self.extra, self.cells, self.prev))
+        a.weights, a.gx, a.extra, a.cells, a.prev = (
+            ptr(t) for t in (self.packed, self.gx, self.extra, self.cells, self.prev)
+        )
         a.y, a.hn, a.cn = ptr(self.y), ptr(self.hn), ptr(self.cn)
         a.y_t, a.y_b, a.y_e, a.y_d = B * D * H, D * H, 0, H
         a.hand_off, a.late = ptr(self.hand_off), ptr(self.late)
 
     def pack(self, R: torch.Tensor) -> None:  # (D, G*H, H)
         k = self.k
-        status = k.lib.pack(k.index, P(ptr(R)), L64(R.stride(0)), L64(R.stride(1)), P(ptr(self.packed)), self.H, self.peers, self.D, stream())
+        status = k.lib.pack(
+            k.index,
+            P(ptr(R)),
+            L64(R.stride(0)),
+            L64(R.stride(1)),
+            P(ptr(self.packed)),
+            self.H,
+            self.peers,
+            self.D,
+            stream(),
+        )
         assert status == 0, f"pack {status}"
 
     def launch(self) -> None:
@@ -141,10 +166,8 @@ def reference(cell, gx, R, bias, h0, c0, lengths, reset, to_initial, reverse, cl
     T, B, G, H = gx.shape
     R = R.view(G, H, H)
     h, c = h0, c0
-    outs = {}
     rows = torch.arange(B, device=gx.device)
     lens = lengths if lengths is not None else torch.full((B,), T, device=gx.device)
-    y = [None] * T
     contrib = torch.zeros(T, B, H, dtype=gx.dtype, device=gx.device)
     for s in range(T):
         on = (s < lens)[:, None]
@@ -233,7 +256,10 @@ def check_one(k: Kernel, T: int, B: int, H: int, D: int, mode: str, seed: int) -
         # the tape, against itself: y can be had back from it
         if "keep" in mode:
             t = r.gx[d, ..., :H].double()
-            on = torch.arange(T, device=DEV)[:, None] < (lengths if lengths is not None else torch.full((B,), T, device=DEV))[None]
+            on = (
+                torch.arange(T, device=DEV)[:, None]
+                < (lengths if lengths is not None else torch.full((B,), T, device=DEV))[None]
+            )
             prev = r.prev[d, ..., :H].double()
             if k.cell == "Lstm":
                 again = t[:, :, 3] * torch.tanh(r.cells[d, ..., :H].double())
@@ -255,7 +281,9 @@ def check(kernels: list[Kernel], few: bool) -> list[dict]:
     for k in kernels:
         worst, note, n = 0.0, "", 0
         cap = min(k.depth, k.units if k.route == SINGLE else k.units * (16 if k.route == CLUSTER else 128))
-        sizes = [(cap, k.rows), (cap - 5, k.rows + 3), (max(3, cap * 2 // 3 + 1), 1)] if not few else [(min(cap, 45), 3)]
+        sizes = (
+            [(cap, k.rows), (cap - 5, k.rows + 3), (max(3, cap * 2 // 3 + 1), 1)] if not few else [(min(cap, 45), 3)]
+        )
         for i, mode in enumerate(MODES):
             for j, (H, B) in enumerate(sizes):
                 D = 2 if (i + j) % 3 == 1 and "reverse" not in mode else 1
@@ -352,7 +380,15 @@ def bench(kernels: list[Kernel], sizes: list[tuple[str, str, int, int]], T: int,
             R = torch.randn(1, k.gates * H, H, device=DEV).to(k.dtype) / math.sqrt(H)
             r.pack(R)
             r.gx.normal_()
-            kernel_only = timed(lambda: r.k.lib.forward(r.k.index, ctypes.byref(r.args), stream()) if r.hand_off is None else r.launch(), 7) / T
+            kernel_only = (
+                timed(
+                    lambda: (
+                        r.k.lib.forward(r.k.index, ctypes.byref(r.args), stream()) if r.hand_off is None else r.launch()
+                    ),
+                    7,
+                )
+                / T
+            )
             line.append((kernel_only, k))
             if int(r.late):
                 print("LATE", k.name)
@@ -373,9 +409,15 @@ def bench(kernels: list[Kernel], sizes: list[tuple[str, str, int, int]], T: int,
             {"cell": cell, "type": dtype, "H": H, "B": B, "T": T, "cudnn": torch_times, "best": best,
              "kernels": [{"name": k.name, "us": t} for t, k in line]}
         )  # fmt: skip
-        names = "  ".join(f"{t:.2f} {'SCG'[k.route]}{k.peers(H)}r{k.rows}[{k.name.split('k', 1)[1].split(',', 1)[1].strip().replace(', ', '.')}]" for t, k in line[:4])
+        names = "  ".join(
+            f"{t:.2f} {'SCG'[k.route]}{k.peers(H)}r{k.rows}[{k.name.split('k', 1)[1].split(',', 1)[1].strip().replace(', ', '.')}]"
+            for t, k in line[:4]
+        )
         if best:
-            print(f"{cell:5s}{dtype:5s} H={H:5d} B={B:4d} cuDNN {torch_times['forward']:6.2f} ours {best:6.2f} x{torch_times['forward'] / best:5.2f} | {names}", flush=True)
+            print(
+                f"{cell:5s}{dtype:5s} H={H:5d} B={B:4d} cuDNN {torch_times['forward']:6.2f} ours {best:6.2f} x{torch_times['forward'] / best:5.2f} | {names}",
+                flush=True,
+            )
     return rows
 
 
@@ -383,7 +425,13 @@ def bench(kernels: list[Kernel], sizes: list[tuple[str, str, int, int]], T: int,
 
 ROUTES = ("single", "cluster", "grid", "stepwise")
 API_CELLS = ("rnn_tanh", "rnn_relu", "lstm", "gru", "gru_reset_before")
-API_TYPES = {"f32": (0, torch.float32), "tf32": (0, torch.float32), "f64": (1, torch.float64), "bf16": (2, torch.bfloat16), "f16": (3, torch.float16)}
+API_TYPES = {
+    "f32": (0, torch.float32),
+    "tf32": (0, torch.float32),
+    "f64": (1, torch.float64),
+    "bf16": (2, torch.bfloat16),
+    "f16": (3, torch.float16),
+}
 API_BUDGET = {"f32": 5e-6, "tf32": 2e-2, "f64": 1e-12, "bf16": 1e-1, "f16": 2e-2}
 
 
@@ -447,7 +495,12 @@ class Api:
         shapes = [[(1, G * H, I if n < D else D * H), (1, G * H, H), (1, G * H), (1, G * H)] for n in range(L * D)]
         self.p = [draw(T, 1, B, I), draw(L * D, 1, B, H), draw(L * D, 1, B, H) if has_c else None,
                   [[draw(*s, scale=(3 / s[-1]) ** 0.5 if len(s) == 3 else 0.5) for s in group] for group in shapes]]  # fmt: skip
-        self.dp = [empty(T, 1, B, I), empty(L * D, 1, B, H), empty(L * D, 1, B, H) if has_c else None, [[empty(*s) for s in group] for group in shapes]]
+        self.dp = [
+            empty(T, 1, B, I),
+            empty(L * D, 1, B, H),
+            empty(L * D, 1, B, H) if has_c else None,
+            [[empty(*s) for s in group] for group in shapes],
+        ]
         self.out = [empty(T, 1, B, D * H), empty(L * D, 1, B, H), empty(L * D, 1, B, H) if has_c else None]
         self.g = [draw(T, 1, B, D * H), draw(L * D, 1, B, H), draw(L * D, 1, B, H) if has_c else None]
         self.structs = [self.arguments(self.p), self.results(self.out), self.results(self.g), self.arguments(self.dp)]
@@ -495,8 +548,14 @@ class Api:
         return any(int(w[32 << 20 :][:4].view(torch.int32)) for w in self.work)
 
     def named(self) -> dict[str, torch.Tensor]:
-        out = dict(zip(("y", "hn", "cn"), self.out, strict=True)) | dict(zip(("dx", "dh0", "dc0"), self.dp[:3], strict=True))
-        out |= {f"d{n}[{i}]": t for i, group in enumerate(self.dp[3]) for n, t in zip(("W", "R", "bW", "bR"), group, strict=True)}
+        out = dict(zip(("y", "hn", "cn"), self.out, strict=True)) | dict(
+            zip(("dx", "dh0", "dc0"), self.dp[:3], strict=True)
+        )
+        out |= {
+            f"d{n}[{i}]": t
+            for i, group in enumerate(self.dp[3])
+            for n, t in zip(("W", "R", "bW", "bR"), group, strict=True)
+        }
         return {n: t for n, t in out.items() if t is not None}
 
     def expected(self) -> dict:
@@ -523,7 +582,11 @@ class Api:
         reference.forward(problem, p, out, None)
         reference.backward(problem, p, None, g, dp)
         named = {"y": out.y, "hn": out.hn, "cn": out.cn, "dx": dp.x, "dh0": dp.h0, "dc0": dp.c0}
-        named |= {f"d{n}[{i}]": t for i, group in enumerate(dp.params) for n, t in zip(("W", "R", "bW", "bR"), group, strict=True)}
+        named |= {
+            f"d{n}[{i}]": t
+            for i, group in enumerate(dp.params)
+            for n, t in zip(("W", "R", "bW", "bR"), group, strict=True)
+        }
         return named
 
 
@@ -536,13 +599,24 @@ def check_api(lib: ctypes.CDLL, deadline: float, few: bool = False) -> list[dict
         for kind in API_TYPES:
             for route in range(4):
                 exact = kind in ("f32", "f64")
-                if route < 3 and (exact or cell == "gru_reset_before") or cell == "rnn_relu" and not exact and kind != "tf32":
+                if (
+                    route < 3
+                    and (exact or cell == "gru_reset_before")
+                    or cell == "rnn_relu"
+                    and not exact
+                    and kind != "tf32"
+                ):
                     continue
                 for H, B in sizes[:1] if few else sizes:
                     if time.time() > deadline or (route == 3 or kind == "f64") and H > 300:
                         continue
                     T, L, D = 5, pick.choice([1, 1, 2]), pick.choice([1, 1, 2])
-                    options = {"reverse": D == 1 and pick.random() < 0.3, "reset_to_initial": pick.random() < 0.5, "dropout": pick.choice([0.0, 0.3]), "seed": 7}
+                    options = {
+                        "reverse": D == 1 and pick.random() < 0.3,
+                        "reset_to_initial": pick.random() < 0.5,
+                        "dropout": pick.choice([0.0, 0.3]),
+                        "seed": 7,
+                    }
                     if pick.random() < 0.5:
                         options["lengths"] = torch.randint(0, T + 1, (1, B), device=DEV)
                     if pick.random() < 0.5:
@@ -557,17 +631,40 @@ def check_api(lib: ctypes.CDLL, deadline: float, few: bool = False) -> list[dict
                     a.forward()
                     a.backward()
                     torch.cuda.synchronize()
-                    same = all(torch.equal(t.view(torch.uint8), first[n].view(torch.uint8)) for n, t in a.named().items())
+                    same = all(
+                        torch.equal(t.view(torch.uint8), first[n].view(torch.uint8)) for n, t in a.named().items()
+                    )
                     expected = a.expected()
-                    errors = {n: float((t.double().cpu() - torch.from_numpy(expected[n])).abs().max() / max(1.0, abs(expected[n]).max())) for n, t in a.named().items()}
+                    errors = {
+                        n: float(
+                            (t.double().cpu() - torch.from_numpy(expected[n])).abs().max()
+                            / max(1.0, abs(expected[n]).max())
+                        )
+                        for n, t in a.named().items()
+                    }
                     name, worst = max(errors.items(), key=lambda v: v[1] if v[1] == v[1] else math.inf)
                     ok = worst <= API_BUDGET[kind] and same and not a.late()
                     key = (cell, kind, *a.routes)
                     n, bad, most = seen.get(key, (0, 0, 0.0))
                     seen[key] = (n + 1, bad + (not ok), max(most, worst))
                     if not ok:
-                        print(f"FAIL {key} T={T} B={B} H={H} L={L} D={D} {sorted(options)}: {name} {worst:.2e} same bits {same} late {a.late()}", flush=True)
-                    rows.append({"cell": cell, "type": kind, "routes": a.routes, "H": H, "B": B, "error": worst, "where": name, "same_bits": same, "ok": ok})
+                        print(
+                            f"FAIL {key} T={T} B={B} H={H} L={L} D={D} {sorted(options)}: {name} {worst:.2e} same bits {same} late {a.late()}",
+                            flush=True,
+                        )
+                    rows.append(
+                        {
+                            "cell": cell,
+                            "type": kind,
+                            "routes": a.routes,
+                            "H": H,
+                            "B": B,
+                            "error": worst,
+                            "where": name,
+                            "same_bits": same,
+                            "ok": ok,
+                        }
+                    )
     for key, (n, bad, most) in sorted(seen.items()):
         print(f"{'/'.join(key):44s} {n:3d} calls, {bad} wrong, error {most:.1e}")
     return rows
@@ -576,7 +673,14 @@ def check_api(lib: ctypes.CDLL, deadline: float, few: bool = False) -> list[dict
 def time_api(lib: ctypes.CDLL, T: int, deadline: float) -> list[dict]:
     rows = []
     modules = {"lstm": torch.nn.LSTM, "gru": torch.nn.GRU}
-    for cell, kind in (("lstm", "bf16"), ("lstm", "f16"), ("gru", "bf16"), ("lstm", "tf32"), ("gru", "tf32"), ("lstm", "f32")):
+    for cell, kind in (
+        ("lstm", "bf16"),
+        ("lstm", "f16"),
+        ("gru", "bf16"),
+        ("lstm", "tf32"),
+        ("gru", "tf32"),
+        ("lstm", "f32"),
+    ):
         for H in (64, 128, 256, 512, 768, 1024):
             for B in (8, 16, 32, 64, 128):
                 if time.time() > deadline:
@@ -613,7 +717,11 @@ def main() -> None:
     assert lib.args_size() == ctypes.sizeof(ForwardArgs), (lib.args_size(), ctypes.sizeof(ForwardArgs))
     kernels = [Kernel(lib, i) for i in range(lib.count())]
     start, budget = time.time(), float(os.environ.get("SECONDS_MAX", "240"))
-    out: dict = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "cudnn": torch.backends.cudnn.version()}
+    out: dict = {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "cudnn": torch.backends.cudnn.version(),
+    }
     print(out)
     if "sanitize" in sys.argv:
         check([k for k in kernels if k.type != "F16"][::3], few=True)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whole calls of the CUDA backend without a GPU: csrc/cuda/engine.h and its kernels on the CPU twin of the device, against the reference.
+"""Whole calls of the CUDA backend without a GPU: engine and kernels on the device's CPU twin.
 
-Random sizes and options; every cell, type and route; arrays with odd strides; workspace and tape of exactly the size asked for.
+Random sizes and options; every cell, type and route; odd strides; workspace and tape of exactly the size asked for.
 """
 
 import ctypes
@@ -25,7 +25,9 @@ COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++") o
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="the CPU twin of the device is written for Linux"),
     pytest.mark.skipif(not COMPILER, reason="no C++ compiler"),
-    pytest.mark.skipif("libasan" in os.environ.get("LD_PRELOAD", ""), reason="the twin switches stacks under ASan's feet"),
+    pytest.mark.skipif(
+        "libasan" in os.environ.get("LD_PRELOAD", ""), reason="the twin switches stacks under ASan's feet"
+    ),
 ]
 
 ROUTES = ("single", "cluster", "grid", "stepwise")
@@ -167,7 +169,14 @@ class Case:
             return np.lib.stride_tricks.as_strided(one, (E, *shape), (0, *one.strides[1:])) if shared else one
 
         self.problem = Problem(
-            cell, T, E, B, I, H, L, D,
+            cell,
+            T,
+            E,
+            B,
+            I,
+            H,
+            L,
+            D,
             reverse=D == 1 and pick.random() < 0.4,
             reset_to_initial=pick.random() < 0.5,
             clip_cell=maybe(0.5, 0.3, 0.0) if has_c and exact else 0.0,
@@ -176,10 +185,12 @@ class Case:
             seed=pick.getrandbits(64),
             lengths=maybe(numbers.integers(0, T + 1, (E, B)), 0.5),
             reset=maybe((numbers.random((T, E, B)) < 0.3).astype(np.uint8), 0.5),
-        )  # fmt: skip
+        )
         state, bias, cells = pick.random() < 0.7, pick.random() < 0.7, pick.random() < 0.5
         shapes = [
-            [(G * H, I if layer == 0 else D * H), (G * H, H), (G * H,), (G * H,)] for layer in range(L) for _ in range(D)
+            [(G * H, I if layer == 0 else D * H), (G * H, H), (G * H,), (G * H,)]
+            for layer in range(L)
+            for _ in range(D)
         ]
         size = [[(3 / s[-1]) ** 0.5 if len(s) == 2 else 0.5 for s in group] for group in shapes]
         wanted = 4 if bias else 2
@@ -188,15 +199,18 @@ class Case:
             draw(L * D, E, B, H) if state else None,
             draw(L * D, E, B, H) if state and has_c else None,
             [
-                tuple(weights(lambda *n, s=s: draw(*n, scale=s), *n) if i < wanted else None for i, (n, s) in enumerate(zip(g, k, strict=True)))
+                tuple(
+                    weights(lambda *n, s=s: draw(*n, scale=s), *n) if i < wanted else None
+                    for i, (n, s) in enumerate(zip(g, k, strict=True))
+                )
                 for g, k in zip(shapes, size, strict=True)
-            ],  # type: ignore[misc]
-        )  # fmt: skip
+            ],
+        )
         self.dp = Arguments(
             empty(T, E, B, I),
             empty(L * D, E, B, H),
             empty(L * D, E, B, H) if has_c else None,
-            [tuple(weights(empty, *n) if i < wanted else None for i, n in enumerate(g)) for g in shapes],  # type: ignore[misc]
+            [tuple(weights(empty, *n) if i < wanted else None for i, n in enumerate(g)) for g in shapes],
         )
         self.out = Results(
             empty(T, E, B, D * H),
@@ -236,13 +250,17 @@ class Case:
             if a is None:
                 return None
             one = np.full(tuple(1 if s == 0 else n for n, s in zip(a.shape, a.strides, strict=True)), np.nan)
-            return np.lib.stride_tricks.as_strided(one, a.shape, [0 if s == 0 else t for s, t in zip(a.strides, one.strides, strict=True)])
+            return np.lib.stride_tricks.as_strided(
+                one, a.shape, [0 if s == 0 else t for s, t in zip(a.strides, one.strides, strict=True)]
+            )
 
         names = ("y", "hn", "cn", "cells")
-        p = Arguments(wide(self.p.x), wide(self.p.h0), wide(self.p.c0), [tuple(map(wide, w)) for w in self.p.params])  # type: ignore[misc]
+        p = Arguments(wide(self.p.x), wide(self.p.h0), wide(self.p.c0), [tuple(map(wide, w)) for w in self.p.params])
         g = Results(*(wide(getattr(self.g, n)) for n in names))
         out = Results(*(like(getattr(self.out, n)) for n in names))
-        dp = Arguments(like(self.dp.x), like(self.dp.h0), like(self.dp.c0), [tuple(map(like, w)) for w in self.dp.params])  # type: ignore[misc]
+        dp = Arguments(
+            like(self.dp.x), like(self.dp.h0), like(self.dp.c0), [tuple(map(like, w)) for w in self.dp.params]
+        )
         reference.forward(self.problem, p, out, None)
         reference.backward(self.problem, p, None, g, dp)
         pairs = [(n, getattr(self.out, n), getattr(out, n)) for n in names]
@@ -257,7 +275,10 @@ class Case:
             bad = ~(error <= allowed)  # NaN is bad
             if bad.any():
                 at = tuple(int(i) for i in np.argwhere(bad)[0])
-                raise AssertionError(f"{self}: {name}{list(at)} is {wide(got)[at]:.8g}, expected {expected[at]:.8g}; allowed {allowed:.1e}")
+                raise AssertionError(
+                    f"{self}: {name}{list(at)} is {wide(got)[at]:.8g}, "
+                    f"expected {expected[at]:.8g}; allowed {allowed:.1e}"
+                )
 
     def __str__(self) -> str:
         q = self.problem
@@ -270,7 +291,9 @@ def kinds() -> list[tuple[str, str, str]]:
     every = [(c, d, r) for c in CELLS for d in DTYPES for r in ROUTES]
     # relu's slope jumps: where rounding moves a sum over 0, the gradient is another one
     every = [k for k in every if k[0] != "rnn_relu" or k[1] in ("float32", "float64")]
-    return [k for k in every if k[2] == "stepwise" or (k[0] != "gru_reset_before" and k[1] not in ("float32", "float64"))]
+    return [
+        k for k in every if k[2] == "stepwise" or (k[0] != "gru_reset_before" and k[1] not in ("float32", "float64"))
+    ]
 
 
 @pytest.mark.parametrize("cell, dtype, route", kinds())

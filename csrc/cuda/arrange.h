@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// What stands between a caller's arrays (any strides, any size) and the kernels' (padded, contiguous): copies, biases, dropout, column sums.
-// Shapes as said at each kernel. All overwrite.
-// Run for every route, outside the recurrence. Limit: bytes.
+// What stands between a caller's arrays (any strides, any size) and the kernels' (padded, contiguous): copies, biases,
+// dropout, column sums. Shapes stand at each kernel. All overwrite.
+// Every route, outside the recurrence. Limit: bytes.
 #pragma once
 
 #include "shape.h"
@@ -30,8 +30,8 @@ struct Extent4 {
   int64_t n[4];
 };
 
-// to[i0][i1][i2][i3] = from[...] where i < valid in every dimension, else 0, for i < n. With `lengths` (i0 = e, i1 = t, i2 = b)
-// also 0 past a row's end. With `sum`, i0 is summed over, in order, and `to` has no such axis.
+// to[i0][i1][i2][i3] = from[...] where i < valid in every dimension, else 0, for i < n. With `lengths` (i0 = e, i1 = t,
+// i2 = b) also 0 past a row's end. With `sum`, i0 is summed over, in order, and `to` has no such axis.
 template <class From, class To>
 struct Copy {
   const typename From::Storage* from;
@@ -138,8 +138,8 @@ struct Dropout {
   }
 };
 
-// partial (sets,kParts,columns) = sums over a kParts'th of the rows of v (sets,rows,columns), each in order; then, run a second time
-// over (sets,kParts,columns), sums (sets,1,columns). The order is fixed by the sizes alone.
+// partial (sets,kParts,columns) = sums over a kParts'th of the rows of v (sets,rows,columns), each in order; then, run
+// a second time over (sets,kParts,columns), sums (sets,1,columns). The order is fixed by the sizes alone.
 template <class T, class To>
 struct ColumnSum {
   const typename T::Storage* v;

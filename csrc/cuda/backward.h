@@ -1,16 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
-// dh_{t-1}, dc_{t-1} and the gradients da_t of the gates' sums, for all t in one launch, last step first: dh_{t-1} = da_t R + what the cell passes on.
-// Reads the tape of forward.h (gx, extra, cells, prev), packed R^T, c0, dy, dcells (T,B,..), dhn, dcn (sets,B,H). Writes dh0, dc0 (sets,B,H), and,
-//   for the time-batched products, da (sets,T,B,G,pitch) of x's sums and, where h's last sum is another one (GRU), da_h (sets,T,B,pitch). Overwrites.
-// single: R^T in one block; cluster: each block multiplies its own da by its slice and pushes the sums to who owns them; grid: da to all through L2.
-// Limit: latency of a step; then the matrix pipe; then, in a grid, G times as much to hand over as in forward.
+// Formula: da_t = cell'(dh_t, dc_t), dh_{t-1} = da_t R + what the cell passes on; all t in one launch, the last first.
+// Reads forward's tape, packed R^T, c0, dy, dcells (T,B,..), dhn, dcn (sets,B,H). Overwrites dh0, dc0 (sets,B,H), and
+//   for the time-batched products da (sets,T,B,G,pitch) of x's sums and, where h's last sum is another (GRU), da_h.
+// single: R^T in one block; cluster: a block multiplies its own da, pushes sums to their owners; grid: da to all by L2.
+// Limit: a step's latency; then the matrix pipe; then, in a grid, G times as much to hand over as in forward.
 #pragma once
 
 #include "pack.h"
 
 namespace fusedrnn::cuda {
 
-// single: kUnits = 16 kWarps kMma. cluster: kUnits of a block, 16 kWarps kMma >= H. grid: kUnits = 16 kMma, the warps share the depth.
+// single: kUnits = 16 kWarps kMma. cluster: kUnits of a block, 16 kWarps kMma >= H. grid: kUnits = 16 kMma, the warps
+// share the depth.
 template <class Cell_, class T_, Route kRoute_, int kWarps_, int kMma_, int kUnits_, int kChunks_, int kTiles_>
 struct BackwardShape {
   using Cell = Cell_;
@@ -27,7 +28,8 @@ struct BackwardShape {
   static constexpr int kHalves = 8 / T::kPer;
   static constexpr int kSplit = kRoute == Route::grid ? kWarps : 1;
   static constexpr int kLines = 4 * kSplit * kChunks;
-  static constexpr int kOutputs = kRoute == Route::grid ? kUnits : 16 * kWarps * kMma;  // units whose dh a block makes sums for
+  static constexpr int kOutputs =
+      kRoute == Route::grid ? kUnits : 16 * kWarps * kMma;  // units whose dh a block makes sums for
   static constexpr int kMaxH = kRoute == Route::grid ? kLines * T::kPer / kGates / 8 * 8 : kOutputs;
   static constexpr int kMaxPeers = kRoute == Route::cluster ? kOutputs / kUnits : 1;
   static constexpr int kBlocks = kUnits / 8 * kTiles;  // of a block of threads
@@ -49,9 +51,9 @@ struct BackwardArgs {
   const U4* weights;
   const Storage *gx, *extra, *cells, *prev;  // the tape
   Storage *da, *da_h;                        // (sets,T,B,G,pitch), (sets,T,B,pitch); may be gx, extra
-  const Storage* c0;                       // may be null
-  const Storage *dy, *dcells, *dhn, *dcn;  // may be null
-  Storage *dh0, *dc0;                      // may be null
+  const Storage* c0;                         // may be null
+  const Storage *dy, *dcells, *dhn, *dcn;    // may be null
+  Storage *dh0, *dc0;                        // may be null
   int64_t dy_t, dy_b, dy_e, dy_d;
   int64_t dcells_t, dcells_b, dcells_e, dcells_d;
   const int64_t* lengths;
@@ -147,9 +149,9 @@ struct Backward {
   static constexpr int kPartial = S::kRoute == Route::grid ? 2 * S::kBlocks * (S::kSplit - 1) * 64 : 0;
 
   static constexpr int shared_bytes() {
-    return dev::shared_size<U4>(kBuffers * kBuffer) + dev::shared_size<U4>(2 * kSums) + dev::shared_size<Storage>(kRing) +
-           dev::shared_size<Storage>(kStaged) + dev::shared_size<float>(kPartial) + dev::shared_size<int>(S::kRows) +
-           dev::shared_size<u64>(2);
+    return dev::shared_size<U4>(kBuffers * kBuffer) + dev::shared_size<U4>(2 * kSums) +
+           dev::shared_size<Storage>(kRing) + dev::shared_size<Storage>(kStaged) + dev::shared_size<float>(kPartial) +
+           dev::shared_size<int>(S::kRows) + dev::shared_size<u64>(2);
   }
 
   FUSEDRNN_DEVICE void operator()() const {
@@ -174,14 +176,13 @@ struct Backward {
 
     U4 w[S::kChunks][2][S::kMma];
     {
-      const U4* from = a.weights +
-                       (static_cast<int64_t>(set * a.peers + rank) * S::kWarps + warp) * (S::kChunks * 2 * S::kMma * 32) + lane;
+      const U4* from =
+          a.weights +
+          (static_cast<int64_t>(set * a.peers + rank) * S::kWarps + warp) * (S::kChunks * 2 * S::kMma * 32) + lane;
       FUSEDRNN_UNROLL
-      for (int c = 0; c < S::kChunks; ++c)
-        FUSEDRNN_UNROLL
-        for (int p = 0; p < 2; ++p)
-          FUSEDRNN_UNROLL
-          for (int m = 0; m < S::kMma; ++m) w[c][p][m] = dev::ldg16(from + ((c * 2 + p) * S::kMma + m) * 32);
+      for (int c = 0; c < S::kChunks; ++c) FUSEDRNN_UNROLL
+      for (int p = 0; p < 2; ++p) FUSEDRNN_UNROLL
+      for (int m = 0; m < S::kMma; ++m) w[c][p][m] = dev::ldg16(from + ((c * 2 + p) * S::kMma + m) * 32);
     }
 
     for (int r = dev::tid(); r < S::kRows; r += kThreads) {
@@ -207,16 +208,16 @@ struct Backward {
     FUSEDRNN_UNROLL
     for (int r = 0; r < S::kRows; ++r) steps = length[r] > steps ? length[r] : steps;
 
-    // what flows from one step into the one before: past the product (dh), dc; and what restarts give to the initial state
+    // what flows from one step into the one before: past the product (dh), dc; and what restarts give to the initial
+    // state
     float dh[S::kOwned][2], dc[S::kOwned][2], dh_first[S::kOwned][2] = {}, dc_first[S::kOwned][2] = {};
     FUSEDRNN_UNROLL
-    for (int i = 0; i < S::kOwned; ++i)
-      FUSEDRNN_UNROLL
-      for (int p = 0; p < 2; ++p) {
-        const int row = row0 + tile_of(warp, i) * 8 + 2 * q + p, unit = unit_of(rank, warp, i) + g;
-        dh[i][p] = state(a.dhn, set, row, unit);
-        dc[i][p] = Cell::cell_state ? state(a.dcn, set, row, unit) : 0.0f;
-      }
+    for (int i = 0; i < S::kOwned; ++i) FUSEDRNN_UNROLL
+    for (int p = 0; p < 2; ++p) {
+      const int row = row0 + tile_of(warp, i) * 8 + 2 * q + p, unit = unit_of(rank, warp, i) + g;
+      dh[i][p] = state(a.dhn, set, row, unit);
+      dc[i][p] = Cell::cell_state ? state(a.dcn, set, row, unit) : 0.0f;
+    }
     const int piece_row = lane / S::kHalves % 8, piece_half = lane % S::kHalves * T::kPer;
 
     FUSEDRNN_UNROLL
@@ -237,9 +238,10 @@ struct Backward {
             FUSEDRNN_UNROLL
             for (int peer = 0; peer < S::kMaxPeers; ++peer) {
               if (peer >= a.peers) continue;
-              const float* v = reinterpret_cast<const float*>(
-                                   from + ((peer * (S::kUnits / 16) + octet / 2) * S::kTiles + tile_of(warp, i)) * 32 + lane) +
-                               octet % 2 * 2;
+              const float* v =
+                  reinterpret_cast<const float*>(
+                      from + ((peer * (S::kUnits / 16) + octet / 2) * S::kTiles + tile_of(warp, i)) * 32 + lane) +
+                  octet % 2 * 2;
               dh[i][0] += v[0];
               dh[i][1] += v[1];
             }
@@ -249,7 +251,8 @@ struct Backward {
           float acc[kChains][S::kTiles][S::kMma][4] = {};
           poll_multiply(acc, w, set, s + 1, tile_row, warp, g, q, late);
           join(acc);
-          float* const shares = partial + (turn & 1) * (kPartial / 2);  // two: the warps are not in step with one another
+          float* const shares =
+              partial + (turn & 1) * (kPartial / 2);  // two: the warps are not in step with one another
           FUSEDRNN_UNROLL
           for (int n = 0; n < S::kBlocks; ++n) {
             const float v0 = acc[0][n / (2 * S::kMma)][n % (2 * S::kMma) / 2][n % 2 * 2];
@@ -302,7 +305,8 @@ struct Backward {
               dh[i][p] = dc[i][p] = 0.0f;
             }
             if (a.dcells) {
-              const float v = T::load(a.dcells[e * a.dcells_e + d * a.dcells_d + t * a.dcells_t + row * a.dcells_b + unit]);
+              const float v =
+                  T::load(a.dcells[e * a.dcells_e + d * a.dcells_d + t * a.dcells_t + row * a.dcells_b + unit]);
               if constexpr (Cell::cell_state)
                 dc[i][p] += v;
               else
@@ -319,7 +323,8 @@ struct Backward {
             if constexpr (Cell::cell_state) {
               c = T::load(x[kCellAt * 64]);
               if (s == 0)
-                c_prev = restarts_at_once(e, row, backwards) && !a.reset_to_initial ? 0.0f : state(a.c0, set, row, unit);
+                c_prev =
+                    restarts_at_once(e, row, backwards) && !a.reset_to_initial ? 0.0f : state(a.c0, set, row, unit);
               else if (a.reset && restart(e, row, backwards ? t + 1 : t))
                 c_prev = a.reset_to_initial ? state(a.c0, set, row, unit) : 0.0f;
               else
@@ -348,10 +353,11 @@ struct Backward {
         for (int i = 0; i < S::kOwned; ++i) {
           if (!live(rank, warp, i)) continue;
           for (int n = lane; n < kGates * kPieces; n += 32)
-            dev::publish16(slot(set, s, tile_row) +
-                               ((n / kPieces * a.pitch + unit_of(rank, warp, i)) / T::kPer + n % S::kHalves) * (S::kTiles * 8) +
-                               tile_of(warp, i) * 8 + piece_row,
-                           *reinterpret_cast<const U4*>(staged + i * (kGates * 64) + n * T::kPer));
+            dev::publish16(
+                slot(set, s, tile_row) +
+                    ((n / kPieces * a.pitch + unit_of(rank, warp, i)) / T::kPer + n % S::kHalves) * (S::kTiles * 8) +
+                    tile_of(warp, i) * 8 + piece_row,
+                *reinterpret_cast<const U4*>(staged + i * (kGates * 64) + n * T::kPer));
         }
       } else {
         dev::sync_block();
@@ -360,29 +366,26 @@ struct Backward {
           float acc[kChains][S::kTiles][S::kMma][4] = {};
           const U4* const from = lines + turn % kBuffers * kBuffer;
           FUSEDRNN_UNROLL
-          for (int k = 0; k < S::kChunks; ++k)
-            FUSEDRNN_UNROLL
-            for (int j = 0; j < S::kTiles; ++j) multiply(acc, w[k], 2 * k, j, from[piece<S::kTiles>(k * 4 + q, j, g)]);
+          for (int k = 0; k < S::kChunks; ++k) FUSEDRNN_UNROLL
+          for (int j = 0; j < S::kTiles; ++j) multiply(acc, w[k], 2 * k, j, from[piece<S::kTiles>(k * 4 + q, j, g)]);
           join(acc);
           if constexpr (S::kRoute == Route::single) {
             FUSEDRNN_UNROLL
-            for (int i = 0; i < S::kOwned; ++i)
-              FUSEDRNN_UNROLL
-              for (int p = 0; p < 2; ++p) dh[i][p] += acc[0][i / (2 * S::kMma)][i % (2 * S::kMma) / 2][i % 2 * 2 + p];
+            for (int i = 0; i < S::kOwned; ++i) FUSEDRNN_UNROLL
+            for (int p = 0; p < 2; ++p) dh[i][p] += acc[0][i / (2 * S::kMma)][i % (2 * S::kMma) / 2][i % 2 * 2 + p];
           } else {
             FUSEDRNN_UNROLL
-            for (int j = 0; j < S::kTiles; ++j)
+            for (int j = 0; j < S::kTiles; ++j) FUSEDRNN_UNROLL
+            for (int m = 0; m < S::kMma; ++m) {
+              const int tile = warp * S::kMma + m, owner = tile / (S::kUnits / 16);
+              if (owner >= a.peers) continue;
+              U4 v;
               FUSEDRNN_UNROLL
-              for (int m = 0; m < S::kMma; ++m) {
-                const int tile = warp * S::kMma + m, owner = tile / (S::kUnits / 16);
-                if (owner >= a.peers) continue;
-                U4 v;
-                FUSEDRNN_UNROLL
-                for (int r = 0; r < 4; ++r) v.w[r] = dev::bits(acc[0][j][m][r]);
-                U4* const to = sums + (turn & 1) * kSums +
-                               ((rank * (S::kUnits / 16) + tile % (S::kUnits / 16)) * S::kTiles + j) * 32 + lane;
-                dev::st_async(dev::peer(to, owner), v, dev::peer(bar + (turn & 1), owner));
-              }
+              for (int r = 0; r < 4; ++r) v.w[r] = dev::bits(acc[0][j][m][r]);
+              U4* const to = sums + (turn & 1) * kSums +
+                             ((rank * (S::kUnits / 16) + tile % (S::kUnits / 16)) * S::kTiles + j) * 32 + lane;
+              dev::st_async(dev::peer(to, owner), v, dev::peer(bar + (turn & 1), owner));
+            }
           }
         }
       }
@@ -439,7 +442,8 @@ struct Backward {
   }
 
  private:
-  // Block i of this warp: its tile of rows, its octet among the block's, its first unit; and does it hold a unit at all.
+  // Block i of this warp: its tile of rows, its octet among the block's, its first unit; and does it hold a unit at
+  // all.
   static FUSEDRNN_DEVICE int tile_of(int warp, int i) {
     if constexpr (S::kRoute == Route::single)
       return i / (2 * S::kMma);
@@ -473,8 +477,8 @@ struct Backward {
     return from && row < a.B && unit < a.H ? T::load(from[(static_cast<int64_t>(set) * a.B + row) * a.H + unit]) : 0.0f;
   }
 
-  static FUSEDRNN_DEVICE void multiply(float (&acc)[kChains][S::kTiles][S::kMma][4], const U4 (&w)[2][S::kMma], int n, int j,
-                                       const U4& b) {
+  static FUSEDRNN_DEVICE void multiply(float (&acc)[kChains][S::kTiles][S::kMma][4], const U4 (&w)[2][S::kMma], int n,
+                                       int j, const U4& b) {
     FUSEDRNN_UNROLL
     for (int m = 0; m < S::kMma; ++m) dev::mma<T>(acc[n % kChains][j][m], w[0][m], b.w[0], b.w[1]);
     FUSEDRNN_UNROLL
@@ -484,18 +488,17 @@ struct Backward {
   // The chains of sums become one, the first.
   static FUSEDRNN_DEVICE void join(float (&acc)[kChains][S::kTiles][S::kMma][4]) {
     FUSEDRNN_UNROLL
-    for (int k = 1; k < kChains; ++k)
-      FUSEDRNN_UNROLL
-      for (int j = 0; j < S::kTiles; ++j)
-        FUSEDRNN_UNROLL
-        for (int m = 0; m < S::kMma; ++m)
-          FUSEDRNN_UNROLL
-          for (int r = 0; r < 4; ++r) acc[0][j][m][r] += acc[k][j][m][r];
+    for (int k = 1; k < kChains; ++k) FUSEDRNN_UNROLL
+    for (int j = 0; j < S::kTiles; ++j) FUSEDRNN_UNROLL
+    for (int m = 0; m < S::kMma; ++m) FUSEDRNN_UNROLL
+    for (int r = 0; r < 4; ++r) acc[0][j][m][r] += acc[k][j][m][r];
   }
 
-  FUSEDRNN_DEVICE void poll_multiply(float (&acc)[kChains][S::kTiles][S::kMma][4], const U4 (&w)[S::kChunks][2][S::kMma],
-                                     int set, int s, int tile_row, int warp, int g, int q, bool& late) const {
-    // in parts, the next one under way while one is waited for and multiplied: more would not leave registers to the weights
+  FUSEDRNN_DEVICE void poll_multiply(float (&acc)[kChains][S::kTiles][S::kMma][4],
+                                     const U4 (&w)[S::kChunks][2][S::kMma], int set, int s, int tile_row, int warp,
+                                     int g, int q, bool& late) const {
+    // in parts, the next one under way while one is waited for and multiplied: more would not leave registers to the
+    // weights
     constexpr int kPart = S::kChunks % 4 == 0 ? 4 : S::kChunks % 3 == 0 ? 3 : S::kChunks % 2 == 0 ? 2 : 1;
     constexpr int kParts = S::kChunks / kPart;
     static_assert(kPart * kParts == S::kChunks);
@@ -542,7 +545,8 @@ struct Backward {
         for (int n = lane; n < kGates * kPieces; n += 32)
           dev::cp_async16(to + n * T::kPer, a.gx + padded(set, t, row) * kGates + n / kPieces * a.pitch + unit);
         if (lane >= kPieces) continue;
-        if constexpr (kExtra) dev::cp_async16(to + kExtraAt * 64 + lane * T::kPer, a.extra + padded(set, t, row) + unit);
+        if constexpr (kExtra)
+          dev::cp_async16(to + kExtraAt * 64 + lane * T::kPer, a.extra + padded(set, t, row) + unit);
         if constexpr (kPrev) dev::cp_async16(to + kPrevAt * 64 + lane * T::kPer, a.prev + padded(set, t, row) + unit);
         if constexpr (Cell::cell_state) {
           dev::cp_async16(to + kCellAt * 64 + lane * T::kPer, a.cells + padded(set, t, row) + unit);
@@ -550,8 +554,8 @@ struct Backward {
             dev::cp_async16(to + (kCellAt + 1) * 64 + lane * T::kPer, a.cells + padded(set, before, row) + unit);
         }
         if (a.dy) {
-          const Storage* const from = a.dy + set / a.directions * a.dy_e + set % a.directions * a.dy_d + t * a.dy_t +
-                                      row * a.dy_b + unit;
+          const Storage* const from =
+              a.dy + set / a.directions * a.dy_e + set % a.directions * a.dy_d + t * a.dy_t + row * a.dy_b + unit;
           Storage* const dy = to + kDyAt * 64 + lane * T::kPer;
           if (a.wide) {
             if (unit < a.H) dev::cp_async16(dy, from);

@@ -2,13 +2,8 @@
 // One call on its way from cuda.h to the cell's translation unit, and what that does with it.
 #pragma once
 
+#include "cells_on_gpu.h"  // before everything that is written on the device
 #include "cuda.h"
-#include "device.h"
-#include "gates.h"
-
-#include "../cells/gru.h"
-#include "../cells/lstm.h"
-#include "../cells/rnn.h"
 #include "queue.h"
 #include "shapes.h"
 
@@ -88,7 +83,8 @@ Status run(const Call& call) {
   Queue queue(call.stream, blas, handle);
   char* base = static_cast<char*>(call.workspace) + kBlasBytes;
   queue.fill(base, 0, 256);
-  Engine<Cell, T, Forwards, Backwards, Queue> engine(queue, *device, options, *call.problem, reinterpret_cast<int*>(base));
+  Engine<Cell, T, Forwards, Backwards, Queue> engine(queue, *device, options, *call.problem,
+                                                     reinterpret_cast<int*>(base));
   Arena arena(base + 256);
   if (call.kind == Call::Kind::forward)
     engine.forward(*call.p, *call.out, call.tape, call.keep, arena);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The few cuBLAS functions that are used, found at run time: in the process (PyTorch and CuPy bring them), else by name. So the library
-// loads, and says what is missing, where there is no CUDA at all.
+// The few cuBLAS functions that are used, found at run time: in the process (PyTorch and CuPy bring them), else by
+// name. So the library loads, and says what is missing, where there is no CUDA at all.
 #pragma once
 
 #include <cstddef>
@@ -15,8 +15,8 @@ struct Cublas {
   int (*set_stream)(Handle, void*);
   int (*set_workspace)(Handle, void*, size_t);
   int (*gemm)(Handle, int transa, int transb, int m, int n, int k, const void* alpha, const void* A, int Atype, int lda,
-              long long strideA, const void* B, int Btype, int ldb, long long strideB, const void* beta, void* C, int Ctype, int ldc,
-              long long strideC, int batch, int compute, int algorithm);
+              long long strideA, const void* B, int Btype, int ldb, long long strideB, const void* beta, void* C,
+              int Ctype, int ldc, long long strideC, int batch, int compute, int algorithm);
 };
 constexpr int kCublasN = 0, kCublasT = 1;
 constexpr int kCuda32F = 0, kCuda64F = 1, kCuda16F = 2, kCuda16BF = 14;

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// The primitives that kernels are written in, for the GPU. Kernels know no threadIdx, no __shared__, no asm, no half type: so the
-// same kernel source also runs over the CPU twin of this file (tests/csrc/device_cpu.h), where a block's threads are cooperative tasks.
-// A translation unit includes one of the two, then gates.h, then kernels. A kernel is a functor:
-//   struct K { Args a; static constexpr int kThreads; static int shared_bytes(); FUSEDRNN_DEVICE void operator()() const; };
+// The primitives that kernels are written in, for the GPU. Kernels know no threadIdx, no __shared__, no asm, no half
+// type: so the same kernel source also runs over the CPU twin of this file (tests/csrc/device_cpu.h), where a block's
+// threads are cooperative tasks. A translation unit includes one of the two, then gates.h, then kernels. A kernel is a
+// functor: struct K { static constexpr int kThreads; static int shared_bytes(); void operator()() const; }.
 // Rules that both sides keep: collectives are called by all threads they name, in the same order; nothing spins outside
-// `poll16` and `mbar_wait`; shared memory comes from `Shared` only, taken in the same order by all threads.
+// `poll16`, `settle16` and `mbar_wait`; shared memory comes from `Shared` only, taken in the same order by all threads.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -32,8 +32,9 @@ struct alignas(16) U4 {
 constexpr u32 kEmpty = 0xFFFFFFFFu;
 
 // ---- numbers ------------------------------------------------------------------------------------------------------
-// Storage: how an element lies in memory. kPer: elements in 16 bytes. load / store convert; store rounds to nearest even and
-// turns every NaN into one with its top bit clear. operand: what a matrix product gets to see of a stored value.
+// Storage: how an element lies in memory. kPer: elements in 16 bytes. load / store convert; store rounds to nearest
+// even and turns every NaN into one with its top bit clear. operand: what a matrix product gets to see of a stored
+// value.
 struct F16 {
   using Storage = u16;
   static constexpr int kPer = 8;
@@ -110,7 +111,8 @@ FUSEDRNN_DEVICE void sync_cluster() {  // all threads of all blocks of the clust
 // ---- warp ---------------------------------------------------------------------------------------------------------
 FUSEDRNN_DEVICE float shfl_xor(float v, int mask) { return __shfl_xor_sync(0xFFFFFFFFu, v, mask); }
 
-// d += A B. A (16 x 16, 16-bit; 16 x 8, TF32) and B (the same depth, 8 columns) in the layout of mma.sync; g = lane / 4, q = lane % 4:
+// d += A B. A (16 x 16, 16-bit; 16 x 8, TF32) and B (the same depth, 8 columns) in the layout of mma.sync; g = lane /
+// 4, q = lane % 4:
 //   16-bit: a[r] = A[g + 8*(r%2)][8*(r/2) + 2q + {0,1}]   b[r] = B[8*r + 2q + {0,1}][g]
 //   TF32:   a[r] = A[g + 8*(r%2)][4*(r/2) + q]            b[r] = B[4*r + q][g]
 //   d[0], d[1] = D[g][2q + {0,1}];  d[2], d[3] = D[g + 8][2q + {0,1}]
@@ -119,21 +121,20 @@ FUSEDRNN_DEVICE void mma(float (&d)[4], const U4& a, u32 b0, u32 b1);
 template <>
 FUSEDRNN_DEVICE void mma<F16>(float (&d)[4], const U4& a, u32 b0, u32 b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-               : "r"(a.w[0]), "r"(a.w[1]), "r"(a.w[2]), "r"(a.w[3]), "r"(b0), "r"(b1));
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a.w[0]), "r"(a.w[1]), "r"(a.w[2]), "r"(a.w[3]), "r"(b0), "r"(b1));
 }
 template <>
 FUSEDRNN_DEVICE void mma<BF16>(float (&d)[4], const U4& a, u32 b0, u32 b1) {
-  asm(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a.w[0]), "r"(a.w[1]), "r"(a.w[2]), "r"(a.w[3]), "r"(b0), "r"(b1));
 }
 template <>
 FUSEDRNN_DEVICE void mma<TF32>(float (&d)[4], const U4& a, u32 b0, u32 b1) {
   asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-               : "r"(a.w[0]), "r"(a.w[1]), "r"(a.w[2]), "r"(a.w[3]), "r"(b0), "r"(b1));
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a.w[0]), "r"(a.w[1]), "r"(a.w[2]), "r"(a.w[3]), "r"(b0), "r"(b1));
 }
 
 // ---- memory -------------------------------------------------------------------------------------------------------
@@ -162,8 +163,8 @@ FUSEDRNN_DEVICE U4 ldg16(const void* p) {  // read-only for the whole launch, 16
   return U4{{v.x, v.y, v.z, v.w}};
 }
 
-// Global to shared, 16 bytes each, both aligned. What a thread has copied is there for it after cp_async_wait, for others after
-// a barrier behind that.
+// Global to shared, 16 bytes each, both aligned. What a thread has copied is there for it after cp_async_wait, for
+// others after a barrier behind that.
 FUSEDRNN_DEVICE void cp_async16(void* shared, const void* global) {
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<u32>(__cvta_generic_to_shared(shared))),
@@ -207,10 +208,10 @@ FUSEDRNN_DEVICE Peer<T> peer(T* shared, int rank) {
 // Writes 16 bytes there and takes 16 off what the barrier over there still expects in its phase.
 FUSEDRNN_DEVICE void st_async(Peer<U4> to, const U4& v, Peer<u64> bar) {
 #if __CUDA_ARCH__ >= 900
-  asm volatile(
-      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.u32 [%0], {%1,%2,%3,%4}, [%5];" ::"r"(to.address()),
-      "r"(v.w[0]), "r"(v.w[1]), "r"(v.w[2]), "r"(v.w[3]), "r"(bar.address())
-      : "memory");
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.u32 [%0], {%1,%2,%3,%4}, [%5];" ::"r"(
+                   to.address()),
+               "r"(v.w[0]), "r"(v.w[1]), "r"(v.w[2]), "r"(v.w[3]), "r"(bar.address())
+               : "memory");
 #endif
 }
 FUSEDRNN_DEVICE void mbar_init(u64* bar, int arrivals) {  // one thread; the block or cluster synchronises behind it
@@ -223,14 +224,16 @@ FUSEDRNN_DEVICE void mbar_init(u64* bar, int arrivals) {  // one thread; the blo
 }
 FUSEDRNN_DEVICE void mbar_arrive_expect(u64* bar, int bytes) {  // one arrival, and so many bytes more in this phase
 #if __CUDA_ARCH__ >= 900
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
-                   static_cast<u32>(__cvta_generic_to_shared(bar))),
-               "r"(bytes)
-               : "memory");
+  asm volatile(
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(static_cast<u32>(__cvta_generic_to_shared(bar))),
+      "r"(bytes)
+      : "memory");
 #endif
 }
-constexpr long long kPatience = 1ll << 31;  // clocks before a wait is given up: a second, never reached by a sound kernel
-// Until phase `parity` of the barrier is complete. A wait that is given up sets `late`, and with `late` set nothing waits.
+constexpr long long kPatience =
+    1ll << 31;  // clocks before a wait is given up: a second, never reached by a sound kernel
+// Until phase `parity` of the barrier is complete. A wait that is given up sets `late`, and with `late` set nothing
+// waits.
 FUSEDRNN_DEVICE void mbar_wait(u64* bar, u32 parity, bool& late) {
 #if __CUDA_ARCH__ >= 900
   const u32 address = static_cast<u32>(__cvta_generic_to_shared(bar));
@@ -238,7 +241,8 @@ FUSEDRNN_DEVICE void mbar_wait(u64* bar, u32 parity, bool& late) {
   while (!late) {
     u32 done;
     asm volatile(
-        "{\n\t.reg .pred p;\n\tmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n\tselp.u32 %0, 1, 0, p;\n\t}"
+        "{\n\t.reg .pred p;\n\tmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n\tselp.u32 %0, "
+        "1, 0, p;\n\t}"
         : "=r"(done)
         : "r"(address), "r"(parity)
         : "memory");
@@ -264,7 +268,8 @@ FUSEDRNN_DEVICE U4 ld_relaxed16(const void* global) {
                : "memory");
   return v;
 }
-// v[i] = 16 bytes at base + i * stride bytes, for i < N with bit i of `wanted` set (the others are left alone): what is there, or kEmpty.
+// v[i] = 16 bytes at base + i * stride bytes, for i < N with bit i of `wanted` set (the others are left alone): what is
+// there, or kEmpty.
 template <int N>
 FUSEDRNN_DEVICE void peek16(U4 (&v)[N], const void* base, int stride, u32 wanted) {
   static_assert(N <= 32);
@@ -272,7 +277,8 @@ FUSEDRNN_DEVICE void peek16(U4 (&v)[N], const void* base, int stride, u32 wanted
   for (int i = 0; i < N; ++i)
     if (wanted >> i & 1) v[i] = ld_relaxed16(static_cast<const u8*>(base) + static_cast<int64_t>(i) * stride);
 }
-// After peek16 with the same arguments: waits until none of the four words of any of them is kEmpty any more. `late` as in mbar_wait.
+// After peek16 with the same arguments: waits until none of the four words of any of them is kEmpty any more. `late` as
+// in mbar_wait.
 template <int N>
 FUSEDRNN_DEVICE void settle16(U4 (&v)[N], const void* base, int stride, u32 wanted, bool& late) {
   const u8* p = static_cast<const u8*>(base);
@@ -281,7 +287,8 @@ FUSEDRNN_DEVICE void settle16(U4 (&v)[N], const void* base, int stride, u32 want
     bool again = false;
     FUSEDRNN_UNROLL
     for (int i = 0; i < N; ++i)
-      if ((wanted >> i & 1) && (v[i].w[0] == kEmpty || v[i].w[1] == kEmpty || v[i].w[2] == kEmpty || v[i].w[3] == kEmpty)) {
+      if ((wanted >> i & 1) &&
+          (v[i].w[0] == kEmpty || v[i].w[1] == kEmpty || v[i].w[2] == kEmpty || v[i].w[3] == kEmpty)) {
         v[i] = ld_relaxed16(p + static_cast<int64_t>(i) * stride);
         again = true;
       }

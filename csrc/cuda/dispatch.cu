@@ -20,7 +20,9 @@ const Cublas* cublas(std::string* why) {
     for (const char* name : kNames)
       if (!library) library = dlopen(name, RTLD_NOW);
     if (!library) {
-      reason = "cuBLAS was not found (tried libcublas.so.13, .12 and without number): import torch or cupy first, or install nvidia-cublas";
+      reason =
+          "cuBLAS was not found (tried libcublas.so.13, .12 and without number): import torch or cupy first, or "
+          "install nvidia-cublas";
       return false;
     }
     const auto find = [&](auto& to, const char* name) {
@@ -41,7 +43,8 @@ Status blas_handle(cudaStream_t stream, void* workspace, const Cublas** blas, Cu
   if (!*blas) return why;
   int device = 0;
   if (const cudaError_t status = cudaGetDevice(&device); status != cudaSuccess) return cudaGetErrorString(status);
-  thread_local std::map<int, Cublas::Handle> handles;  // a handle serves one thread at a time; they live as long as the thread
+  thread_local std::map<int, Cublas::Handle>
+      handles;  // a handle serves one thread at a time; they live as long as the thread
   Cublas::Handle& mine = handles[device];
   if (!mine) {
     if (const int status = (*blas)->create(&mine); status != 0) return "cublasCreate: status " + std::to_string(status);
@@ -86,8 +89,10 @@ const Device* current_device(std::string* why) {
     using Typical = Forward<Shape<cells::Lstm, dev::BF16, Route::cluster, 4, 2, 1, 8, 1>>;
     for (int n = 1; n <= 16; ++n) {
       int clusters = 0;
-      if (resident_clusters<Typical>(n, &clusters) == cudaSuccess) d.clusters[n] = clusters;
-      else cudaGetLastError();  // this size is not to be had: not an error
+      if (resident_clusters<Typical>(n, &clusters) == cudaSuccess)
+        d.clusters[n] = clusters;
+      else
+        cudaGetLastError();  // this size is not to be had: not an error
     }
   }
   return &(devices[id] = d);
@@ -118,32 +123,60 @@ Status tape_bytes(const Problem& problem, const Settings& settings, size_t* byte
   return run_any({.kind = Call::Kind::tape_bytes, .problem = &problem, .settings = &settings, .bytes = bytes});
 }
 
-Status forward_workspace_bytes(const Problem& problem, const Arguments& p, const Results& out, bool keep, const Settings& settings,
-                               size_t* bytes) {
-  return run_any({.kind = Call::Kind::forward_bytes, .problem = &problem, .p = &p, .out = &out, .keep = keep, .settings = &settings,
+Status forward_workspace_bytes(const Problem& problem, const Arguments& p, const Results& out, bool keep,
+                               const Settings& settings, size_t* bytes) {
+  return run_any({.kind = Call::Kind::forward_bytes,
+                  .problem = &problem,
+                  .p = &p,
+                  .out = &out,
+                  .keep = keep,
+                  .settings = &settings,
                   .bytes = bytes});
 }
 
 Status backward_workspace_bytes(const Problem& problem, const Arguments& p, const Results& g, const Arguments& dp,
                                 const Settings& settings, size_t* bytes) {
-  return run_any({.kind = Call::Kind::backward_bytes, .problem = &problem, .p = &p, .out = &g, .dp = &dp, .settings = &settings,
+  return run_any({.kind = Call::Kind::backward_bytes,
+                  .problem = &problem,
+                  .p = &p,
+                  .out = &g,
+                  .dp = &dp,
+                  .settings = &settings,
                   .bytes = bytes});
 }
 
 Status forward(const Problem& problem, const Arguments& p, const Results& out, void* tape, bool keep, void* workspace,
                const Settings& settings, void* stream) {
-  return run_any({.kind = Call::Kind::forward, .problem = &problem, .p = &p, .out = &out, .tape = tape, .keep = keep,
-                  .workspace = workspace, .settings = &settings, .stream = static_cast<cudaStream_t>(stream)});
+  return run_any({.kind = Call::Kind::forward,
+                  .problem = &problem,
+                  .p = &p,
+                  .out = &out,
+                  .tape = tape,
+                  .keep = keep,
+                  .workspace = workspace,
+                  .settings = &settings,
+                  .stream = static_cast<cudaStream_t>(stream)});
 }
 
-Status backward(const Problem& problem, const Arguments& p, const void* tape, const Results& g, const Arguments& dp, void* workspace,
-                const Settings& settings, void* stream) {
-  return run_any({.kind = Call::Kind::backward, .problem = &problem, .p = &p, .out = &g, .dp = &dp, .tape = const_cast<void*>(tape),
-                  .workspace = workspace, .settings = &settings, .stream = static_cast<cudaStream_t>(stream)});
+Status backward(const Problem& problem, const Arguments& p, const void* tape, const Results& g, const Arguments& dp,
+                void* workspace, const Settings& settings, void* stream) {
+  return run_any({.kind = Call::Kind::backward,
+                  .problem = &problem,
+                  .p = &p,
+                  .out = &g,
+                  .dp = &dp,
+                  .tape = const_cast<void*>(tape),
+                  .workspace = workspace,
+                  .settings = &settings,
+                  .stream = static_cast<cudaStream_t>(stream)});
 }
 
-Status routes(const Problem& problem, const Settings& settings, const char** forward_route, const char** backward_route) {
-  return run_any({.kind = Call::Kind::routes, .problem = &problem, .settings = &settings, .forward_route = forward_route,
+Status routes(const Problem& problem, const Settings& settings, const char** forward_route,
+              const char** backward_route) {
+  return run_any({.kind = Call::Kind::routes,
+                  .problem = &problem,
+                  .settings = &settings,
+                  .forward_route = forward_route,
                   .backward_route = backward_route});
 }
 

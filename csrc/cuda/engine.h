@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// One call, from the caller's arrays to the caller's arrays: the host's side of forward and backward for the whole stack of layers and
-// directions. It launches kernels and products on a Queue and knows no CUDA: on a GPU the queue is a stream (dispatch.cu), in the
-// tests it runs the same kernels on the CPU, and with Counting it only counts the memory a call needs.
+// One call, from the caller's arrays to the caller's arrays: the host's side of forward and backward for the whole
+// stack of layers and directions. It launches kernels and products on a Queue and knows no CUDA: on a GPU the queue is
+// a stream (queue.h), in the tests it runs the same kernels on the CPU, and Counting only counts the memory needed.
 //
-//   queue.run(kernel, blocks, cluster, cooperative)    queue.fill(pointer, byte, bytes)    queue.product<T, To>(Product)
+//   queue.run(kernel, blocks, cluster, cooperative)  queue.fill(pointer, byte, bytes)  queue.product<T, To>(Product)
 //
-// A *set* is one weight set in one direction: set = e * D + d. Everything between caller and kernels is contiguous: states (sets,B,H), what
-// runs over time (sets,T,B,..,pitch) with rows padded to `pitch`, a multiple of 8.
+// A *set* is one weight set in one direction: set = e * D + d. Everything between caller and kernels is contiguous:
+// states (sets,B,H); what runs over time (sets,T,B,..,pitch), with rows padded to `pitch`, a multiple of 8.
 #pragma once
 
 #include <cstddef>
@@ -25,7 +25,8 @@
 
 namespace fusedrnn::cuda {
 
-// Row-major C (m,n) = A (m,k) B (k,n), or with `add` C += A B. ta: A is stored (k,m); tb: B is stored (n,k). Strides in elements.
+// Row-major C (m,n) = A (m,k) B (k,n), or with `add` C += A B. ta: A is stored (k,m); tb: B is stored (n,k). Strides in
+// elements.
 struct Product {
   int64_t m, n, k;
   const void* A;
@@ -85,11 +86,14 @@ template <class... S>
 struct List {};
 
 // ---- the cost model -------------------------------------------------------------------------------------------------
-// Microseconds a step, by the formulas of the design notes (predicted from published latencies, not measured here): the wait for h, the
-// matrix pipe (6.26 clocks a product and sub-partition), h on its way, the gates; times the number of waves.
+// Microseconds a step, by the formulas of the design notes (predicted from published latencies, not measured here): the
+// wait for h, the matrix pipe (6.26 clocks a product and sub-partition), h on its way, the gates; times the number of
+// waves.
 constexpr double kClock = 1.75e3;  // clocks a microsecond
 
-inline double product_time(int64_t products, int warps) { return static_cast<double>(products) * ((warps + 3) / 4) * 6.26 / kClock; }
+inline double product_time(int64_t products, int warps) {
+  return static_cast<double>(products) * ((warps + 3) / 4) * 6.26 / kClock;
+}
 
 template <class S>
 double forward_cost(const Device& device, int64_t B, int64_t H, int64_t sets) {
@@ -118,7 +122,8 @@ double backward_cost(const Device& device, int64_t B, int64_t H, int64_t sets) {
   const int64_t tiles = (B + S::kRows - 1) / S::kRows, teams = tiles * sets;
   const int64_t peers = S::kRoute == Route::single ? 1 : (H + S::kUnits - 1) / S::kUnits;
   double waves = 1, step = 0.2 + product_time(S::kMma * 2 * S::kChunks * S::kTiles, S::kWarps) + 0.05 * S::kOwned;
-  if (Backward<S>::shared_bytes() > device.shared_bytes || device.compute < Backward<S>::kCompute || H > S::kMaxH) return 0;
+  if (Backward<S>::shared_bytes() > device.shared_bytes || device.compute < Backward<S>::kCompute || H > S::kMaxH)
+    return 0;
   if constexpr (S::kRoute == Route::single) {
     waves = static_cast<double>((teams + device.multiprocessors - 1) / device.multiprocessors);
     step += 0.05;
@@ -171,8 +176,9 @@ class Engine {
       for (int64_t d = 0; d < D_; ++d) {
         const int64_t W_in = l == 0 ? I_ : D_ * H_;
         const Storage* W = padded_weights(p.params[l * D_ + d].W, W_in, in, work);
-        queue_.template product<T, T>({T_ * B_, G * pitch_, in, x, in, T_ * B_ * in, false, W, in, G * pitch_ * in, true,
-                                       layer.gx + d * T_ * B_ * G * pitch_, G * pitch_, D_ * T_ * B_ * G * pitch_, E_, false});
+        queue_.template product<T, T>({T_ * B_, G * pitch_, in, x, in, T_ * B_ * in, false, W, in, G * pitch_ * in,
+                                       true, layer.gx + d * T_ * B_ * G * pitch_, G * pitch_, D_ * T_ * B_ * G * pitch_,
+                                       E_, false});
       }
       Math* bias = biases(p, l, work);
       const Storage* h0 = states(p.h0, l, work);
@@ -195,9 +201,11 @@ class Engine {
         y = tape[static_cast<size_t>(l + 1)].input;
         if (wide_ != D_ * H_) queue_.fill(y, 0, static_cast<size_t>(E_ * y_e) * sizeof(Storage));
       }
-      if (keep && p_.lengths.data) queue_.fill(layer.prev, 0, static_cast<size_t>(sets_ * T_ * B_ * pitch_) * sizeof(Storage));
+      if (keep && p_.lengths.data)
+        queue_.fill(layer.prev, 0, static_cast<size_t>(sets_ * T_ * B_ * pitch_) * sizeof(Storage));
       ForwardArgs<T> a = {};
-      a.Tn = static_cast<int>(T_), a.B = static_cast<int>(B_), a.H = static_cast<int>(H_), a.pitch = static_cast<int>(pitch_);
+      a.Tn = static_cast<int>(T_), a.B = static_cast<int>(B_), a.H = static_cast<int>(H_),
+      a.pitch = static_cast<int>(pitch_);
       a.sets = static_cast<int>(sets_), a.directions = static_cast<int>(D_);
       a.reverse = p_.reverse, a.reset_to_initial = p_.reset_to_initial, a.keep = keep || out.cells.data;
       a.wide = aligned(y, {y_t, y_b, y_e, y_d});
@@ -210,17 +218,16 @@ class Engine {
       run_forward(a, bias, p, l, work);
       give_states(out.hn, hn, l);
       if constexpr (Cell::cell_state) give_states(out.cn, cn, l);
-      if (last && !direct && out.y.data)
-        give(Array<4>{y, {y_t, y_e, y_b, 1}}, out.y, D_ * H_, false);
+      if (last && !direct && out.y.data) give(Array<4>{y, {y_t, y_e, y_b, 1}}, out.y, D_ * H_, false);
       if (out.cells.data) {
         Array<4> to{static_cast<Storage*>(out.cells.data) + l * out.cells.stride[0],
                     {out.cells.stride[1], out.cells.stride[2], out.cells.stride[3], out.cells.stride[4]}};
         for (int64_t d = 0; d < D_; ++d) {
           Array<4> part = to;
           part.data = static_cast<Storage*>(to.data) + d * H_ * to.stride[3];
-          const Array<4> from =
-              Cell::cell_state ? Array<4>{layer.cells + d * T_ * B_ * pitch_, {B_ * pitch_, D_ * T_ * B_ * pitch_, pitch_, 1}}
-                               : Array<4>{y + d * y_d, {y_t, y_e, y_b, 1}};
+          const Array<4> from = Cell::cell_state ? Array<4>{layer.cells + d * T_ * B_ * pitch_,
+                                                            {B_ * pitch_, D_ * T_ * B_ * pitch_, pitch_, 1}}
+                                                 : Array<4>{y + d * y_d, {y_t, y_e, y_b, 1}};
           give(from, part, H_, true);
         }
       }
@@ -254,14 +261,16 @@ class Engine {
       Storage* da_h = kTwoSums ? work.take<Storage>(sets_ * T_ * B_ * pitch_) : nullptr;
       Storage* dh0 = work.take<Storage>(sets_ * B_ * H_);
       Storage* dc0 = work.take<Storage>(sets_ * B_ * H_);
-      a.Tn = static_cast<int>(T_), a.B = static_cast<int>(B_), a.H = static_cast<int>(H_), a.pitch = static_cast<int>(pitch_);
+      a.Tn = static_cast<int>(T_), a.B = static_cast<int>(B_), a.H = static_cast<int>(H_),
+      a.pitch = static_cast<int>(pitch_);
       a.sets = static_cast<int>(sets_), a.directions = static_cast<int>(D_);
       a.reverse = p_.reverse, a.reset_to_initial = p_.reset_to_initial, a.wide = dy.wide;
       a.clip_cell = static_cast<float>(p_.clip_cell), a.clip_grad = static_cast<float>(p_.clip_grad);
       a.gx = layer.gx, a.extra = layer.extra, a.cells = layer.cells, a.prev = layer.prev;
       a.c0 = Cell::cell_state ? states(p.c0, l, work) : nullptr;
       a.dy = dy.data, a.dy_t = dy.t, a.dy_b = dy.b, a.dy_e = dy.e, a.dy_d = dy.d;
-      a.dcells = dcells.data, a.dcells_t = dcells.t, a.dcells_b = dcells.b, a.dcells_e = dcells.e, a.dcells_d = dcells.d;
+      a.dcells = dcells.data, a.dcells_t = dcells.t, a.dcells_b = dcells.b, a.dcells_e = dcells.e,
+      a.dcells_d = dcells.d;
       a.dhn = states(g.hn, l, work);
       a.dcn = Cell::cell_state ? states(g.cn, l, work) : nullptr;
       a.dh0 = dh0, a.dc0 = dc0, a.da = da, a.da_h = da_h;
@@ -282,8 +291,8 @@ class Engine {
         for (int64_t d = 0; d < D_; ++d) {
           const Storage* W = padded_weights(p.params[l * D_ + d].W, W_in, in, work);
           queue_.template product<T, T>({T_ * B_, in, G * pitch_, da + d * T_ * B_ * G * pitch_, G * pitch_,
-                                         D_ * T_ * B_ * G * pitch_, false, W, in, G * pitch_ * in, false, dx, in, T_ * B_ * in,
-                                         E_, d > 0});
+                                         D_ * T_ * B_ * G * pitch_, false, W, in, G * pitch_ * in, false, dx, in,
+                                         T_ * B_ * in, E_, d > 0});
         }
         if (l == 0) give(Array<4>{dx, {B_ * in, T_ * B_ * in, in, 1}}, dp.x, I_, false);
       }
@@ -382,20 +391,21 @@ class Engine {
                           (E_ == 1 || s[1] == T_ * B_ * I_) && reinterpret_cast<uintptr_t>(p.x.data) % 16 == 0;
     if (as_it_is) return static_cast<const Storage*>(p.x.data);
     Storage* to = work.take<Storage>(E_ * T_ * B_ * in);
-    copy<T, T>(p.x.data, {{s[1], s[0], s[2], s[3]}}, to, {{T_ * B_ * in, B_ * in, in, 1}}, {{E_, T_, B_, in}}, {{E_, T_, B_, I_}},
-               true);
+    copy<T, T>(p.x.data, {{s[1], s[0], s[2], s[3]}}, to, {{T_ * B_ * in, B_ * in, in, 1}}, {{E_, T_, B_, in}},
+               {{E_, T_, B_, I_}}, true);
     return to;
   }
 
   // W or R (E,G*H,columns) as (E,G,pitch,to_columns).
   const Storage* padded_weights(const Array<3>& w, int64_t columns, int64_t to_columns, Arena& work) {
     const int64_t* s = w.stride;
-    if (pitch_ == H_ && columns == to_columns && s[2] == 1 && s[1] == columns && (E_ == 1 || s[0] == G * H_ * columns) &&
-        reinterpret_cast<uintptr_t>(w.data) % 16 == 0)
+    if (pitch_ == H_ && columns == to_columns && s[2] == 1 && s[1] == columns &&
+        (E_ == 1 || s[0] == G * H_ * columns) && reinterpret_cast<uintptr_t>(w.data) % 16 == 0)
       return static_cast<const Storage*>(w.data);
     Storage* to = work.take<Storage>(E_ * G * pitch_ * to_columns);
-    copy<T, T>(w.data, {{s[0], H_ * s[1], s[1], s[2]}}, to, {{G * pitch_ * to_columns, pitch_ * to_columns, to_columns, 1}},
-               {{E_, G, pitch_, to_columns}}, {{E_, G, H_, columns}});
+    copy<T, T>(w.data, {{s[0], H_ * s[1], s[1], s[2]}}, to,
+               {{G * pitch_ * to_columns, pitch_ * to_columns, to_columns, 1}}, {{E_, G, pitch_, to_columns}},
+               {{E_, G, H_, columns}});
     return to;
   }
 
@@ -452,21 +462,21 @@ class Engine {
   }
 
   void run_dropout(Storage* v, int64_t l) {
-    queue_.run(Dropout<T>{v, static_cast<int>(E_), static_cast<int>(T_), static_cast<int>(B_), static_cast<int>(D_ * H_),
-                          static_cast<int>(wide_), static_cast<int>(l), p_.dropout, p_.seed},
+    queue_.run(Dropout<T>{v, static_cast<int>(E_), static_cast<int>(T_), static_cast<int>(B_),
+                          static_cast<int>(D_ * H_), static_cast<int>(wide_), static_cast<int>(l), p_.dropout, p_.seed},
                blocks_for(E_ * T_ * B_ * D_ * H_));
   }
 
   // dW, dR, dbW, dbR of one direction.
-  void weight_gradients(const Params& to, const Layer& layer, const Storage* x, int64_t in, int64_t W_in, const Storage* da,
-                        const Storage* da_h, int64_t d, Arena& work) {
+  void weight_gradients(const Params& to, const Layer& layer, const Storage* x, int64_t in, int64_t W_in,
+                        const Storage* da, const Storage* da_h, int64_t d, Arena& work) {
     const int64_t steps = T_ * B_, a_set = steps * G * pitch_;
     const Storage* da_d = da + d * a_set;
     if (to.W.data) {
       const size_t mark = work.mark();
       Math* dW = work.take<Math>(E_ * G * pitch_ * in);
-      queue_.template product<T, Full>({G * pitch_, in, steps, da_d, G * pitch_, D_ * a_set, true, x, in, steps * in, false, dW, in,
-                                        G * pitch_ * in, E_, false});
+      queue_.template product<T, Full>({G * pitch_, in, steps, da_d, G * pitch_, D_ * a_set, true, x, in, steps * in,
+                                        false, dW, in, G * pitch_ * in, E_, false});
       give_weights(to.W, dW, W_in, in);
       work.release(mark);
     }
@@ -478,9 +488,9 @@ class Engine {
       queue_.template product<T, Full>({own * pitch_, pitch_, steps, da_d, G * pitch_, D_ * a_set, true, prev, pitch_,
                                         D_ * steps * pitch_, false, dR, pitch_, G * pitch_ * pitch_, E_, false});
       if (kTwoSums)
-        queue_.template product<T, Full>({pitch_, pitch_, steps, da_h + d * steps * pitch_, pitch_, D_ * steps * pitch_, true, prev,
-                                          pitch_, D_ * steps * pitch_, false, dR + own * pitch_ * pitch_, pitch_,
-                                          G * pitch_ * pitch_, E_, false});
+        queue_.template product<T, Full>({pitch_, pitch_, steps, da_h + d * steps * pitch_, pitch_, D_ * steps * pitch_,
+                                          true, prev, pitch_, D_ * steps * pitch_, false, dR + own * pitch_ * pitch_,
+                                          pitch_, G * pitch_ * pitch_, E_, false});
       if (Cell::two_products)
         queue_.template product<T, Full>({pitch_, pitch_, steps, da_d + own * pitch_, G * pitch_, D_ * a_set, true,
                                           layer.extra + d * steps * pitch_, pitch_, D_ * steps * pitch_, false,
@@ -497,7 +507,8 @@ class Engine {
       const bool sum = E_ > 1 && b->stride[0] == 0;
       const int64_t own = b == &to.bR && sums_h ? G - 1 : G;
       copy<Full, T>(sums + d * G * pitch_, {{D_ * G * pitch_, 0, pitch_, 1}}, b->data,
-                    {{b->stride[0], 0, H_ * b->stride[1], b->stride[1]}}, {{E_, 1, own, H_}}, {{E_, 1, own, H_}}, false, sum);
+                    {{b->stride[0], 0, H_ * b->stride[1], b->stride[1]}}, {{E_, 1, own, H_}}, {{E_, 1, own, H_}}, false,
+                    sum);
       if (own < G)
         copy<Full, T>(sums_h + d * pitch_, {{D_ * pitch_, 0, 0, 1}},
                       static_cast<Storage*>(b->data) + own * H_ * b->stride[1], {{b->stride[0], 0, 0, b->stride[1]}},
@@ -508,7 +519,8 @@ class Engine {
   void give_weights(const Array<3>& to, const Math* from, int64_t columns, int64_t from_columns) {
     const int64_t* s = to.stride;
     copy<Full, T>(from, {{G * pitch_ * from_columns, pitch_ * from_columns, from_columns, 1}}, to.data,
-                  {{s[0], H_ * s[1], s[1], s[2]}}, {{E_, G, H_, columns}}, {{E_, G, H_, columns}}, false, E_ > 1 && s[0] == 0);
+                  {{s[0], H_ * s[1], s[1], s[2]}}, {{E_, G, H_, columns}}, {{E_, G, H_, columns}}, false,
+                  E_ > 1 && s[0] == 0);
   }
   const Math* column_sums(const Storage* v, int64_t columns, Arena& work) {
     const int parts = static_cast<int>(T_ * B_ < 64 ? 1 : 64);
@@ -516,7 +528,8 @@ class Engine {
     Math* sums = work.take<Math>(sets_ * columns);
     queue_.run(ColumnSum<T, Full>{v, partial, static_cast<int>(sets_), parts, T_ * B_, columns},
                blocks_for(sets_ * parts * columns));
-    queue_.run(ColumnSum<Full, Full>{partial, sums, static_cast<int>(sets_), 1, parts, columns}, blocks_for(sets_ * columns));
+    queue_.run(ColumnSum<Full, Full>{partial, sums, static_cast<int>(sets_), 1, parts, columns},
+               blocks_for(sets_ * columns));
     return sums;
   }
 
@@ -567,8 +580,8 @@ class Engine {
   }
   template <class... S>
   void persistent_forward(List<S...>, [[maybe_unused]] int n, [[maybe_unused]] ForwardArgs<T>& a,
-                          [[maybe_unused]] const Math* bias, [[maybe_unused]] const Arguments& p, [[maybe_unused]] int64_t l,
-                          [[maybe_unused]] Arena& work) {
+                          [[maybe_unused]] const Math* bias, [[maybe_unused]] const Arguments& p,
+                          [[maybe_unused]] int64_t l, [[maybe_unused]] Arena& work) {
     [[maybe_unused]] int at = 0;
     ((at++ == n ? persistent_forward_by<S>(a, bias, p, l, work) : void()), ...);
   }
@@ -596,7 +609,8 @@ class Engine {
   }
   template <class... S>
   void persistent_backward(List<S...>, [[maybe_unused]] int n, [[maybe_unused]] BackwardArgs<T>& a,
-                           [[maybe_unused]] const Arguments& p, [[maybe_unused]] int64_t l, [[maybe_unused]] Arena& work) {
+                           [[maybe_unused]] const Arguments& p, [[maybe_unused]] int64_t l,
+                           [[maybe_unused]] Arena& work) {
     [[maybe_unused]] int at = 0;
     ((at++ == n ? persistent_backward_by<S>(a, p, l, work) : void()), ...);
   }
@@ -616,8 +630,8 @@ class Engine {
 
   template <class Args>
   Walk walk(const Args& a) const {
-    return {a.Tn, a.B, a.H, a.pitch, a.sets, a.directions, -1, a.reverse, a.reset_to_initial,
-            a.lengths, a.len_e, a.len_b, a.reset, a.reset_t, a.reset_e, a.reset_b};
+    return {a.Tn,      a.B,     a.H,     a.pitch, a.sets,    a.directions, -1,       a.reverse, a.reset_to_initial,
+            a.lengths, a.len_e, a.len_b, a.reset, a.reset_t, a.reset_e,    a.reset_b};
   }
 
   void stepwise_forward(const ForwardArgs<T>& f, const Math* bias, const Arguments& p, int64_t l, Arena& work) {
@@ -641,22 +655,23 @@ class Engine {
     if (f.keep && Cell::two_products)
       queue_.fill(a.extra, 0, static_cast<size_t>(sets_ * T_ * B_ * pitch_) * sizeof(Storage));
     std::vector<const Storage*> R(static_cast<size_t>(D_));
-    for (int64_t d = 0; d < D_; ++d) R[static_cast<size_t>(d)] = padded_weights(p.params[l * D_ + d].R, H_, pitch_, work);
+    for (int64_t d = 0; d < D_; ++d)
+      R[static_cast<size_t>(d)] = padded_weights(p.params[l * D_ + d].R, H_, pitch_, work);
     const int64_t blocks = blocks_for(state);
     queue_.run(StepPrepare<Cell, T, false>{a}, blocks);
     const int64_t first = Cell::two_products ? G - 1 : G;
     for (int64_t s = 0; s < T_; ++s) {
       a.w.s = static_cast<int>(s);
       for (int64_t d = 0; d < D_; ++d)
-        queue_.template product<T, Full>({B_, first * pitch_, pitch_, a.h + d * B_ * pitch_, pitch_, D_ * B_ * pitch_, false,
-                                          R[static_cast<size_t>(d)], pitch_, row * pitch_, true, product + d * B_ * row, row,
-                                          D_ * B_ * row, E_, false});
+        queue_.template product<T, Full>({B_, first * pitch_, pitch_, a.h + d * B_ * pitch_, pitch_, D_ * B_ * pitch_,
+                                          false, R[static_cast<size_t>(d)], pitch_, row * pitch_, true,
+                                          product + d * B_ * row, row, D_ * B_ * row, E_, false});
       if constexpr (Cell::two_products) {
         queue_.run(StepPrepare<Cell, T, true>{a}, blocks);
         for (int64_t d = 0; d < D_; ++d)
           queue_.template product<T, Full>({B_, pitch_, pitch_, a.rh + d * B_ * pitch_, pitch_, D_ * B_ * pitch_, false,
-                                            R[static_cast<size_t>(d)] + first * pitch_ * pitch_, pitch_, row * pitch_, true,
-                                            product_last + d * B_ * pitch_, pitch_, D_ * B_ * pitch_, E_, false});
+                                            R[static_cast<size_t>(d)] + first * pitch_ * pitch_, pitch_, row * pitch_,
+                                            true, product_last + d * B_ * pitch_, pitch_, D_ * B_ * pitch_, E_, false});
       }
       queue_.run(StepForward<Cell, T>{a}, blocks);
     }
@@ -679,7 +694,8 @@ class Engine {
     a.dh = work.take<Math>(state), a.dc = work.take<Math>(state);
     a.dh_first = work.take<Math>(state), a.dc_first = work.take<Math>(state);
     std::vector<const Storage*> R(static_cast<size_t>(D_));
-    for (int64_t d = 0; d < D_; ++d) R[static_cast<size_t>(d)] = padded_weights(p.params[l * D_ + d].R, H_, pitch_, work);
+    for (int64_t d = 0; d < D_; ++d)
+      R[static_cast<size_t>(d)] = padded_weights(p.params[l * D_ + d].R, H_, pitch_, work);
     const int64_t blocks = blocks_for(state);
     const int64_t own = Cell::two_products ? G - 1 : G;
     a.w.s = static_cast<int>(T_);
@@ -690,15 +706,16 @@ class Engine {
       if (s < 0) break;
       if constexpr (Cell::two_products) {
         for (int64_t d = 0; d < D_; ++d)
-          queue_.template product<T, Full>({B_, pitch_, pitch_, a.operand + d * B_ * row + own * pitch_, row, D_ * B_ * row, false,
-                                            R[static_cast<size_t>(d)] + own * pitch_ * pitch_, pitch_, row * pitch_, false,
-                                            product_r + d * B_ * pitch_, pitch_, D_ * B_ * pitch_, E_, false});
+          queue_.template product<T, Full>({B_, pitch_, pitch_, a.operand + d * B_ * row + own * pitch_, row,
+                                            D_ * B_ * row, false, R[static_cast<size_t>(d)] + own * pitch_ * pitch_,
+                                            pitch_, row * pitch_, false, product_r + d * B_ * pitch_, pitch_,
+                                            D_ * B_ * pitch_, E_, false});
         queue_.run(StepBackwardGate<Cell, T>{a}, blocks);
       }
       for (int64_t d = 0; d < D_; ++d)
         queue_.template product<T, Full>({B_, pitch_, own * pitch_, a.operand + d * B_ * row, row, D_ * B_ * row, false,
-                                          R[static_cast<size_t>(d)], pitch_, row * pitch_, false, product + d * B_ * pitch_, pitch_,
-                                          D_ * B_ * pitch_, E_, false});
+                                          R[static_cast<size_t>(d)], pitch_, row * pitch_, false,
+                                          product + d * B_ * pitch_, pitch_, D_ * B_ * pitch_, E_, false});
     }
   }
 

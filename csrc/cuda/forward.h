@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// h_t, c_t = cell(gx_t + bias + h_{t-1} R^T), for all t in one launch (gx = x W^T comes in; the cell is one of cells/*.h).
-// Reads gx (sets,T,B,G,pitch), packed R, bias (sets,sums,pitch), h0, c0 (sets,B,H). Writes y (T,B,..), hn, cn (sets,B,H), and for backward, over gx,
-//   the kept gates, and extra, cells, prev (sets,T,B,pitch): what is kept beyond G values, c_t, and the h that entered step t. Overwrites.
-// single: one block has all of R, any sm; cluster: R over up to 16 blocks, h pushed by DSMEM, sm_90; grid: R over many, h through L2, co-resident.
-// Limit: latency of a step (hand-off + product + gates); then the matrix pipe at 0.2 us per 128 KB of weights and 8 rows, then h to every block.
+// Formula: h_t, c_t = cell(gx_t + bias + h_{t-1} R^T) for all t in one launch; gx = x W^T comes in, cells are cells/*.h.
+// Reads gx (sets,T,B,G,pitch), packed R, bias (sets,sums,pitch), h0, c0 (sets,B,H). Overwrites y (T,B,..), hn, cn; and
+//   for backward gates over gx, and extra, cells, prev (sets,T,B,pitch): a 5th value, c_t, h before step t.
+// single: R in one block; cluster: R over <= 16 blocks, h pushed by DSMEM, sm_90; grid: R over many, h through L2.
+// Limit: a step's latency (hand-off, product, gates); then 0.2 us per 128 KB of R and 8 rows; then h to every block.
 #pragma once
 
 #include "shape.h"
@@ -13,7 +13,7 @@ namespace fusedrnn::cuda {
 template <class T>
 struct ForwardArgs {
   using Storage = typename T::Storage;
-  int Tn, B, H, pitch;  // pitch: H rounded up to 8, the row length of everything padded
+  int Tn, B, H, pitch;   // pitch: H rounded up to 8, the row length of everything padded
   int sets, directions;  // set = weight set * directions + direction; the last direction of two walks backwards
   int peers;             // blocks that share one R
   int row_tiles;         // ceil(B / kRows)
@@ -45,15 +45,17 @@ struct Forward {
 
   static constexpr int kThreads = S::kThreads;
   static constexpr int kCompute = S::kRoute == Route::cluster ? 90 : 80;  // the oldest GPU it can run on
-  static constexpr int kStages = 4;  // steps of gx under way
+  static constexpr int kStages = 4;                                       // steps of gx under way
   static constexpr int kChains = S::kMma * S::kTiles >= 4 ? 1 : 2;
   static constexpr int kGates = S::kGates;
   static constexpr int kPieces = 8 * S::kHalves;  // 16-byte pieces of a block
   static constexpr bool kOnChip = S::kRoute != Route::grid;
   static constexpr int kRing = S::kWarps * kStages * S::kOwned * kGates * 64;
   static constexpr int kStaged = S::kWarps * S::kOwned * 3 * 64;
-  static constexpr int kShare = S::kBlocks * (S::kSplit - 1) * kGates * 64;  // of a group: sums of the warps that do not finish them
-  // In a grid a warp may be a step ahead of one that still reads what it wrote: it waits for its part of the depth only.
+  static constexpr int kShare =
+      S::kBlocks * (S::kSplit - 1) * kGates * 64;  // of a group: sums of the warps that do not finish them
+  // In a grid a warp may be a step ahead of one that still reads what it wrote: it waits for its part of the depth
+  // only.
   static constexpr int kPartial = S::kGroups * kShare * (kOnChip ? 1 : 2);
   static constexpr int kH = kOnChip ? 2 * S::kLines * S::kTiles * 8 : 0;
 
@@ -89,14 +91,13 @@ struct Forward {
     // -- weights: in registers for the whole sequence
     U4 w[S::kChunks][2][S::kMma];
     {
-      const U4* from = a.weights +
-                       (static_cast<int64_t>(set * a.peers + rank) * S::kWarps + warp) * (S::kChunks * 2 * S::kMma * 32) + lane;
+      const U4* from =
+          a.weights +
+          (static_cast<int64_t>(set * a.peers + rank) * S::kWarps + warp) * (S::kChunks * 2 * S::kMma * 32) + lane;
       FUSEDRNN_UNROLL
-      for (int c = 0; c < S::kChunks; ++c)
-        FUSEDRNN_UNROLL
-        for (int p = 0; p < 2; ++p)
-          FUSEDRNN_UNROLL
-          for (int m = 0; m < S::kMma; ++m) w[c][p][m] = dev::ldg16(from + ((c * 2 + p) * S::kMma + m) * 32);
+      for (int c = 0; c < S::kChunks; ++c) FUSEDRNN_UNROLL
+      for (int p = 0; p < 2; ++p) FUSEDRNN_UNROLL
+      for (int m = 0; m < S::kMma; ++m) w[c][p][m] = dev::ldg16(from + ((c * 2 + p) * S::kMma + m) * 32);
     }
 
     // -- rows: how long each runs; where it starts
@@ -124,7 +125,8 @@ struct Forward {
         } u;
         FUSEDRNN_UNROLL
         for (int j = 0; j < T::kPer; ++j)
-          u.x[j] = T::operand(i < kH / 2 ? T::store(start(a.h0, e, set, row, l * T::kPer + j, backwards)) : T::store(0.0f));
+          u.x[j] =
+              T::operand(i < kH / 2 ? T::store(start(a.h0, e, set, row, l * T::kPer + j, backwards)) : T::store(0.0f));
         h_lines[i] = u.v;
       }
     }
@@ -161,9 +163,8 @@ struct Forward {
     // the h that enters the first step: to the tape, and to the other blocks of a grid
     if (a.keep || S::kRoute == Route::grid) {
       FUSEDRNN_UNROLL
-      for (int i = 0; i < S::kOwned; ++i)
-        FUSEDRNN_UNROLL
-        for (int p = 0; p < 2; ++p) staged[(i * 3) * 64 + (2 * q + p) * 8 + g] = T::operand(T::store(h[i][p]));
+      for (int i = 0; i < S::kOwned; ++i) FUSEDRNN_UNROLL
+      for (int p = 0; p < 2; ++p) staged[(i * 3) * 64 + (2 * q + p) * 8 + g] = T::operand(T::store(h[i][p]));
       dev::sync_warp();
       FUSEDRNN_UNROLL
       for (int i = 0; i < S::kOwned; ++i) {
@@ -191,10 +192,9 @@ struct Forward {
         }
         const U4* from = h_lines + (s & 1) * (kH / 2);
         FUSEDRNN_UNROLL
-        for (int k = 0; k < S::kChunks; ++k)
-          FUSEDRNN_UNROLL
-          for (int j = 0; j < S::kTiles; ++j)
-            multiply(acc, w[k], j, from[piece<S::kTiles>((split * S::kChunks + k) * 4 + q, j, g)]);
+        for (int k = 0; k < S::kChunks; ++k) FUSEDRNN_UNROLL
+        for (int j = 0; j < S::kTiles; ++j)
+          multiply(acc, w[k], j, from[piece<S::kTiles>((split * S::kChunks + k) * 4 + q, j, g)]);
       } else {
         const int line = split * S::kChunks * 4 + q;
         const U4* from = slot(set, s, tile_row) + line * S::kTiles * 8 + g;
@@ -212,47 +212,43 @@ struct Forward {
       }
       if constexpr (kChains == 2) {
         FUSEDRNN_UNROLL
-        for (int j = 0; j < S::kTiles; ++j)
-          FUSEDRNN_UNROLL
-          for (int m = 0; m < S::kMma; ++m)
-            FUSEDRNN_UNROLL
-            for (int r = 0; r < 4; ++r) acc[0][j][m][r] += acc[1][j][m][r];
+        for (int j = 0; j < S::kTiles; ++j) FUSEDRNN_UNROLL
+        for (int m = 0; m < S::kMma; ++m) FUSEDRNN_UNROLL
+        for (int r = 0; r < 4; ++r) acc[0][j][m][r] += acc[1][j][m][r];
       }
 
       // -- sums of the warps that share the depth
       float* const shares = partial + (kOnChip ? 0 : (s & 1) * (S::kGroups * kShare));
       float sum[S::kOwned][kGates][2] = {};
       FUSEDRNN_UNROLL
-      for (int n = 0; n < S::kBlocks; ++n)
-        FUSEDRNN_UNROLL
-        for (int k = 0; k < kGates; ++k) {
-          const int half = n % S::kOctets * kGates + k;
-          const float v0 = acc[0][n / S::kOctets][half / 2][half % 2 * 2];
-          const float v1 = acc[0][n / S::kOctets][half / 2][half % 2 * 2 + 1];
-          if (n % S::kSplit == split) {
-            sum[n / S::kSplit][k][0] = v0;
-            sum[n / S::kSplit][k][1] = v1;
-          } else {
-            const int other = split < n % S::kSplit ? split : split - 1;
-            float* to = shares + (((n * (S::kSplit - 1) + other) * kGates + k) * 32 + lane) * 2;
-            to[0] = v0;
-            to[1] = v1;
-          }
+      for (int n = 0; n < S::kBlocks; ++n) FUSEDRNN_UNROLL
+      for (int k = 0; k < kGates; ++k) {
+        const int half = n % S::kOctets * kGates + k;
+        const float v0 = acc[0][n / S::kOctets][half / 2][half % 2 * 2];
+        const float v1 = acc[0][n / S::kOctets][half / 2][half % 2 * 2 + 1];
+        if (n % S::kSplit == split) {
+          sum[n / S::kSplit][k][0] = v0;
+          sum[n / S::kSplit][k][1] = v1;
+        } else {
+          const int other = split < n % S::kSplit ? split : split - 1;
+          float* to = shares + (((n * (S::kSplit - 1) + other) * kGates + k) * 32 + lane) * 2;
+          to[0] = v0;
+          to[1] = v1;
         }
+      }
       if constexpr (S::kSplit > 1) {
         dev::sync_named(1 + group, 32 * S::kSplit);
         FUSEDRNN_UNROLL
         for (int i = 0; i < S::kOwned; ++i) {
           if (!owned(split, i)) continue;
           FUSEDRNN_UNROLL
-          for (int other = 0; other < S::kSplit - 1; ++other)
-            FUSEDRNN_UNROLL
-            for (int k = 0; k < kGates; ++k) {
-              const float* from =
-                  shares + ((((split + i * S::kSplit) * (S::kSplit - 1) + other) * kGates + k) * 32 + lane) * 2;
-              sum[i][k][0] += from[0];
-              sum[i][k][1] += from[1];
-            }
+          for (int other = 0; other < S::kSplit - 1; ++other) FUSEDRNN_UNROLL
+          for (int k = 0; k < kGates; ++k) {
+            const float* from =
+                shares + ((((split + i * S::kSplit) * (S::kSplit - 1) + other) * kGates + k) * 32 + lane) * 2;
+            sum[i][k][0] += from[0];
+            sum[i][k][1] += from[1];
+          }
         }
       }
 
@@ -314,8 +310,8 @@ struct Forward {
         const U4 v = *reinterpret_cast<const U4*>(staged + (i * 3) * 64 + n * T::kPer);
         if constexpr (S::kRoute == Route::cluster) {
           if (s + 1 < steps) {
-            U4* const to = h_lines + ((s + 1) & 1) * (kH / 2) +
-                           piece<S::kTiles>(line, tile_of(split, i), n / S::kHalves);
+            U4* const to =
+                h_lines + ((s + 1) & 1) * (kH / 2) + piece<S::kTiles>(line, tile_of(split, i), n / S::kHalves);
             for (int to_rank = lane / kPieces; to_rank < a.peers; to_rank += 32 / kPieces)
               dev::st_async(dev::peer(to, to_rank), v, dev::peer(bar + ((s + 1) & 1), to_rank));
           }
@@ -342,9 +338,11 @@ struct Forward {
           write_y(a.y + e * a.y_e + d * a.y_d + t * a.y_t + row * a.y_b, unit, v);
           if (a.keep && s < len) {
             if constexpr (Cell::cell_state)
-              *reinterpret_cast<U4*>(a.cells + padded(set_now, t, row) + unit) = *reinterpret_cast<const U4*>(from + 128);
+              *reinterpret_cast<U4*>(a.cells + padded(set_now, t, row) + unit) =
+                  *reinterpret_cast<const U4*>(from + 128);
             if constexpr (Cell::kept > kGates)
-              *reinterpret_cast<U4*>(a.extra + padded(set_now, t, row) + unit) = *reinterpret_cast<const U4*>(from + 128);
+              *reinterpret_cast<U4*>(a.extra + padded(set_now, t, row) + unit) =
+                  *reinterpret_cast<const U4*>(from + 128);
             if (s + 1 < len)
               *reinterpret_cast<U4*>(a.prev + padded(set_now, time(s + 1, len, backwards), row) + unit) =
                   *reinterpret_cast<const U4*>(from);
@@ -378,8 +376,8 @@ struct Forward {
       const int row = row0 + tile_of(split, i) * 8 + piece_row;
       if (lane < kPieces && row < a.B)
         for (int t = steps; t < a.Tn; ++t)
-          write_y(a.y + e * a.y_e + d * a.y_d + t * a.y_t + row * a.y_b,
-                  unit_of(rank, group, split, i) + piece_half, U4{});
+          write_y(a.y + e * a.y_e + d * a.y_d + t * a.y_t + row * a.y_b, unit_of(rank, group, split, i) + piece_half,
+                  U4{});
     }
     if (late) *a.late = 1;
   }
@@ -429,8 +427,8 @@ struct Forward {
   }
 
   // gx of step s on its way into the ring: pieces of this warp's blocks only, so no other warp is involved.
-  FUSEDRNN_DEVICE void fetch(Storage* ring, int s, int steps, int lane, int rank, int group, int split, int set, int row0,
-                             const int* length, bool backwards) const {
+  FUSEDRNN_DEVICE void fetch(Storage* ring, int s, int steps, int lane, int rank, int group, int split, int set,
+                             int row0, const int* length, bool backwards) const {
     if (s < steps) {
       Storage* const to = ring + s % kStages * (S::kOwned * kGates * 64);
       FUSEDRNN_UNROLL

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the cells call with V = float (in terms of dev::ex2 and dev::rcp) or double. Must come before cells/*.h: a number has no namespace
-// of its own to look the names up in, so they are found here, one namespace out.
+// What the cells call with V = float (in terms of dev::ex2 and dev::rcp) or double. Must come before cells/*.h: a
+// number has no namespace of its own to look the names up in, so they are found here, one namespace out.
 #pragma once
 
 #include <cmath>

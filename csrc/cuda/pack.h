@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// Weights in the order in which the lanes of a persistent kernel hold them, so that loading one is a single 16-byte read.
-//   forward:  A[unit, gate][k] = R[gate*H + unit][k]          backward: A[unit][gate, k] = R[gate*H + k][unit]
-// Reads R (sets, G*H, H) of any strides. Writes packed [set][peer][warp][chunk][half][tile][lane] of 16 bytes (overwrites).
-// Run once per call, before the recurrence, for every route but stepwise. Limit: bytes; a few microseconds.
+// Formula: weights in the order in which a persistent kernel's lanes hold them: loading one is one 16-byte read.
+//   forward A[unit, gate][k] = R[gate*H + unit][k]; backward A[unit][gate, k] = R[gate*H + k][unit] (in backward.h).
+// Reads R (sets, G*H, H) of any strides. Overwrites packed [set][peer][warp][chunk][half][tile][lane] of 16 bytes.
+// Every route but stepwise, once a call, in front of the recurrence.
+// Limit: bytes; a few microseconds.
 #pragma once
 
 #include "shape.h"
@@ -25,9 +26,7 @@ struct PackForward {
   PackArgs<T> a;
   static constexpr int kThreads = 256;
 
-  static int64_t pieces(int peers) {
-    return static_cast<int64_t>(peers) * S::kWarps * S::kChunks * 2 * S::kMma * 32;
-  }
+  static int64_t pieces(int peers) { return static_cast<int64_t>(peers) * S::kWarps * S::kChunks * 2 * S::kMma * 32; }
 
   FUSEDRNN_DEVICE Storage at(int set, int unit, int gate, int k) const {
     if (unit >= a.H || k >= a.H) return T::store(0.0f);

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The engine's queue on a GPU: a stream. The first thing that fails is kept, with what was asked for, and nothing is launched after it.
+// The engine's queue on a GPU: a stream. The first thing that fails is kept, with what was asked for, and nothing is
+// launched after it.
 #pragma once
 
 #include <cstdint>
@@ -37,7 +38,8 @@ struct BlasType<F64> {
 
 class Queue {
  public:
-  Queue(cudaStream_t stream, const Cublas* blas, Cublas::Handle handle) : stream_(stream), blas_(blas), handle_(handle) {}
+  Queue(cudaStream_t stream, const Cublas* blas, Cublas::Handle handle)
+      : stream_(stream), blas_(blas), handle_(handle) {}
 
   template <class K>
   void run(const K& kernel, int64_t blocks, int cluster = 0, bool cooperative = false) {
@@ -63,15 +65,15 @@ class Queue {
     const void* alpha = full ? static_cast<const void*>(&one) : &one_f;
     const void* beta = p.add ? alpha : full ? static_cast<const void*>(&zero) : &zero_f;
     // cuBLAS is column-major: it makes C^T = B^T A^T
-    const int status =
-        blas_->gemm(handle_, p.tb ? kCublasT : kCublasN, p.ta ? kCublasT : kCublasN, static_cast<int>(p.n), static_cast<int>(p.m),
-                    static_cast<int>(p.k), alpha, p.B, BlasType<T>::kType, static_cast<int>(p.ldb), p.b_batch, p.A,
-                    BlasType<T>::kType, static_cast<int>(p.lda), p.a_batch, beta, p.C, BlasType<To>::kType, static_cast<int>(p.ldc),
-                    p.c_batch, static_cast<int>(p.batch), BlasType<T>::kCompute, -1);
+    const int status = blas_->gemm(
+        handle_, p.tb ? kCublasT : kCublasN, p.ta ? kCublasT : kCublasN, static_cast<int>(p.n), static_cast<int>(p.m),
+        static_cast<int>(p.k), alpha, p.B, BlasType<T>::kType, static_cast<int>(p.ldb), p.b_batch, p.A,
+        BlasType<T>::kType, static_cast<int>(p.lda), p.a_batch, beta, p.C, BlasType<To>::kType, static_cast<int>(p.ldc),
+        p.c_batch, static_cast<int>(p.batch), BlasType<T>::kCompute, -1);
     if (status != 0)
       failure_ = "cublasGemmStridedBatchedEx of (" + std::to_string(p.m) + " x " + std::to_string(p.k) + ") by (" +
-                 std::to_string(p.k) + " x " + std::to_string(p.n) + "), batch " + std::to_string(p.batch) + ": status " +
-                 std::to_string(status);
+                 std::to_string(p.k) + " x " + std::to_string(p.n) + "), batch " + std::to_string(p.batch) +
+                 ": status " + std::to_string(status);
   }
   const std::string& failure() const { return failure_; }
 

@@ -2,16 +2,16 @@
 // How a persistent kernel is cut: which unit, gate and depth each warp and lane holds, and how h lies in memory.
 //
 // One product per step, weights (M side, 16 rows a tile) by h (N side, 8 rows of the batch a tile), on mma.sync.
-// - A *unit octet* is 8 units. A warp owns kOctets of them with all gates: half tile s = octet * G + gate holds 8 rows, so the lane
-//   g = lane / 4 has every gate of unit g, for rows 2q and 2q + 1 of the batch (q = lane % 4), in its own accumulators.
+// - A *unit octet* is 8 units. A warp owns kOctets of them with all gates: half tile s = octet * G + gate holds 8 rows,
+//   so lane g = lane / 4 has every gate of unit g, for rows 2q and 2q + 1 of the batch (q = lane % 4), in its sums.
 // - A *block* is 8 units by 8 rows of the batch: 32 lanes with 2 cells each.
-// - A block of threads (CTA) has kGroups octet groups, and each group kSplit warps that share the depth (K); their sums meet in
-//   shared memory and each block is finished by one warp.
-// - A *line* is 8 rows by 16 bytes (kPer units): 128 bytes. A lane's 16 bytes of a line (row g, line q of four) feed two products:
-//   the order of the depth inside a product is free as long as both sides agree, and `depth_of` says what it is. So h needs
-//   no ldmatrix, and may come straight from global memory.
-// - In shared memory the 8 rows of line l stand in the order row ^ (2 * (l % 4)): reads by lanes and writes by blocks are then
-//   both free of bank conflicts.
+// - A block of threads (CTA) has kGroups octet groups, and each group kSplit warps that share the depth (K); their sums
+//   meet in shared memory and each block is finished by one warp.
+// - A *line* is 8 rows by 16 bytes (kPer units): 128 bytes. A lane's 16 bytes of a line (row g, line q of four) feed two
+//   products: the order of the depth inside a product is free as long as both sides agree, and `depth_of` says what it
+//   is. So h needs no ldmatrix, and may come straight from global memory.
+// - In shared memory the 8 rows of line l stand in the order row ^ (2 * (l % 4)): reads by lanes and writes by blocks
+//   are then both free of bank conflicts.
 #pragma once
 
 #include <type_traits>
@@ -20,8 +20,8 @@ namespace fusedrnn::cuda {
 
 using dev::u16;
 using dev::u32;
-using dev::u64;
 using dev::U4;
+using dev::u64;
 using dev::u8;
 
 // f(Index<0>), f(Index<1>), ... f(Index<N - 1>): a loop whose counter is a constant.
@@ -52,18 +52,19 @@ struct Shape {
   static constexpr int kGroups = kGroups_;  // octet groups of a block
   static constexpr int kSplit = kSplit_;    // warps that share the depth
   static constexpr int kOctets = kOctets_;  // unit octets of a warp
-  static constexpr int kChunks = kChunks_;  // 16-byte pieces of a row of h that a lane multiplies: 8 * kChunks weight registers per tile
-  static constexpr int kTiles = kTiles_;    // 8-row tiles of the batch
+  static constexpr int kChunks =
+      kChunks_;  // 16-byte pieces of a row of h that a lane multiplies: 8 * kChunks weight registers per tile
+  static constexpr int kTiles = kTiles_;  // 8-row tiles of the batch
   static constexpr int kWarps = kGroups * kSplit;
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kRows = 8 * kTiles;
-  static constexpr int kUnits = 8 * kGroups * kOctets;     // of a block
-  static constexpr int kMma = kGates * kOctets / 2;        // 16-row weight tiles of a warp
-  static constexpr int kLines = 4 * kSplit * kChunks;      // of the whole depth
-  static constexpr int kDepth = kLines * T::kPer;          // the largest H
-  static constexpr int kBlocks = kTiles * kOctets;         // of a group
+  static constexpr int kUnits = 8 * kGroups * kOctets;            // of a block
+  static constexpr int kMma = kGates * kOctets / 2;               // 16-row weight tiles of a warp
+  static constexpr int kLines = 4 * kSplit * kChunks;             // of the whole depth
+  static constexpr int kDepth = kLines * T::kPer;                 // the largest H
+  static constexpr int kBlocks = kTiles * kOctets;                // of a group
   static constexpr int kOwned = (kBlocks + kSplit - 1) / kSplit;  // finished by one warp at most
-  static constexpr int kHalves = 8 / T::kPer;              // lines of a block
+  static constexpr int kHalves = 8 / T::kPer;                     // lines of a block
   static_assert(kGates * kOctets % 2 == 0);
 };
 
@@ -73,8 +74,8 @@ FUSEDRNN_DEVICE int piece(int l, int j, int n) {
   return (l * kTiles + j) * 8 + (n ^ (2 * (l & 3)));
 }
 
-// Weight register r (0..3) of product `half` (0, 1) on chunk `chunk`, lane q: the first depth index it holds (16-bit types hold
-// this one and the next).
+// Weight register r (0..3) of product `half` (0, 1) on chunk `chunk`, lane q: the first depth index it holds (16-bit
+// types hold this one and the next).
 template <class T>
 FUSEDRNN_DEVICE int depth_of(int chunk, int half, int r, int q) {
   return (chunk * 4 + q) * T::kPer + (half * 2 + (r >> 1)) * (T::kPer / 4);

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The persistent kernels that are built: for every cell and type, the cuts among which the cost model (engine.h) chooses. One line is
-// one kernel. A cut's sizes are bounded by registers: at most 128 of the 255 for weights, which leaves none to spill (see the table of
-// `-Xptxas -v` in README.md); where a line holds more, it is because the compiler was seen to keep them.
+// The persistent kernels that are built: for every cell and type, the cuts among which the cost model (engine.h)
+// chooses. Registers bound a cut: 128 of the 255 for weights leave none to spill at 8 rows (nvcc -Xptxas -v says).
 #pragma once
 
 #include "engine.h"
@@ -24,23 +23,24 @@ struct Shapes<cells::Lstm, T> {
   using C = Shape<cells::Lstm, T, Route::cluster, n...>;
   template <int... n>
   using G = Shape<cells::Lstm, T, Route::grid, n...>;
-  using Forward = List<S<8, 1, 1, 2, 1>, S<8, 1, 1, 2, 2>, S<8, 1, 2, 4, 1>,                         // H <= 64, 128
-                       C<2, 4, 1, 2, 1>, C<2, 4, 1, 2, 2>, C<2, 4, 1, 2, 4>,                         // 256, 16 blocks
-                       C<4, 2, 1, 4, 1>, C<4, 2, 1, 4, 2>, C<4, 2, 1, 4, 4>,                         // 256, 8
-                       C<8, 1, 1, 8, 1>, C<8, 1, 1, 8, 2>,                                           // 256, 4
-                       C<4, 2, 1, 8, 1>, C<4, 2, 1, 8, 2>,                                           // 512, 16
-                       G<1, 8, 2, 2, 1>, G<1, 8, 2, 2, 2>, G<1, 8, 2, 3, 1>, G<1, 8, 2, 3, 2>,       // 512, 32; 768, 48
-                       G<1, 8, 2, 4, 1>, G<1, 8, 2, 4, 2>>;                                          // 1024, 64
+  using Forward = List<S<8, 1, 1, 2, 1>, S<8, 1, 1, 2, 2>, S<8, 1, 2, 4, 1>,                    // H <= 64, 128
+                       C<2, 4, 1, 2, 1>, C<2, 4, 1, 2, 2>, C<2, 4, 1, 2, 4>,                    // 256, 16 blocks
+                       C<4, 2, 1, 4, 1>, C<4, 2, 1, 4, 2>, C<4, 2, 1, 4, 4>,                    // 256, 8
+                       C<8, 1, 1, 8, 1>, C<8, 1, 1, 8, 2>,                                      // 256, 4
+                       C<4, 2, 1, 8, 1>, C<4, 2, 1, 8, 2>,                                      // 512, 16
+                       G<1, 8, 2, 2, 1>, G<1, 8, 2, 2, 2>, G<1, 8, 2, 3, 1>, G<1, 8, 2, 3, 2>,  // 512, 32; 768, 48
+                       G<1, 8, 2, 4, 1>, G<1, 8, 2, 4, 2>>;                                     // 1024, 64
   template <int... n>
   using s = BackwardShape<cells::Lstm, T, Route::single, n...>;
   template <int... n>
   using c = BackwardShape<cells::Lstm, T, Route::cluster, n...>;
   template <int... n>
   using g = BackwardShape<cells::Lstm, T, Route::grid, n...>;
-  using Backward = List<s<4, 1, 64, 8, 1>, s<8, 1, 128, 16, 1>,                                      // H <= 64, 128
-                        c<8, 2, 16, 2, 1>, c<8, 2, 16, 2, 2>, c<8, 2, 32, 4, 1>, c<8, 2, 32, 4, 2>,  // 256, 16 and 8 blocks
-                        c<8, 2, 64, 8, 1>, c<8, 4, 32, 4, 1>, c<8, 4, 32, 4, 2>,                     // 256, 4; 512, 16
-                        g<8, 1, 16, 8, 1>, g<8, 1, 16, 12, 1>, g<8, 1, 16, 16, 1>>;                  // 512, 768, 1024
+  using Backward =
+      List<s<4, 1, 64, 8, 1>, s<8, 1, 128, 16, 1>,                                      // H <= 64, 128
+           c<8, 2, 16, 2, 1>, c<8, 2, 16, 2, 2>, c<8, 2, 32, 4, 1>, c<8, 2, 32, 4, 2>,  // 256, 16 and 8 blocks
+           c<8, 2, 64, 8, 1>, c<8, 4, 32, 4, 1>, c<8, 4, 32, 4, 2>,                     // 256, 4; 512, 16
+           g<8, 1, 16, 8, 1>, g<8, 1, 16, 12, 1>, g<8, 1, 16, 16, 1>>;                  // 512, 768, 1024
 };
 
 template <class T>
@@ -52,20 +52,21 @@ struct Shapes<cells::Gru, T> {
   using C = Shape<cells::Gru, T, Route::cluster, n...>;
   template <int... n>
   using G = Shape<cells::Gru, T, Route::grid, n...>;
-  using Forward = List<S<4, 1, 2, 2, 1>, S<8, 1, 2, 4, 1>,                                           // H <= 64, 128
-                       C<1, 8, 2, 1, 1>, C<1, 8, 2, 1, 2>, C<2, 4, 2, 2, 1>, C<2, 4, 2, 2, 2>,       // 256, 16 and 8 blocks
-                       C<4, 2, 2, 4, 1>, C<4, 2, 2, 4, 2>, C<2, 4, 2, 4, 1>, C<2, 4, 2, 4, 2>,       // 256, 4; 512, 16
-                       G<1, 8, 2, 2, 1>, G<1, 8, 2, 3, 1>, G<1, 8, 2, 4, 1>, G<1, 8, 2, 4, 2>>;      // 512, 768, 1024
+  using Forward = List<S<4, 1, 2, 2, 1>, S<8, 1, 2, 4, 1>,                                       // H <= 64, 128
+                       C<1, 8, 2, 1, 1>, C<1, 8, 2, 1, 2>, C<2, 4, 2, 2, 1>, C<2, 4, 2, 2, 2>,   // 256, 16 and 8 blocks
+                       C<4, 2, 2, 4, 1>, C<4, 2, 2, 4, 2>, C<2, 4, 2, 4, 1>, C<2, 4, 2, 4, 2>,   // 256, 4; 512, 16
+                       G<1, 8, 2, 2, 1>, G<1, 8, 2, 3, 1>, G<1, 8, 2, 4, 1>, G<1, 8, 2, 4, 2>>;  // 512, 768, 1024
   template <int... n>
   using s = BackwardShape<cells::Gru, T, Route::single, n...>;
   template <int... n>
   using c = BackwardShape<cells::Gru, T, Route::cluster, n...>;
   template <int... n>
   using g = BackwardShape<cells::Gru, T, Route::grid, n...>;
-  using Backward = List<s<4, 1, 64, 6, 1>, s<8, 1, 128, 12, 1>,                                      // H <= 64, 128
-                        c<8, 2, 16, 2, 1>, c<8, 2, 32, 3, 1>, c<8, 2, 32, 3, 2>, c<8, 2, 64, 6, 1>,  // 256, 16, 8 and 4 blocks
-                        c<8, 4, 32, 3, 1>, c<8, 4, 32, 3, 2>,                                        // 512, 16
-                        g<8, 1, 16, 6, 1>, g<8, 1, 16, 9, 1>, g<8, 1, 16, 12, 1>>;                   // 512, 768, 1024
+  using Backward =
+      List<s<4, 1, 64, 6, 1>, s<8, 1, 128, 12, 1>,                                      // H <= 64, 128
+           c<8, 2, 16, 2, 1>, c<8, 2, 32, 3, 1>, c<8, 2, 32, 3, 2>, c<8, 2, 64, 6, 1>,  // 256, 16, 8 and 4 blocks
+           c<8, 4, 32, 3, 1>, c<8, 4, 32, 3, 2>,                                        // 512, 16
+           g<8, 1, 16, 6, 1>, g<8, 1, 16, 9, 1>, g<8, 1, 16, 12, 1>>;                   // 512, 768, 1024
 };
 
 template <bool kRelu, class T>
@@ -77,18 +78,18 @@ struct Shapes<cells::Rnn<kRelu>, T> {
   using C = Shape<cells::Rnn<kRelu>, T, Route::cluster, n...>;
   template <int... n>
   using G = Shape<cells::Rnn<kRelu>, T, Route::grid, n...>;
-  using Forward = List<S<4, 1, 2, 2, 1>, S<8, 1, 2, 4, 1>,                                            // H <= 64, 128
-                       C<2, 4, 2, 4, 1>, C<2, 4, 2, 4, 2>, C<4, 2, 2, 16, 1>,                        // 512, 1024, 16 blocks
-                       G<1, 8, 2, 4, 1>, G<1, 8, 2, 8, 1>>;                                          // 1024, 2048
+  using Forward = List<S<4, 1, 2, 2, 1>, S<8, 1, 2, 4, 1>,                     // H <= 64, 128
+                       C<2, 4, 2, 4, 1>, C<2, 4, 2, 4, 2>, C<4, 2, 2, 16, 1>,  // 512, 1024, 16 blocks
+                       G<1, 8, 2, 4, 1>, G<1, 8, 2, 8, 1>>;                    // 1024, 2048
   template <int... n>
   using s = BackwardShape<cells::Rnn<kRelu>, T, Route::single, n...>;
   template <int... n>
   using c = BackwardShape<cells::Rnn<kRelu>, T, Route::cluster, n...>;
   template <int... n>
   using g = BackwardShape<cells::Rnn<kRelu>, T, Route::grid, n...>;
-  using Backward = List<s<4, 1, 64, 2, 1>, s<8, 1, 128, 4, 1>,                                       // H <= 64, 128
-                        c<8, 4, 32, 1, 1>, c<8, 4, 32, 1, 2>, c<8, 8, 64, 2, 1>,                     // 512, 1024, 16 blocks
-                        g<8, 1, 16, 4, 1>, g<8, 1, 16, 8, 1>>;                                       // 1024, 2048
+  using Backward = List<s<4, 1, 64, 2, 1>, s<8, 1, 128, 4, 1>,                    // H <= 64, 128
+                        c<8, 4, 32, 1, 1>, c<8, 4, 32, 1, 2>, c<8, 8, 64, 2, 1>,  // 512, 1024, 16 blocks
+                        g<8, 1, 16, 4, 1>, g<8, 1, 16, 8, 1>>;                    // 1024, 2048
 };
 
 template <>
@@ -99,16 +100,17 @@ struct Shapes<cells::Lstm, dev::TF32> {
   using C = Shape<cells::Lstm, dev::TF32, Route::cluster, n...>;
   template <int... n>
   using G = Shape<cells::Lstm, dev::TF32, Route::grid, n...>;
-  using Forward = List<S<8, 1, 1, 4, 1>, C<2, 4, 1, 2, 1>,                                           // H <= 64; 128, 8 blocks
-                       C<2, 4, 1, 4, 1>, C<2, 4, 1, 4, 2>, C<4, 2, 1, 8, 1>,                         // 256, 16 and 8
-                       G<1, 8, 1, 4, 1>, G<1, 8, 1, 6, 1>, G<1, 8, 1, 8, 1>>;                        // 512, 768, 1024
+  using Forward = List<S<8, 1, 1, 4, 1>, C<2, 4, 1, 2, 1>,                     // H <= 64; 128, 8 blocks
+                       C<2, 4, 1, 4, 1>, C<2, 4, 1, 4, 2>, C<4, 2, 1, 8, 1>,   // 256, 16 and 8
+                       G<1, 8, 1, 4, 1>, G<1, 8, 1, 6, 1>, G<1, 8, 1, 8, 1>>;  // 512, 768, 1024
   template <int... n>
   using s = BackwardShape<cells::Lstm, dev::TF32, Route::single, n...>;
   template <int... n>
   using c = BackwardShape<cells::Lstm, dev::TF32, Route::cluster, n...>;
   template <int... n>
   using g = BackwardShape<cells::Lstm, dev::TF32, Route::grid, n...>;
-  using Backward = List<s<4, 1, 64, 16, 1>, c<8, 1, 16, 4, 1>, c<8, 2, 16, 4, 1>, c<8, 2, 32, 8, 1>, g<8, 1, 16, 16, 1>>;
+  using Backward =
+      List<s<4, 1, 64, 16, 1>, c<8, 1, 16, 4, 1>, c<8, 2, 16, 4, 1>, c<8, 2, 32, 8, 1>, g<8, 1, 16, 16, 1>>;
 };
 
 template <>
@@ -119,8 +121,8 @@ struct Shapes<cells::Gru, dev::TF32> {
   using C = Shape<cells::Gru, dev::TF32, Route::cluster, n...>;
   template <int... n>
   using G = Shape<cells::Gru, dev::TF32, Route::grid, n...>;
-  using Forward = List<S<4, 1, 2, 4, 1>, C<1, 8, 2, 1, 1>, C<1, 8, 2, 2, 1>, C<2, 4, 2, 4, 1>,       // H <= 64; 128, 256
-                       G<1, 8, 2, 4, 1>>;                                                            // 512
+  using Forward = List<S<4, 1, 2, 4, 1>, C<1, 8, 2, 1, 1>, C<1, 8, 2, 2, 1>, C<2, 4, 2, 4, 1>,  // H <= 64; 128, 256
+                       G<1, 8, 2, 4, 1>>;                                                       // 512
   template <int... n>
   using s = BackwardShape<cells::Gru, dev::TF32, Route::single, n...>;
   template <int... n>
@@ -138,7 +140,7 @@ struct Shapes<cells::Rnn<kRelu>, dev::TF32> {
   using C = Shape<cells::Rnn<kRelu>, dev::TF32, Route::cluster, n...>;
   template <int... n>
   using G = Shape<cells::Rnn<kRelu>, dev::TF32, Route::grid, n...>;
-  using Forward = List<S<8, 1, 2, 8, 1>, C<2, 4, 2, 8, 1>, G<1, 8, 2, 8, 1>>;                        // H <= 128, 512, 1024
+  using Forward = List<S<8, 1, 2, 8, 1>, C<2, 4, 2, 8, 1>, G<1, 8, 2, 8, 1>>;  // H <= 128, 512, 1024
   template <int... n>
   using s = BackwardShape<cells::Rnn<kRelu>, dev::TF32, Route::single, n...>;
   template <int... n>

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// One step of the recurrence behind its product: sums = gx + bias + product, then the cell; backward: the cell, in front of its product.
-// Shapes of forward.h and backward.h, plus product (sets,B,G,pitch) or (sets,B,pitch), state h (sets,B,pitch), c, dh, dc (sets,B,pitch) in full precision.
-// Overwrites; states in place.
-// stepwise: 2 launches a step and a library product, for float64, strict float32, GRU with reset before the product, and sizes no other route holds.
+// Formula: one step behind its product, sums = gx + bias + product, then the cell; backward: the cell, then a product.
+// Shapes of forward.h and backward.h; product (sets,B,G,pitch) or (sets,B,pitch); states (sets,B,pitch), unrounded.
+// Overwrites; the states in place.
+// stepwise: 2 launches and a library product a step: float64, strict float32, reset before the product, all the rest.
 // Limit: launches (a few us a step), then reading R every step.
 #pragma once
 
@@ -32,7 +32,9 @@ struct Walk {
   FUSEDRNN_DEVICE bool cut(int set, int row, int s_, int len) const {
     return reset && s_ + 1 < len && restart(set, row, backwards(set) ? len - 1 - s_ : s_ + 1);
   }
-  FUSEDRNN_DEVICE bool restarts_at_once(int set, int row) const { return reset && !backwards(set) && restart(set, row, 0); }
+  FUSEDRNN_DEVICE bool restarts_at_once(int set, int row) const {
+    return reset && !backwards(set) && restart(set, row, 0);
+  }
 };
 
 // The cells of one step: which of them this thread does, one after the other.
@@ -199,7 +201,8 @@ struct StepBackwardArgs {
   Math *dh, *dc, *dh_first, *dc_first;
 };
 
-// Step s: takes what the step after it gave (dh, product), leaves dh, dc and da. s = Tn starts: dh = dhn. s = -1 ends: dh0.
+// Step s: takes what the step after it gave (dh, product), leaves dh, dc and da. s = Tn starts: dh = dhn. s = -1 ends:
+// dh0.
 template <class Cell, class T>
 struct StepBackward {
   StepBackwardArgs<Cell, T> a;

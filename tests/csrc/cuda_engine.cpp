@@ -1,19 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
-// The host's side of the CUDA backend (csrc/cuda/engine.h), whole calls, with the CPU twin of the device under it: a shared library that
-// tests/test_cuda_engine.py drives with NumPy arrays. Products are plain loops in float64 over operands rounded as on the GPU.
-#include "device_cpu.h"
-
-#include "cuda/gates.h"
-// Cells find sigmoid and tanh through gates.h.
-#include "cells/gru.h"
-#include "cells/lstm.h"
-#include "cells/rnn.h"
-#include "cuda/engine.h"
-
+// The host's side of the CUDA backend (csrc/cuda/engine.h), whole calls, with the CPU twin of the device under it: a
+// shared library that tests/test_cuda_engine.py drives with NumPy arrays. Products are plain loops in float64 over
+// operands rounded as on the GPU.
 #include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <string>
+
+// clang-format off
+#include "device_cpu.h"
+#include "cuda/gates.h"
+#include "cells/gru.h"
+#include "cells/lstm.h"
+#include "cells/rnn.h"
+#include "cuda/engine.h"
+// clang-format on
 
 namespace fusedrnn::cuda {
 namespace {
@@ -58,13 +59,15 @@ struct CpuQueue {
 template <class C, class T>
 struct Small {
   static constexpr int kOctets = C::gates % 2 ? 2 : 1;
-  static constexpr int chunks(int units, int warps) { return (C::gates * units / T::kPer + 4 * warps - 1) / (4 * warps); }
+  static constexpr int chunks(int units, int warps) {
+    return (C::gates * units / T::kPer + 4 * warps - 1) / (4 * warps);
+  }
   using Forward = List<Shape<C, T, Route::single, 3, 1, kOctets, 2, 1>, Shape<C, T, Route::single, 2, 2, kOctets, 1, 2>,
                        Shape<C, T, Route::cluster, 2, 2, kOctets, 1, 1>, Shape<C, T, Route::grid, 1, 3, kOctets, 1, 1>>;
-  using Backward =
-      List<BackwardShape<C, T, Route::single, 2, 1, 32, chunks(32, 1), 1>,
-           BackwardShape<C, T, Route::cluster, 3, 1, 16, chunks(16, 1), 1>,
-           BackwardShape<C, T, Route::cluster, 2, 2, 32, chunks(32, 1), 2>, BackwardShape<C, T, Route::grid, 3, 1, 16, chunks(48, 3), 1>>;
+  using Backward = List<BackwardShape<C, T, Route::single, 2, 1, 32, chunks(32, 1), 1>,
+                        BackwardShape<C, T, Route::cluster, 3, 1, 16, chunks(16, 1), 1>,
+                        BackwardShape<C, T, Route::cluster, 2, 2, 32, chunks(32, 1), 2>,
+                        BackwardShape<C, T, Route::grid, 3, 1, 16, chunks(48, 3), 1>>;
 };
 template <class C, class T>
   requires(std::is_same_v<T, F32> || std::is_same_v<T, F64> || C::two_products)

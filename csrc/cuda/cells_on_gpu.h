@@ -1,0 +1,12 @@
+// SPDX-License-Identifier: Apache-2.0
+// The cells for the GPU: the device first, then the functions that the cells call, then the cells. (The tests on the
+// CPU twin do the same with device_cpu.h.)
+#pragma once
+
+// clang-format off
+#include "device.h"
+#include "gates.h"
+#include "../cells/gru.h"
+#include "../cells/lstm.h"
+#include "../cells/rnn.h"
+// clang-format on
