@@ -230,6 +230,7 @@ struct Backward {
         if constexpr (S::kRoute == Route::cluster) {
           dev::mbar_wait(bar + ((turn - 1) & 1), (turn - 1) >> 1 & 1, late);
           if (dev::tid() == 0) dev::mbar_arrive_expect(bar + ((turn - 1) & 1), expected);
+          dev::sync_warp();
           const U4* const from = sums + ((turn - 1) & 1) * kSums;
           FUSEDRNN_UNROLL
           for (int i = 0; i < S::kOwned; ++i) {

@@ -102,6 +102,7 @@ FUSEDRNN_DEVICE void sync_named(int id, int n) {  // id 1..15; n threads, whole 
 }
 FUSEDRNN_DEVICE void sync_cluster() {  // all threads of all blocks of the cluster
 #if __CUDA_ARCH__ >= 900
+  __syncwarp();  // the aligned form wants whole warps
   asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 #else
   __syncthreads();

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Formula: h_t, c_t = cell(gx_t + bias + h_{t-1} R^T) for all t in one launch; gx = x W^T comes in, cells are cells/*.h.
+// Formula: h_t, c_t = cell(gx_t + bias + h_{t-1} R^T) for all t in one launch; gx = x W^T comes in, cells: cells/*.h.
 // Reads gx (sets,T,B,G,pitch), packed R, bias (sets,sums,pitch), h0, c0 (sets,B,H). Overwrites y (T,B,..), hn, cn; and
 //   for backward gates over gx, and extra, cells, prev (sets,T,B,pitch): a 5th value, c_t, h before step t.
 // single: R in one block; cluster: R over <= 16 blocks, h pushed by DSMEM, sm_90; grid: R over many, h through L2.
@@ -188,6 +188,7 @@ struct Forward {
           if (s > 0) {
             dev::mbar_wait(bar + (s & 1), (s - 1) >> 1 & 1, late);
             if (dev::tid() == 0) dev::mbar_arrive_expect(bar + (s & 1), expected);
+            dev::sync_warp();  // the lanes leave a wait one by one, and the products want them together
           }
         }
         const U4* from = h_lines + (s & 1) * (kH / 2);
