@@ -3,10 +3,12 @@
 //   cuda_kernels [--only TEXT]... [--seeds N] [--first-seed N] [--case N] [--policy NAME] [--list] [--quiet]
 // Every case runs under all three scheduling policies (or the one named) with every seed. Exit status 1 if anything was
 // wrong.
-//   cuda_kernels --break ...
+//   cuda_kernels --primitives
+// The test of the CPU twin itself.
+//   cuda_kernels --break [--site TEXT] ...
 // The test of the test: every barrier, wait and the like that a kernel reaches is broken, one call at a time, for all
-// threads (see sim::Options::broken). Prints for every such call how many of the runs that reach it notice; exit status
-// 1 if a call is noticed by none.
+// threads (see sim::Options::broken), or only those with TEXT in "primitive file:line:column". Prints for every such
+// call how many of the runs that reach it notice; exit status 1 if a call is noticed by none.
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
@@ -15,6 +17,7 @@
 #include <string>
 #include <vector>
 
+#include "cuda_primitives.h"
 #include "cuda_runs.h"
 
 namespace fusedrnn::test {
@@ -48,10 +51,11 @@ constexpr const char* kPolicyNames[] = {"round_robin", "random", "skewed"};
 
 struct Settings {
   std::vector<std::string> only;
+  std::string site;
   std::vector<Policy> policies = {Policy::skewed, Policy::random, Policy::round_robin};
   uint64_t seeds = 1, first_seed = 1;
   int only_case = -1;
-  bool list = false, quiet = false, breaking = false;
+  bool list = false, quiet = false, breaking = false, primitives = false;
 
   bool wants_case(size_t i) const { return only_case < 0 || static_cast<size_t>(only_case) == i; }
   bool wants(const std::string& name) const {
@@ -72,6 +76,8 @@ Settings parse(int count, char** words) {
     };
     if (word == "--only") {
       s.only.push_back(value());
+    } else if (word == "--site") {
+      s.site = value();
     } else if (word == "--seeds") {
       s.seeds = std::strtoull(value(), nullptr, 10);
     } else if (word == "--first-seed") {
@@ -83,15 +89,17 @@ Settings parse(int count, char** words) {
       std::erase_if(s.policies, [&](Policy p) { return name != kPolicyNames[static_cast<int>(p)]; });
     } else if (word == "--list") {
       s.list = true;
+    } else if (word == "--primitives") {
+      s.primitives = true;
     } else if (word == "--break") {
       s.breaking = true;
     } else if (word == "--quiet") {
       s.quiet = true;
     } else {
-      std::fprintf(
-          stderr,
-          "%s: not an option; there are --only, --seeds, --first-seed, --case, --policy, --list, --quiet, --break\n",
-          word.c_str());
+      std::fprintf(stderr,
+                   "%s: not an option; there are --only, --seeds, --first-seed, --case, --policy, --list, --quiet, "
+                   "--break, --site, --primitives\n",
+                   word.c_str());
       std::exit(2);
     }
   }
@@ -125,6 +133,7 @@ int break_all(const std::vector<Run>& runs, const Settings& settings) {
       if (settings.wants_case(i))
         run.run(run.cases[i], {.seed = 1, .policy = Policy::round_robin, .sites = &sites}, 100 * i);
     for (const std::string& site : sites) {
+      if (site.find(settings.site) == std::string::npos) continue;
       Count& count = counts[site];
       ++count.reached;
       if (notices(run, settings, site, count.how))
@@ -147,6 +156,7 @@ int break_all(const std::vector<Run>& runs, const Settings& settings) {
 
 int main(int count, char** words) {
   const Settings settings = parse(count, words);
+  if (settings.primitives) return check_primitives() != 0;
   std::vector<Run> runs;
   add_lstm(runs);
   add_gru(runs);

@@ -1,0 +1,304 @@
+// SPDX-License-Identifier: Apache-2.0
+// The test of the CPU twin itself: small kernels that are right, and small kernels with one mistake each, which must be
+// named.
+#include "cuda_primitives.h"
+
+#include <cstdio>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "device_cpu.h"
+
+namespace fusedrnn::test {
+namespace {
+
+using namespace dev;
+using sim::Options;
+using sim::Policy;
+
+template <class F>
+struct Kernel {
+  F body;
+  void operator()() const { body(); }
+};
+
+// What the launch had to say; empty: nothing.
+template <class F>
+std::string told(int grid, int cluster, int threads, int bytes, F body, uint64_t seed) {
+  try {
+    sim::launch(grid, cluster, threads, bytes, Kernel<F>{body},
+                Options{.seed = seed, .policy = static_cast<Policy>(seed % 3)});
+    return "";
+  } catch (const sim::Failure& failure) {
+    return failure.what();
+  }
+}
+
+int bad = 0;
+
+void expect(bool good, const char* what, const std::string& got = "") {
+  if (good) return;
+  ++bad;
+  std::printf("WRONG %s: %s\n", what, got.empty() ? "nothing was said" : got.c_str());
+}
+
+void expect_told(const std::string& got, const char* part, const char* what) {
+  expect(got.find(part) != std::string::npos, what, got);
+}
+
+// D = A B with the operands and sums laid out as the PTX manual's tables say (row and column of every register, by
+// lane).
+template <class T>
+void products(uint64_t seed) {
+  constexpr int kDepth = T::kPer == 8 ? 16 : 8, kEach = T::kPer == 8 ? 2 : 1;  // depth; values in a register
+  const auto value = [](int row, int k, int of) { return static_cast<float>((row * 7 + k * 3 + of) % 13 - 6) * 0.25f; };
+  float D[16][8] = {};
+  const std::string said = told(
+      1, 1, 32, 0,
+      [&] {
+        const int group = tid() >> 2, in_group = tid() & 3;
+        U4 a{};
+        u32 b[2] = {};
+        for (int i = 0; i < 4 * kEach; ++i) {
+          const int r = i / kEach, e = i % kEach;
+          const int row = r == 0 || r == 2 ? group : group + 8;
+          const int column = kEach == 2 ? in_group * 2 + e + (i >= 4 ? 8 : 0) : in_group + (r >= 2 ? 4 : 0);
+          if constexpr (kEach == 2)
+            a.w[r] |= static_cast<u32>(T::store(value(row, column, 0))) << 16 * e;
+          else
+            a.w[r] = bits(value(row, column, 0));
+        }
+        for (int i = 0; i < 2 * kEach; ++i) {
+          const int r = i / kEach, e = i % kEach;
+          const int row = kEach == 2 ? in_group * 2 + e + (i >= 2 ? 8 : 0) : in_group + (r >= 1 ? 4 : 0);
+          if constexpr (kEach == 2)
+            b[r] |= static_cast<u32>(T::store(value(row, group, 5))) << 16 * e;
+          else
+            b[r] = bits(value(row, group, 5));
+        }
+        float d[4] = {1, 1, 1, 1};
+        mma<T>(d, a, b[0], b[1]);
+        for (int i = 0; i < 4; ++i) D[i < 2 ? group : group + 8][in_group * 2 + (i & 1)] = d[i];
+      },
+      seed);
+  expect(said.empty(), "a product by one warp", said);
+  for (int i = 0; i < 16; ++i)
+    for (int j = 0; j < 8; ++j) {
+      float sum = 1;
+      for (int k = 0; k < kDepth; ++k) sum += value(i, k, 0) * value(k, j, 5);
+      expect(D[i][j] == sum, "an element of a product", std::to_string(D[i][j]));
+    }
+}
+
+void numbers() {
+  for (u32 i = 0; i < 65536; ++i) {
+    const auto h = static_cast<u16>(i);
+    const float f = F16::load(h), b = BF16::load(h);
+    expect(f != f ? F16::store(f) == 0x7FFF : F16::store(f) == h, "float16 there and back");
+    expect(b != b ? BF16::store(b) == 0x7FFF : BF16::store(b) == h, "bfloat16 there and back");
+  }
+  expect(F16::store(65519.9f) == 0x7BFF && F16::store(65520.0f) == 0x7C00, "float16's end");
+  expect(F16::store(1 + 0x1p-11f) == F16::store(1.0f) && F16::store(1 + 3 * 0x1p-11f) == F16::store(1 + 0x1p-9f),
+         "float16 rounds to even");
+  expect(TF32::operand(1 + 0x1p-11f) == 1 + 0x1p-10f, "tf32 rounds ties away from zero");
+}
+
+void sound(uint64_t seed) {
+  alignas(16) U4 from[64], to[64];
+  for (u32 i = 0; i < 64; ++i) from[i] = {{i, i + 1, i + 2, i + 3}};
+  std::string said = told(
+      1, 1, 64, shared_size<U4>(64),
+      [&] {
+        Shared shared;
+        U4* const s = shared.take<U4>(64);
+        cp_async16(s + tid(), from + tid());
+        cp_async_commit();
+        cp_async_wait<0>();
+        sync_block();
+        to[tid()] = s[63 - tid()];
+      },
+      seed);
+  expect(said.empty() && to[0].w[0] == 63 && to[63].w[3] == 3, "a copy turned round through shared memory", said);
+
+  // every block of a cluster pushes its rank to every other
+  u32 sums[4] = {};
+  said = told(
+      4, 4, 32, shared_size<U4>(4) + shared_size<u64>(1),
+      [&] {
+        Shared shared;
+        U4* const s = shared.take<U4>(4);
+        u64* const bar = shared.take<u64>(1);
+        if (tid() == 0) {
+          mbar_init(bar, 1);
+          mbar_arrive_expect(bar, 64);
+        }
+        sync_cluster();
+        const u32 r = static_cast<u32>(cluster_rank());
+        if (tid() < 4) st_async(peer(s + r, tid()), U4{{r, r, r, r}}, peer(bar, tid()));
+        bool late = false;
+        mbar_wait(bar, 0, late);
+        if (tid() == 0) sums[block()] = s[0].w[3] + 10 * s[1].w[2] + 100 * s[2].w[1] + 1000 * s[3].w[0];
+      },
+      seed);
+  expect(said.empty() && sums[0] == 3210 && sums[3] == 3210, "messages inside a cluster", said);
+
+  // a word goes round the blocks of a grid
+  alignas(16) U4 ring[5];
+  for (U4& v : ring) v = {{kEmpty, kEmpty, kEmpty, kEmpty}};
+  said = told(
+      4, 1, 32, 0,
+      [&] {
+        if (tid()) return;
+        U4 v[1] = {{{7, 7, 7, 7}}};
+        bool late = false;
+        if (block() > 0) poll16(v, ring + block(), 16, 1, late);
+        for (u32& w : v[0].w) ++w;
+        publish16(ring + block() + 1, v[0]);
+      },
+      seed);
+  expect(said.empty() && ring[4].w[0] == 11 && ring[4].w[3] == 11, "a hand-off through global memory", said);
+}
+
+void mistakes(uint64_t seed) {
+  alignas(16) U4 global[2] = {};
+  for (u32& w : global[0].w) w = kEmpty;
+  bool late = false;
+  expect_told(told(
+                  1, 1, 64, 0,
+                  [&] {
+                    if (tid() < 32) sync_block();
+                  },
+                  seed),
+              "sync_block", "half a block at a barrier");
+  expect_told(told(
+                  1, 1, 32, 0,
+                  [&] {
+                    if (tid() % 2)
+                      sync_warp();
+                    else
+                      shfl_xor(0, 1);
+                  },
+                  seed),
+              "divergent collective", "lanes apart");
+  expect_told(told(
+                  1, 1, 32, 0,
+                  [&] {
+                    if (tid() != 9) shfl_xor(0, 1);
+                  },
+                  seed),
+              "at shfl_xor", "a lane that left before a shuffle");
+  expect_told(told(
+                  2, 1, 32, 0,
+                  [&] {
+                    U4 v[1];
+                    poll16(v, global, 16, 1, late);
+                  },
+                  seed),
+              "deadlock: block 0 thread 0 at poll16 cuda_primitives.cpp", "nobody publishes");
+  expect_told(told(
+                  1, 1, 32, shared_size<u64>(1),
+                  [&] {
+                    Shared shared;
+                    u64* const bar = shared.take<u64>(1);
+                    if (tid() == 0) mbar_init(bar, 1);
+                    sync_block();
+                    mbar_wait(bar, 0, late);
+                  },
+                  seed),
+              "at mbar_wait", "nobody arrives");
+  expect_told(told(
+                  1, 1, 32, shared_size<u64>(1),
+                  [&] {
+                    Shared shared;
+                    u64* const bar = shared.take<u64>(1);
+                    if (tid() == 0) {
+                      mbar_init(bar, 1);
+                      mbar_arrive_expect(bar, 16);
+                      mbar_arrive_expect(bar, 16);
+                    }
+                  },
+                  seed),
+              "more arrivals", "two arrivals where one is counted");
+  expect_told(told(
+                  1, 1, 32, 0,
+                  [&] {
+                    Shared shared;
+                    shared.take<float>(1);
+                  },
+                  seed),
+              "shared memory", "more shared memory than the launch gives");
+  expect_told(told(
+                  1, 1, 32, 128,
+                  [&] {
+                    Shared shared;
+                    shared.take<float>(tid() == 3 ? 8 : 4);
+                  },
+                  seed),
+              "another order or size", "arrays that differ by thread");
+  expect_told(told(
+                  2, 2, 32, shared_size<U4>(1) + shared_size<u64>(1),
+                  [&] {
+                    Shared shared;
+                    U4* const s = shared.take<U4>(1);
+                    u64* const bar = shared.take<u64>(1);
+                    if (tid() == 0) mbar_init(bar, 1);
+                    sync_cluster();
+                    if (tid() == 0 && block() == 0) st_async(peer(s, 1), U4{}, peer(bar, 1));
+                  },
+                  2),
+              "in flight after block 1 has ended", "a message to a block that has ended");
+  expect_told(told(
+                  1, 1, 32, shared_size<U4>(1),
+                  [&] {
+                    Shared shared;
+                    U4* const s = shared.take<U4>(1);
+                    cp_async16(reinterpret_cast<u8*>(s) + 8, global);
+                  },
+                  seed),
+              "multiple of 16", "a copy to an odd address");
+#if !defined(__SANITIZE_ADDRESS__)
+  expect_told(told(
+                  1, 1, 32, 256,
+                  [&] {
+                    Shared shared;
+                    float* const s = shared.take<float>(32);
+                    s[tid() + 1] = 0;
+                  },
+                  seed),
+              "outside its arrays", "one element too far in shared memory");
+#endif
+  // copies are late: without the wait, what is read is NaN
+  float seen = 0;
+  expect(told(
+             1, 1, 32, shared_size<float>(4),
+             [&] {
+               Shared shared;
+               float* const s = shared.take<float>(4);
+               if (tid()) return;
+               cp_async16(s, global + 1);
+               cp_async_commit();
+               seen = s[0];
+             },
+             seed)
+                 .empty() &&
+             seen != seen,
+         "a copy that nobody waited for is not there yet");
+}
+
+}  // namespace
+
+int check_primitives() {
+  numbers();
+  for (uint64_t seed = 1; seed <= 12; ++seed) {
+    products<F16>(seed);
+    products<BF16>(seed);
+    products<TF32>(seed);
+    sound(seed);
+    mistakes(seed);
+  }
+  std::printf("primitives: %d wrong\n", bad);
+  return bad;
+}
+
+}  // namespace fusedrnn::test
