@@ -81,9 +81,11 @@ class CharacterModel:
                 grads[f"layer.{name}"] = gradient
         return loss, grads
 
-    def sample(self, first: int, length: int, temperature: float, rng: np.random.Generator) -> list[int]:
-        """Write `length` characters after `first`, one step at a time."""
-        ids, state = [first], None
+    def sample(self, prompt: np.ndarray, length: int, temperature: float, rng: np.random.Generator) -> list[int]:
+        """Write `length` characters after the prompt, one step at a time."""
+        ids, state = list(prompt[-1:]), None
+        for character in prompt[:-1]:
+            _, state = self.layer.step(self.embedding[character][None], state)
         for _ in range(length):
             y, state = self.layer.step(self.embedding[ids[-1]][None], state)
             logits = (self.weight @ y[0] + self.bias).astype(np.float64) / temperature

@@ -144,9 +144,8 @@ class Trainer:
     def sample(self, length: int, temperature: float = 0.6) -> str:
         """What the model writes. Draws from random numbers of its own, so it changes nothing in training."""
         rng = np.random.default_rng([self.options.seed, 3, self.progress.step])
-        start = int(self.text.encode("\n")[0])
         self.model.layer.eval()
-        ids = self.model.sample(start, length, temperature, rng)
+        ids = self.model.sample(self.text.encode("\n\n"), length, temperature, rng)  # after the end of a paragraph
         self.model.layer.train()
         return self.text.decode(ids)
 
