@@ -173,6 +173,7 @@ struct Call {
     if (settings.is_cell ? rank == 2 : rank == 3) state_shape[axis++] = s.B;
     state_shape[axis] = s.H;
     place(view, &p.x);
+    if (settings.cell == CellKind::lstm && (h0 == Py_None) != (c0 == Py_None)) return false;
     DLTensor state;
     if (h0 != Py_None) {
       if (!fits(h0, state_rank, state_shape, &state)) return false;

@@ -8,6 +8,7 @@
 or `fusedrnn.torch.replace(model)` for a model that is there already; or `lstm`, `gru`, `rnn` as functions of tensors.
 """
 
+from . import clip, tbptt
 from .functional import gru, lstm, rnn, route
 from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 from .replace import Report, replace, restore
@@ -20,10 +21,12 @@ __all__ = [
     "LSTMCell",
     "RNNCell",
     "Report",
+    "clip",
     "gru",
     "lstm",
     "replace",
     "restore",
     "rnn",
     "route",
+    "tbptt",
 ]

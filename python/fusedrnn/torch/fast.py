@@ -69,6 +69,7 @@ def call(settings: Any, x: Any, h0: Any, c0: Any, weights: Any) -> Any:
     """(y or None, h_n, c_n or None), or None where the call is not plain. `settings`: see torch_forward in _core.pyi."""
     if (
         not _open
+        or len(weights) > operators.MOST_WEIGHTS
         or type(x) is not Tensor
         or config.backend not in (None, "native")
         or torch._C._are_functorch_transforms_active()

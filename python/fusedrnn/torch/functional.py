@@ -94,7 +94,7 @@ def run(
     p += [t.unsqueeze(0) for t in tensors[1 + len(states) :]]
     lengths = None if lengths is None else lengths.unsqueeze(0)
     reset = None if reset is None else reset.unsqueeze(1)
-    if dropout and settings.layers > 1:
+    if settings.layers > 1 and (dropout or settings.weights > operators.MOST_WEIGHTS):
         results = _layers(call, settings, lengths, reset, p, dropout)
     else:
         results = call(settings, lengths, reset, p)
@@ -102,12 +102,13 @@ def run(
 
 
 def _layers(call: Any, settings: How, lengths: Any, reset: Any, p: list[Any], dropout: float) -> tuple[Tensor, ...]:
-    """Layer by layer, with dropout between: random numbers, vmap's randomness and compile are torch's own affair."""
+    """Layer by layer, with dropout between: its random numbers, vmap's randomness and compile are
+    torch's own affair."""
     one = settings._replace(layers=1)
     y, states, weights = p[0], p[1 : 1 + settings.states], p[1 + settings.states :]
     kept: list[Any] = []
     for layer in range(settings.layers):
-        if layer:
+        if layer and dropout:
             y = draw(y, dropout, True)
         rows = slice(layer * settings.directions, (layer + 1) * settings.directions)
         part = weights[layer * one.weights : (layer + 1) * one.weights]

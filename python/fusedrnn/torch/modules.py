@@ -118,8 +118,9 @@ class _Layer(nn.RNNBase):
         name = type(self).__name__
         return functional.batched(name, settings, input, h0, c0, weights, self.batch_first, lengths, reset, dropout)
 
-    def _why_not(self, input: Tensor, states: Any, weights: list[Tensor]) -> str:
-        """Why torch.nn's own code must run; "" if the kernels can. Wrong arguments too: torch.nn words the errors."""
+    def _why_not(self, input: Tensor, states: Any, weights: list[Tensor], rows: int | None = None) -> str:
+        """Why torch.nn's own code must run; "" if the kernels can. Wrong arguments too: torch.nn words the errors.
+        rows: of a packed input."""
         if self.proj_size:
             return "proj_size"
         if input.dim() not in (2, 3) or input.shape[-1] != self.input_size:
@@ -130,6 +131,8 @@ class _Layer(nn.RNNBase):
         expected: tuple[int, ...] = (S, self.hidden_size)
         if input.dim() == 3:
             expected = (S, input.shape[0 if self.batch_first else 1], self.hidden_size)
+        elif rows is not None:
+            expected = (S, rows, self.hidden_size)
         if states[0] is not None or len(states) != 1:
             if len(states) != (2 if self.mode == "LSTM" else 1):
                 return "hx's type"
@@ -163,17 +166,13 @@ class _Layer(nn.RNNBase):
             )
         data, sizes, order, back = input
         weights = [getattr(self, name) for name in self._flat_weights_names]
-        if self.proj_size or functional.why_not(functional.autocast([data, *weights])):
-            return self._fall_back("proj_size" if self.proj_size else "device or dtype", input, hx)
-        states: tuple[Any, ...] = (None, None)
-        if hx is not None:
-            hx = self.permute_hidden(hx, order)
-            self.check_forward_args(data, hx, sizes)
-            states = hx if self.mode == "LSTM" else (hx,)
-        else:
-            self.check_input(data, sizes)
+        states = hx if self.mode == "LSTM" and isinstance(hx, tuple | list) else (hx,)
+        if order is not None and not self._why_not(data, (None,), weights):
+            states = tuple(s.index_select(1, order) if isinstance(s, Tensor) and s.dim() == 3 else s for s in states)
+        if why := self._why_not(data, states, weights, int(sizes[0])):
+            return self._fall_back(why, input, hx)
         x, rows = torch._VF._pad_packed_sequence(data, sizes, False, 0.0, len(sizes))  # type: ignore[attr-defined]
-        h0, c0 = (*states, None)[:2]
+        h0, c0 = (*states, None, None)[:2]
         dropout = self.dropout if self.training else 0.0
         y, *final = functional.run(self._settings(recompute, False), x, h0, c0, weights, rows, None, dropout)
         packed = torch._VF._pack_padded_sequence(y, rows, False)[0]  # type: ignore[attr-defined]

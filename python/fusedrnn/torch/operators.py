@@ -263,9 +263,12 @@ def apply(name: str, settings: How, lengths: Any, reset: Any, *tensors: Any) -> 
 _OPERATORS: dict[tuple[str, int, int], Any] = {}
 
 
+MOST_WEIGHTS = 20  # of one call: torch takes 64 arguments in a schema, and hvp has every tensor twice
+
+
 def make_operators(states: int, weights: int) -> None:
     """Make the four operators for this many tensors, if they are not there: never while torch.compile looks on."""
-    if ("hvp", states, weights) not in _OPERATORS:
+    if ("hvp", states, weights) not in _OPERATORS and weights <= MOST_WEIGHTS:
         for name in _NAMES:
             _OPERATORS[name, states, weights] = _make_operator(name, states, weights)
 
@@ -381,5 +384,5 @@ def call(settings: How, lengths: Any, reset: Any, p: Sequence[Any]) -> tuple[Any
 
 # Those of usual sizes at once, so that an exported program can be loaded before any module is made.
 for _states in (1, 2):
-    for _weights in (2, 4, 6, 8, 12, 16):
+    for _weights in (2, 4, 6, 8, 10, 12, 16, 20):
         make_operators(_states, _weights)

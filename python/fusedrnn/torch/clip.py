@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""torch.nn.utils' gradient clipping in one pass of the native kernels, with float64 sums."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import clip
+
+
+def _gradients(parameters: Tensor | Iterable[Tensor]) -> tuple[list[Tensor], bool]:
+    """The gradients, and whether NumPy can see all of them."""
+    given = [parameters] if isinstance(parameters, Tensor) else parameters
+    gradients = [p.grad for p in given if p.grad is not None]
+    plain = all(
+        type(g) is Tensor
+        and g.device.type == "cpu"
+        and g.dtype in (torch.float32, torch.float64)
+        and g.layout == torch.strided
+        for g in gradients
+    )
+    return gradients, plain
+
+
+def clip_grad_norm_(
+    parameters: Tensor | Iterable[Tensor], max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False
+) -> Tensor:
+    """As torch.nn.utils.clip_grad_norm_, which it calls for gradients that are not plain CPU tensors.
+
+    >>> w = torch.ones(4, requires_grad=True)
+    >>> (3 * w).sum().backward()
+    >>> fusedrnn.torch.clip.clip_grad_norm_(w, 1.0)
+    tensor(6.)
+    """
+    gradients, plain = _gradients(parameters := [parameters] if isinstance(parameters, Tensor) else list(parameters))
+    if not plain or not gradients:
+        return torch.nn.utils.clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite)
+    try:
+        norm = clip.clip_grad_norm_([g.detach().numpy() for g in gradients], max_norm, norm_type, error_if_nonfinite)
+    except FloatingPointError as error:
+        raise RuntimeError(str(error)) from None  # torch's type
+    return torch.tensor(norm, dtype=gradients[0].dtype)
+
+
+def clip_grad_value_(parameters: Tensor | Iterable[Tensor], clip_value: float) -> None:
+    """As torch.nn.utils.clip_grad_value_, which it calls for gradients that are not plain CPU tensors."""
+    gradients, plain = _gradients(parameters := [parameters] if isinstance(parameters, Tensor) else list(parameters))
+    if not plain:
+        torch.nn.utils.clip_grad_value_(parameters, clip_value)
+        return
+    views: Any = [g.detach().numpy() for g in gradients]
+    clip.clip_grad_value_(views, float(clip_value))

@@ -1,0 +1,599 @@
+# SPDX-License-Identifier: Apache-2.0
+"""fusedrnn.torch's modules against torch.nn's: the same in everything torch.nn can do, and right beyond it."""
+
+import copy
+import io
+import itertools
+import math
+import pickle
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", minversion="2.8")
+
+from torch import nn  # noqa: E402
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence  # noqa: E402
+
+import fusedrnn  # noqa: E402
+import fusedrnn.torch  # noqa: E402
+
+LAYERS = ("RNN", "LSTM", "GRU")
+CELLS = ("RNNCell", "LSTMCell", "GRUCell")
+
+
+def pair(kind, *arguments, **options):
+    """torch.nn's module and ours, made from the same random numbers."""
+    torch.manual_seed(0)
+    theirs = getattr(nn, kind)(*arguments, **options)
+    torch.manual_seed(0)
+    return theirs, getattr(fusedrnn.torch, kind)(*arguments, **options)
+
+
+def flat(value):
+    if isinstance(value, torch.Tensor):
+        return [value]
+    return [tensor for part in value if part is not None for tensor in flat(part)]
+
+
+def same(a, b, **tolerance):
+    a, b = flat(a), flat(b)
+    assert len(a) == len(b)
+    for x, y in zip(a, b, strict=True):
+        torch.testing.assert_close(x, y, **tolerance)
+
+
+def gradients(module, outputs, inputs=()):
+    loss = sum(torch.sin(t).sum() for t in flat(outputs))
+    return torch.autograd.grad(loss, [*inputs, *module.parameters()])
+
+
+def states(kind, shape, dtype=torch.float32):
+    made = [torch.randn(shape, dtype=dtype, requires_grad=True) for _ in range(2 if "LSTM" in kind else 1)]
+    return tuple(made) if "LSTM" in kind else made[0]
+
+
+# The same as torch.nn.
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("layers, bidirectional, bias, batch_first", [*itertools.product((1, 3), *[(False, True)] * 3)])
+def test_options(kind, layers, bidirectional, bias, batch_first):
+    options = {"num_layers": layers, "bidirectional": bidirectional, "bias": bias, "batch_first": batch_first}
+    theirs, ours = pair(kind, 3, 5, **options, dtype=torch.float64)
+    same(list(theirs.state_dict().values()), list(ours.state_dict().values()), rtol=0, atol=0)
+    assert list(theirs.state_dict()) == list(ours.state_dict())
+    assert repr(theirs) == repr(ours)
+    D = 2 if bidirectional else 1
+    x = torch.randn((2, 7, 3) if batch_first else (7, 2, 3), dtype=torch.float64, requires_grad=True)
+    for hx in (None, states(kind, (layers * D, 2, 5), torch.float64)):
+        given = [x, *(flat(hx) if hx is not None else [])]
+        y, z = theirs(x, hx), ours(x, hx)
+        assert fusedrnn.torch.route() == "fused"
+        same(y, z)
+        same(gradients(theirs, y, given), gradients(ours, z, given))
+        with torch.no_grad():
+            same(y, ours(x, hx))
+    single = x[0] if batch_first else x[:, 0]
+    same(theirs(single), ours(single))
+    hx = states(kind, (layers * D, 5), torch.float64)
+    same(theirs(single, hx), ours(single, hx))
+
+
+@pytest.mark.parametrize("kind", CELLS)
+@pytest.mark.parametrize("bias", [False, True])
+def test_cells(kind, bias):
+    theirs, ours = pair(kind, 3, 5, bias=bias, dtype=torch.float64)
+    for shape in ((4, 3), (3,)):
+        x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+        for hx in (None, states(kind, (*shape[:-1], 5), torch.float64)):
+            given = [x, *(flat(hx) if hx is not None else [])]
+            y, z = theirs(x, hx), ours(x, hx)
+            assert fusedrnn.torch.route() == "fused"
+            same(y, z)
+            same(gradients(theirs, y, given), gradients(ours, z, given))
+
+
+def test_relu():
+    theirs, ours = pair("RNN", 3, 5, nonlinearity="relu")
+    x = torch.randn(7, 2, 3)
+    same(theirs(x), ours(x))
+    theirs, ours = pair("RNNCell", 3, 5, nonlinearity="relu")
+    same(theirs(x[0]), ours(x[0]))
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_dropout_draws_the_same_numbers(kind):
+    theirs, ours = pair(kind, 3, 6, 3, dropout=0.4, bidirectional=True)
+    x = torch.randn(7, 4, 3)
+    torch.manual_seed(7)
+    y = theirs(x)
+    torch.manual_seed(7)
+    z = ours(x)
+    same(y, z)
+    same(theirs.eval()(x), ours.eval()(x))
+    assert not torch.equal(y[0], ours(x)[0])
+
+
+@pytest.mark.parametrize("kind", [*LAYERS, *CELLS])
+def test_samples_that_torch_ships(kind):
+    modules = pytest.importorskip("torch.testing._internal.common_modules", reason="needs expecttest")
+    info = next(info for info in modules.module_db if info.module_cls is getattr(nn, kind))
+    ran = 0
+    for training in (True, False):
+        options = {"device": "cpu", "dtype": torch.float64, "requires_grad": True, "training": training}
+        for sample in info.module_inputs_func(info, **options):
+            made, given = sample.constructor_input, sample.forward_input
+            theirs, ours = pair(kind, *made.args, **made.kwargs)
+            theirs, ours = theirs.double().train(training), ours.double().train(training)
+            torch.manual_seed(3)
+            y = theirs(*given.args, **given.kwargs)
+            torch.manual_seed(3)
+            z = ours(*given.args, **given.kwargs)
+            same(y, z)
+            same(gradients(theirs, y), gradients(ours, z))
+            ran += 1
+    assert ran >= 4
+    if info.module_error_inputs_func is not None:
+        options = {"device": "cpu", "dtype": torch.float64, "requires_grad": False, "training": True}
+        for error in info.module_error_inputs_func(info, **options):
+            made, given = error.module_error_input.constructor_input, error.module_error_input.forward_input
+            with pytest.raises(error.error_type, match=error.error_regex):
+                module = getattr(fusedrnn.torch, kind)(*made.args, **made.kwargs)
+                module(*given.args, **given.kwargs)
+
+
+WRONG = [
+    lambda m: m(torch.randn(5, 2, 4)),
+    lambda m: m(torch.randn(5, 2, 3, 1)),
+    lambda m: m(torch.randn(3)),
+    lambda m: m(torch.randn(0, 2, 3)),
+    lambda m: m(torch.randn(5, 2, 3, dtype=torch.float64)),
+    lambda m: m(torch.ones(5, 2, 3, dtype=torch.int64)),
+    lambda m: m(torch.randn(5, 2, 3), torch.randn(1, 3, 4)),
+    lambda m: m(torch.randn(5, 2, 3), torch.randn(2, 4)),
+    lambda m: m(torch.randn(5, 2, 3), torch.randn(1, 2, 5)),
+    lambda m: m(torch.randn(5, 3), torch.randn(1, 1, 4)),
+    lambda m: m(torch.randn(5, 2, 3), (torch.randn(1, 2, 4), torch.randn(1, 2, 5))),
+    lambda m: m(torch.randn(5, 2, 3), (torch.randn(1, 3, 4), torch.randn(1, 3, 4))),
+    lambda m: m(pack_padded_sequence(torch.randn(5, 2, 4), [5, 3])),
+    lambda m: m(pack_padded_sequence(torch.randn(5, 2, 3), [5, 3]), torch.randn(1, 3, 4)),
+    lambda m: m(None),
+]
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("wrong", range(len(WRONG)))
+def test_errors_are_torchs(kind, wrong):
+    theirs, ours = pair(kind, 3, 4)
+    try:
+        WRONG[wrong](theirs)
+    except Exception as error:
+        expected = error
+    else:
+        pytest.skip("torch.nn takes this")
+    with pytest.raises(type(expected)) as caught:
+        WRONG[wrong](ours)
+    assert str(caught.value) == str(expected).replace(f"torch.nn.{kind}", kind)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize(
+    "arguments, options",
+    [
+        ((0, 4), {}),
+        ((3, 0), {}),
+        ((3, 4, 0), {}),
+        ((3.0, 4), {}),
+        ((3, 4.0), {}),
+        ((3, 4), {"dropout": 2.0}),
+        ((3, 4), {"dropout": True}),
+        ((3, 4), {"bias": 1}),
+        ((3, 4), {"batch_first": 1}),
+        ((3, 4), {"proj_size": 5}),
+        ((3, 4), {"proj_size": -1}),
+        ((3, 4), {"unknown": 1}),
+    ],
+)
+def test_constructor_errors_are_torchs(kind, arguments, options):
+    with pytest.raises((ValueError, TypeError)) as expected:
+        getattr(nn, kind)(*arguments, **options)
+    with pytest.raises(type(expected.value), match=re.escape(str(expected.value))):
+        getattr(fusedrnn.torch, kind)(*arguments, **options)
+
+
+def test_proj_size_runs_torchs_own_code():
+    theirs, ours = pair("LSTM", 3, 5, 2, proj_size=2, bidirectional=True)
+    x = torch.randn(7, 2, 3)
+    same(theirs(x), ours(x))
+    assert fusedrnn.torch.route() == "torch.nn: proj_size"
+    with pytest.raises(ValueError, match="proj_size"):
+        ours(x, lengths=[7, 3])
+
+
+# Packed sequences, lengths, resets, cells.
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("lengths, options", [([7, 5, 5, 1], {}), ([2, 7, 1, 4], {"enforce_sorted": False})])
+def test_packed(kind, lengths, options):
+    theirs, ours = pair(kind, 3, 5, 2, bidirectional=True, dtype=torch.float64)
+    x = torch.randn(7, 4, 3, dtype=torch.float64, requires_grad=True)
+    for hx in (None, states(kind, (4, 4, 5), torch.float64)):
+        packed = pack_padded_sequence(x, lengths, **options)
+        (y, y_state), (z, z_state) = theirs(packed, hx), ours(packed, hx)
+        assert isinstance(z, PackedSequence)
+        same(tuple(y), tuple(z))
+        same(y_state, z_state)
+        loss = [sum(t.sin().sum() for t in flat(out)) for out in ([y.data, y_state], [z.data, z_state])]
+        found = [torch.autograd.grad(one, x, retain_graph=True)[0] for one in loss]
+        same(*found)
+        padded, padded_state = ours(x, hx, lengths=torch.tensor(lengths))
+        same(pad_packed_sequence(y)[0], padded)
+        same(y_state, padded_state)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_lengths_of_zero_carry_the_state(kind):
+    ours = getattr(fusedrnn.torch, kind)(3, 4, batch_first=True)
+    hx = states(kind, (1, 3, 4))
+    x = torch.full((3, 5, 3), math.nan)
+    x[1, :3] = 1
+    y, state = ours(x, hx, lengths=[0, 3, 0])
+    assert not y[0].any() and not y[2].any() and not y[1, 3:].any() and y[1, :3].all()
+    for initial, final in zip(flat(hx), flat(state), strict=True):
+        same(initial[:, [0, 2]], final[:, [0, 2]])
+    sum(t.sum() for t in flat((y, state))).backward()
+    assert all(p.grad.isfinite().all() for p in ours.parameters())
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("initial", [False, True])
+def test_reset_begins_a_new_sequence(kind, initial):
+    theirs, ours = pair(kind, 3, 4, 2, dtype=torch.float64)
+    ours.reset_to = "initial" if initial else "zero"
+    x = torch.randn(9, 2, 3, dtype=torch.float64, requires_grad=True)
+    hx = states(kind, (2, 2, 4), torch.float64)
+    reset = torch.zeros(9, 2, dtype=torch.bool)
+    reset[4] = True
+    y, state = ours(x, hx, reset=reset)
+    first, _ = theirs(x[:4], hx)
+    second, final = theirs(x[4:], hx if initial else None)
+    same(y, torch.cat([first, second]))
+    same(state, final)
+    given = [x, *flat(hx)]
+    same(gradients(theirs, [first, second, final], given), gradients(ours, [y, state], given))
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_cells_of_every_step(kind):
+    ours = getattr(fusedrnn.torch, kind)(3, 4, 2, bidirectional=True, dtype=torch.float64)
+    x = torch.randn(5, 2, 3, dtype=torch.float64)
+    y, state, cells = ours(x, return_cells=True)
+    assert cells.shape == (2, 5, 2, 8)
+    last = (state[1] if kind == "LSTM" else state).unflatten(0, (2, 2))
+    same(cells[:, -1, :, :4], last[:, 0])
+    same(cells[:, 0, :, 4:], last[:, 1])
+    cells.sin().sum().backward()
+    numpy = getattr(fusedrnn, kind)(3, 4, 2, bidirectional=True, dtype=np.float64, backend="reference")
+    numpy.load_state_dict(ours.state_dict())
+    expected = numpy(x.numpy(), return_cells=True)[2]
+    same(cells, torch.from_numpy(expected))
+    grads = numpy.backward(dcells=np.cos(expected))
+    for name, p in ours.named_parameters():
+        same(p.grad, torch.from_numpy(grads[name]))
+
+
+def test_unbatched_and_batch_first_with_everything():
+    ours = fusedrnn.torch.LSTM(3, 4, batch_first=True)
+    x = torch.randn(2, 6, 3)
+    reset = torch.rand(2, 6) < 0.4
+    y, state, cells = ours(x, lengths=[4, 6], reset=reset, return_cells=True)
+    for n, length in enumerate((4, 6)):
+        one = ours(x[n], lengths=length, reset=reset[n], return_cells=True)
+        same(one, (y[n], (state[0][:, n], state[1][:, n]), cells[:, n]))
+
+
+@pytest.mark.parametrize(
+    "options, error, match",
+    [
+        ({"lengths": [1, 2]}, ValueError, "lengths has shape"),
+        ({"lengths": [1.0, 2.0, 3.0]}, TypeError, "lengths has dtype"),
+        ({"lengths": [1, 2, 6]}, ValueError, "expected 0 <= length <= T = 5"),
+        ({"lengths": [1, 2, -1]}, ValueError, "expected 0 <= length <= T = 5"),
+        ({"reset": torch.zeros(3, 5)}, ValueError, "reset has shape"),
+    ],
+)
+def test_errors_of_what_is_new(options, error, match):
+    with pytest.raises(error, match=match):
+        fusedrnn.torch.LSTM(3, 4)(torch.randn(5, 3, 3), **options)
+
+
+def test_recompute_and_clips():
+    ours = fusedrnn.torch.LSTM(3, 4, dtype=torch.float64)
+    x = torch.randn(20, 2, 3, dtype=torch.float64) * 4
+    same(gradients(ours, ours(x)), gradients(ours, ours(x, recompute=True)))
+    ours.clip_cell = 0.5
+    assert ours(x, return_cells=True)[2].abs().max() == 0.5
+    ours.clip_cell, ours.clip_grad = None, 1e-3
+    clipped = gradients(ours, ours(x))
+    numpy = fusedrnn.LSTM(3, 4, dtype=np.float64, clip_grad=1e-3, backend="reference")
+    numpy.load_state_dict(ours.state_dict())
+    y, (h, c) = numpy(x.numpy())
+    grads = numpy.backward(np.cos(y), (np.cos(h), np.cos(c)))
+    same(clipped, [torch.from_numpy(grads[name]) for name, _ in ours.named_parameters()])
+
+
+# Weights are ordinary tensors.
+
+
+def test_functions_and_odd_weights():
+    layer = nn.LSTM(3, 4, 2, bidirectional=True, dtype=torch.float64)
+    x = torch.randn(5, 2, 3, dtype=torch.float64)
+    params = dict(layer.named_parameters())
+    same(layer(x), fusedrnn.torch.lstm(x, None, params, num_layers=2, bidirectional=True))
+    strided = [p.detach().repeat_interleave(2, -1)[..., ::2] for p in params.values()]
+    same(layer(x), fusedrnn.torch.lstm(x, None, strided, num_layers=2, bidirectional=True))
+    gru = nn.GRU(3, 3, dtype=torch.float64)
+    y, h = fusedrnn.torch.gru(x, None, dict(gru.named_parameters()), lengths=[5, 2])
+    same(y[:, 0], gru(x[:, 0])[0])
+    back, _ = fusedrnn.torch.gru(x, None, dict(gru.named_parameters()), reverse=True)
+    same(back, gru(x.flip(0))[0].flip(0))
+    tied = gru.weight_ih_l0.detach().requires_grad_()
+    fusedrnn.torch.gru(x, None, [tied, tied, gru.bias_ih_l0, gru.bias_hh_l0])[0].sum().backward()
+    both = [tied.detach().requires_grad_() for _ in range(2)]
+    fusedrnn.torch.gru(x, None, [*both, gru.bias_ih_l0, gru.bias_hh_l0])[0].sum().backward()
+    same(tied.grad, both[0].grad + both[1].grad)
+    with pytest.raises(ValueError, match="weight_ih_l0 has shape"):
+        fusedrnn.torch.gru(x, None, [tied, tied.T, gru.bias_ih_l0, gru.bias_hh_l0])
+    with pytest.raises(ValueError, match="params has 3 tensors"):
+        fusedrnn.torch.rnn(x, None, [tied] * 3)
+
+
+def test_parametrized_weights():
+    for kind in ("LSTM", "LSTMCell"):
+        theirs, ours = pair(kind, 3, 4)
+        for module in (theirs, ours):
+            name = "weight_hh" if kind == "LSTMCell" else "weight_hh_l0"
+            nn.utils.parametrizations.weight_norm(module, name)
+        x = torch.randn(5, 2, 3) if kind == "LSTM" else torch.randn(2, 3)
+        y, z = theirs(x), ours(x)
+        assert fusedrnn.torch.route() == "fused"
+        same(y, z)
+        same(gradients(theirs, y), gradients(ours, z))
+
+
+def test_weights_changed_in_place_and_replaced():
+    theirs, ours = pair("GRU", 3, 4)
+    x = torch.randn(5, 2, 3)
+    for module in (theirs, ours):
+        with torch.no_grad():
+            module.weight_ih_l0.mul_(2)
+        module.weight_hh_l0 = nn.Parameter(module.weight_hh_l0.detach() * 3)
+    same(theirs(x), ours(x))
+    y = ours(x)[0]
+    with torch.no_grad():
+        ours.weight_hh_l0.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_replace_and_restore():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.LSTM(3, 4, 2, dropout=0.3)
+            self.b = nn.Sequential(nn.GRU(4, 4, batch_first=True))
+            self.c = nn.LSTMCell(4, 4)
+            self.d = type("Own", (nn.RNN,), {})(4, 4)
+            self.e = nn.utils.parametrizations.weight_norm(nn.GRU(4, 4), "weight_hh_l0")
+            self.f = nn.LSTM(3, 4, proj_size=2)
+
+    torch.manual_seed(0)
+    model = Model()
+    x = torch.randn(5, 2, 3)
+    before = list(model.named_parameters())
+    model.eval()
+    y = model.b(model.a(x)[0])
+    report = fusedrnn.torch.replace(model)
+    assert report.swapped == ["a", "b.0", "c"]
+    assert set(report.kept) == {"d", "e", "f"}
+    assert "Own" in report.kept["d"] and "parametrized" in report.kept["e"] and "proj_size" in report.kept["f"]
+    assert "swapped a" in str(report)
+    assert all(p is q for (_, p), (_, q) in zip(before, model.named_parameters(), strict=True))
+    same(y, model.b(model.a(x)[0]))
+    assert fusedrnn.torch.route() == "fused"
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    model.b(model.a(x)[0])[0].sum().backward()
+    optimizer.step()
+    z = model.b(model.a(x)[0])
+    back = fusedrnn.torch.restore(model)
+    assert type(model.a) is nn.LSTM and "a" in back.swapped
+    same(z, model.b(model.a(x)[0]))
+    assert str(fusedrnn.torch.replace(nn.Linear(2, 2))) == "no recurrent modules found"
+
+
+# Copies, files, processes.
+
+
+@pytest.mark.parametrize("kind", [*LAYERS, *CELLS])
+def test_copies_and_files(kind):
+    theirs, ours = pair(kind, 3, 4)
+    ours.recompute = True
+    x = torch.randn(5, 2, 3) if kind in LAYERS else torch.randn(2, 3)
+    y = ours(x)
+    file = io.BytesIO()
+    torch.save(ours, file)
+    file.seek(0)
+    for other in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours)), torch.load(file, weights_only=False)):
+        same(y, other(x))
+        assert other.recompute
+        assert all(p is not q for p, q in zip(ours.parameters(), other.parameters(), strict=True))
+    file = io.BytesIO()
+    torch.save(ours.state_dict(), file)
+    file.seek(0)
+    theirs.load_state_dict(torch.load(file, weights_only=True))
+    same(y, theirs(x))
+    ours.load_state_dict(theirs.state_dict())
+    same(y, ours(x))
+
+
+def test_a_pickle_loads_in_a_fresh_process(tmp_path):
+    layer = fusedrnn.torch.LSTM(3, 4, 7, bias=False)  # more weights than operators are made for at once
+    torch.save(layer, tmp_path / "layer")
+    code = (
+        "import torch; layer = torch.load(r'{}', weights_only=False);"
+        "torch.func.vmap(lambda x: layer(x)[0])(torch.ones(2, 5, 1, 3)); print('fine')"
+    )
+    run = subprocess.run([sys.executable, "-c", code.format(tmp_path / "layer")], capture_output=True, text=True)
+    assert run.stdout == "fine\n", run.stderr
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_16_bit(kind, dtype):
+    ours = getattr(fusedrnn.torch, kind)(8, 16, dtype=dtype)
+    x = torch.randn(10, 4, 8, dtype=dtype)
+    y, state = ours(x)
+    assert fusedrnn.torch.route() == "fused" and y.dtype == dtype and flat(state)[0].dtype == dtype
+    wide = copy.deepcopy(ours).float()
+    expected, _ = wide(x.float())
+    same(y, expected.to(dtype), rtol=0, atol=0)  # computed in 32 bits and rounded once
+    y.float().square().sum().backward()
+    expected.square().sum().backward()
+    for p, q in zip(ours.parameters(), wide.parameters(), strict=True):
+        assert p.grad.dtype == dtype
+        same(p.grad.float(), q.grad, rtol=0.05, atol=0.05 * float(q.grad.abs().max()))
+
+
+def test_autocast():
+    theirs, ours = pair("LSTM", 8, 16, 2)
+    x = torch.randn(10, 4, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        z, _ = ours(x)
+        cell, _ = fusedrnn.torch.LSTMCell(8, 16)(x[0])
+    assert z.dtype == cell.dtype == torch.bfloat16
+    same(z.float(), theirs(x)[0], rtol=0.05, atol=0.02)
+    z.float().sum().backward()
+    assert all(p.grad.dtype == torch.float32 and p.grad.abs().sum() > 0 for p in ours.parameters())
+
+
+def test_meta_device():
+    layer = fusedrnn.torch.LSTM(3, 4, device="meta")
+    assert layer(torch.empty(5, 2, 3, device="meta"))[0].shape == (5, 2, 4)
+
+
+def test_another_backend_gives_the_same():
+    layer = fusedrnn.torch.GRU(3, 4, 2, dtype=torch.float64)
+    x = torch.randn(5, 2, 3, dtype=torch.float64)
+    y = layer(x)
+    grads = gradients(layer, y)
+    try:
+        fusedrnn.set_backend("reference")
+        z = layer(x)
+        same(y, z)
+        fusedrnn.set_backend(None)
+        same(grads, gradients(layer, z))  # a tape goes back to the backend that wrote it
+    finally:
+        fusedrnn.set_backend(None)
+
+
+def test_double_backward_of_the_short_way():
+    for kind, shape in (("LSTM", (5, 2, 3)), ("GRU", (5, 3)), ("LSTMCell", (2, 3)), ("RNNCell", (3,))):
+        for options in ({}, {"batch_first": True}) if kind in LAYERS else ({},):
+            theirs, ours = pair(kind, 3, 4, **options, dtype=torch.float64)
+            x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+            found = []
+            for module in (theirs, ours):
+                first = torch.autograd.grad(
+                    sum(t.sin().sum() for t in flat(module(x))), [x, *module.parameters()], create_graph=True
+                )
+                second = torch.autograd.grad(sum(g.sin().sum() for g in first), [x, *module.parameters()])
+                found.append((first, second))
+            same(*found)
+
+
+def test_nothing_is_computed_that_nobody_asked_for():
+    layer = fusedrnn.torch.LSTM(3, 4)
+    for p in layer.parameters():
+        p.requires_grad_(False)
+    assert layer(torch.randn(5, 2, 3))[0].grad_fn is None
+    layer.bias_hh_l0.requires_grad_()
+    layer(torch.randn(5, 2, 3))[0].sum().backward()
+    assert layer.bias_hh_l0.grad is not None and layer.weight_hh_l0.grad is None
+
+
+# In training loops.
+
+
+@pytest.mark.parametrize("k1, k2", [(5, 5), (5, 12), (6, 2), (30, 30)])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_tbptt(kind, k1, k2):
+    layer = getattr(fusedrnn.torch, kind)(2, 3, dtype=torch.float64)
+    x = torch.randn(23, 2, 2, dtype=torch.float64)
+    lengths = torch.tensor([23, 11])
+    ys, updates, expected_start = [], [], 0
+    for chunk in fusedrnn.torch.tbptt.chunks(layer, x, k1=k1, k2=k2, lengths=lengths):
+        assert chunk.start == expected_start
+        expected_start = chunk.stop
+        ys.append(chunk.y.detach())
+        layer.zero_grad()
+        chunk.y.sin().sum().backward()
+        alone = copy.deepcopy(layer)
+        alone.zero_grad()
+        with torch.no_grad():
+            state = alone(x[: chunk.window], lengths=lengths.clamp(max=chunk.window))[1] if chunk.window else None
+        rows = (lengths - chunk.window).clamp(0, chunk.stop - chunk.window)
+        y = alone(x[chunk.window : chunk.stop], state, lengths=rows)[0]
+        y[chunk.start - chunk.window :].sin().sum().backward()
+        same([p.grad for p in layer.parameters()], [p.grad for p in alone.parameters()])
+        if chunk.update:
+            updates.append(chunk.stop)
+        assert chunk.update == (chunk.stop % k1 == 0 or chunk.stop == 23)
+        if chunk.start >= k2 > k1:
+            assert chunk.stop - chunk.window >= min(k2, chunk.stop)
+    same(torch.cat(ys), layer(x, lengths=lengths)[0])
+    assert updates == [*range(k1, 23, k1), 23]
+
+
+def test_tbptt_errors():
+    with pytest.raises(ValueError, match="k1 is 0"):
+        fusedrnn.torch.tbptt.chunks(fusedrnn.torch.GRU(2, 3), torch.randn(5, 2, 2), k1=0)
+    with pytest.raises(ValueError, match="bidirectional"):
+        fusedrnn.torch.tbptt.chunks(fusedrnn.torch.GRU(2, 3, bidirectional=True), torch.randn(5, 2, 2), k1=2)
+
+
+@pytest.mark.parametrize("norm_type", [1.0, 2.0, 3.0, math.inf])
+def test_clipping_is_torchs(norm_type):
+    layer = fusedrnn.torch.LSTM(3, 4)
+    layer(torch.randn(5, 2, 3))[0].sum().backward()
+    other = copy.deepcopy(layer)
+    for p, q in zip(layer.parameters(), other.parameters(), strict=True):
+        q.grad = p.grad.clone()
+    norm = fusedrnn.torch.clip.clip_grad_norm_(layer.parameters(), 0.5, norm_type)
+    same(norm, nn.utils.clip_grad_norm_(other.parameters(), 0.5, norm_type))
+    same([p.grad for p in layer.parameters()], [p.grad for p in other.parameters()])
+    fusedrnn.torch.clip.clip_grad_value_(layer.parameters(), 1e-3)
+    nn.utils.clip_grad_value_(other.parameters(), 1e-3)
+    same([p.grad for p in layer.parameters()], [p.grad for p in other.parameters()])
+    layer.weight_hh_l0.grad[0, 0] = math.inf
+    with pytest.raises(RuntimeError, match="expected a finite number"):
+        fusedrnn.torch.clip.clip_grad_norm_(layer.parameters(), 0.5, norm_type, error_if_nonfinite=True)
+
+
+def test_learns():
+    torch.manual_seed(0)
+    layer, out = fusedrnn.torch.LSTM(1, 16), nn.Linear(16, 1)
+    optimizer = torch.optim.Adam([*layer.parameters(), *out.parameters()], 0.02)
+    errors = []
+    for _ in range(60):
+        x = torch.randn(12, 16, 1)
+        error = (out(layer(x)[0]) - x.cumsum(0)).square().mean()
+        errors.append(error.item())
+        optimizer.zero_grad()
+        error.backward()
+        optimizer.step()
+    assert sum(errors[-5:]) < 0.3 * sum(errors[:5])
