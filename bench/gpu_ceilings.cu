@@ -348,9 +348,9 @@ __device__ __forceinline__ uint32_t operand(uint32_t seed) {
 
 template <int TYPE>
 __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-#define FUSEDRNN_MMA(SHAPE)                                                                                      \
-  asm volatile("mma.sync.aligned." SHAPE " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"                \
-               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                  \
+#define FUSEDRNN_MMA(SHAPE)                                                                       \
+  asm volatile("mma.sync.aligned." SHAPE " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};" \
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                   \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1))
   if constexpr (TYPE == BF16) FUSEDRNN_MMA("m16n8k16.row.col.f32.bf16.bf16.f32");
   if constexpr (TYPE == F16) FUSEDRNN_MMA("m16n8k16.row.col.f32.f16.f16.f32");
@@ -364,7 +364,7 @@ __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint3
 template <int TYPE, int WARPS, int FRAGMENTS, int TILES, bool FEED>
 __global__ __launch_bounds__(WARPS * 32, 1) void mma_rate(int iterations, float* sink, long long* cycles) {
   static_assert(FRAGMENTS % 8 == 0 || FRAGMENTS == 4);
-  constexpr int kSteps = FRAGMENTS / 4;               // k steps of 32 bytes
+  constexpr int kSteps = FRAGMENTS / 4;                         // k steps of 32 bytes
   constexpr int kStride = (kSteps < 2 ? 2 : kSteps) * 32 + 16;  // bytes a row, padded against bank conflicts
   __shared__ __align__(16) unsigned char h[TILES * 8 * kStride];
   for (int i = threadIdx.x; i < TILES * 8 * kStride / 4; i += blockDim.x)
@@ -1087,8 +1087,8 @@ int main(int argc, char** argv) {
   }
   int n = device.multiProcessorCount;
   size_t large = 200 * 1024;
-  std::printf("{\"device\": \"%s\", \"multiprocessors\": %d, \"compute_capability\": \"%d.%d\", \"l2_bytes\": %d,\n", device.name,
-              n, device.major, device.minor, device.l2CacheSize);
+  std::printf("{\"device\": \"%s\", \"multiprocessors\": %d, \"compute_capability\": \"%d.%d\", \"l2_bytes\": %d,\n",
+              device.name, n, device.major, device.minor, device.l2CacheSize);
   std::printf(" \"shared_bytes_per_block\": %zu, \"driver_cuda\": %d, \"runtime_cuda\": %d, \"records\": [",
               device.sharedMemPerBlockOptin, driver, runtime);
 
@@ -1201,7 +1201,8 @@ int main(int argc, char** argv) {
       Shape s{c * std::max(1, fit[c]), 256, large, c};
       allow(cluster_sync, s);
       double ns = slope_ns(2000, nothing, [&](int steps) { launch(cluster_sync, s, steps); });
-      record("cluster_barrier", {{"cluster", c}, {"clusters", fit[c]}, {"threads", 256}, {"ns", ns}, {"cycles", ns * mhz * 1e-3}});
+      record("cluster_barrier",
+             {{"cluster", c}, {"clusters", fit[c]}, {"threads", 256}, {"ns", ns}, {"cycles", ns * mhz * 1e-3}});
     }
   });
 
@@ -1215,14 +1216,17 @@ int main(int argc, char** argv) {
       double b = slope_ns(
           500, [&](int) { CUDA(cudaMemsetAsync(counters, 0, 64 * 256)); },
           [&](int steps) { launch(counter_barrier, s, counters, steps, fault); });
-      record("grid_barrier", {{"kind", "one counter: red.release, ld.acquire"}, {"ctas", blocks}, {"threads", 256}, {"ns", b}});
+      record("grid_barrier",
+             {{"kind", "one counter: red.release, ld.acquire"}, {"ctas", blocks}, {"threads", 256}, {"ns", b}});
     }
   });
 
   // All-to-all exchange of h: the communication of one time step.
   section("cluster_exchange", [&] {
-    const char* modes[] = {"st.async 16 B", "bulk copy per peer", "remote stores and barrier.cluster", "remote stores, polled"};
-    void (*kernels[])(int, int, int*) = {cluster_exchange<0>, cluster_exchange<1>, cluster_exchange<2>, cluster_exchange<3>};
+    const char* modes[] = {"st.async 16 B", "bulk copy per peer", "remote stores and barrier.cluster",
+                           "remote stores, polled"};
+    void (*kernels[])(int, int, int*) = {cluster_exchange<0>, cluster_exchange<1>, cluster_exchange<2>,
+                                         cluster_exchange<3>};
     for (int c : {2, 4, 8, 16}) {
       for (int bytes : {1024, 2048, 4096, 8192, 16384, 32768, 65536}) {
         for (int mode = 0; mode < 4; ++mode) {
@@ -1230,9 +1234,12 @@ int main(int argc, char** argv) {
           allow(kernels[mode], s);
           try {
             double ns = slope_ns(400, nothing, [&](int steps) { launch(kernels[mode], s, bytes, steps, fault); }, 3);
-            record("cluster_exchange", {{"cluster", c}, {"clusters", fit[c]}, {"h_bytes", bytes}, {"kind", modes[mode]}, {"ns_per_step", ns}});
+            record(
+                "cluster_exchange",
+                {{"cluster", c}, {"clusters", fit[c]}, {"h_bytes", bytes}, {"kind", modes[mode]}, {"ns_per_step", ns}});
           } catch (const std::exception& e) {
-            record("cluster_exchange", {{"cluster", c}, {"h_bytes", bytes}, {"kind", modes[mode]}, {"error", e.what()}});
+            record("cluster_exchange",
+                   {{"cluster", c}, {"h_bytes", bytes}, {"kind", modes[mode]}, {"error", e.what()}});
             CUDA(cudaDeviceSynchronize());
           }
         }
@@ -1252,7 +1259,7 @@ int main(int argc, char** argv) {
         if (bytes / 16 < k.P) continue;
         for (int counter = 0; counter < 2; ++counter) {
           double ns = 0;
-#define FUSEDRNN_EXCHANGE(PER)                                                  \
+#define FUSEDRNN_EXCHANGE(PER)                                                     \
   ns = counter ? measure_l2_exchange<PER, 1>(rows, counters, bytes, k.P, k.groups) \
                : measure_l2_exchange<PER, 0>(rows, counters, bytes, k.P, k.groups)
           try {
@@ -1261,9 +1268,17 @@ int main(int argc, char** argv) {
             if (bytes == 16384) FUSEDRNN_EXCHANGE(4);
             if (bytes == 32768) FUSEDRNN_EXCHANGE(8);
             if (bytes == 65536) FUSEDRNN_EXCHANGE(16);
-            record("l2_exchange", {{"ctas", k.P}, {"groups", k.groups}, {"h_bytes", bytes}, {"kind", counter ? "counter" : "data is the flag"}, {"ns_per_step", ns}});
+            record("l2_exchange", {{"ctas", k.P},
+                                   {"groups", k.groups},
+                                   {"h_bytes", bytes},
+                                   {"kind", counter ? "counter" : "data is the flag"},
+                                   {"ns_per_step", ns}});
           } catch (const std::exception& e) {
-            record("l2_exchange", {{"ctas", k.P}, {"groups", k.groups}, {"h_bytes", bytes}, {"kind", counter ? "counter" : "data is the flag"}, {"error", e.what()}});
+            record("l2_exchange", {{"ctas", k.P},
+                                   {"groups", k.groups},
+                                   {"h_bytes", bytes},
+                                   {"kind", counter ? "counter" : "data is the flag"},
+                                   {"error", e.what()}});
             CUDA(cudaDeviceSynchronize());
           }
         }
@@ -1282,7 +1297,10 @@ int main(int argc, char** argv) {
       launch(kernel, Shape{n, warps * 32}, iterations, sink_buffer, cycles_buffer);
       double ns = event_ns([&] { launch(kernel, Shape{n, warps * 32}, iterations, sink_buffer, cycles_buffer); });
       double flops = 2.0 * iterations * each * warps * 32;
-      record("ffma", {{"warps", warps}, {"h_from", h}, {"flop_per_clk_sm", flops / median_cycles(n)}, {"tflops", flops * n / ns * 1e-3}});
+      record("ffma", {{"warps", warps},
+                      {"h_from", h},
+                      {"flop_per_clk_sm", flops / median_cycles(n)},
+                      {"tflops", flops * n / ns * 1e-3}});
     };
     one(fma_rate<4>, 4, 128, "registers");
     one(fma_rate<8>, 8, 128, "registers");
@@ -1294,7 +1312,8 @@ int main(int argc, char** argv) {
   });
 
   section("shared_read", [&] {
-    for (int r = 0; r < 2; ++r) launch(shared_read, Shape{n, 256}, 4000, reinterpret_cast<unsigned*>(sink_buffer), cycles_buffer);
+    for (int r = 0; r < 2; ++r)
+      launch(shared_read, Shape{n, 256}, 4000, reinterpret_cast<unsigned*>(sink_buffer), cycles_buffer);
     record("shared_read", {{"bytes_per_clk_sm", 4000.0 * 8 * 256 * 16 / median_cycles(n)}});
   });
 
@@ -1307,7 +1326,8 @@ int main(int argc, char** argv) {
     std::vector<int> v(count);
     CUDA(cudaMemcpy(v.data(), out, count * sizeof(int), cudaMemcpyDeviceToHost));
     std::sort(v.begin(), v.end());
-    record("l2_latency", {{"cycles_p10", v[count / 10]}, {"cycles_p50", v[count / 2]}, {"cycles_p90", v[count * 9 / 10]}});
+    record("l2_latency",
+           {{"cycles_p10", v[count / 10]}, {"cycles_p50", v[count / 2]}, {"cycles_p90", v[count * 9 / 10]}});
     CUDA(cudaFree(out));
   });
 
@@ -1324,10 +1344,13 @@ int main(int argc, char** argv) {
       for (int threads : {256, 512}) {
         int passes = std::max(1, (16 << 20) / k.bytes);
         for (int r = 0; r < 2; ++r)
-          launch(l2_read, Shape{n, threads}, reinterpret_cast<const uint4*>(boxes), k.bytes / 16, k.offset,
-                 passes, reinterpret_cast<unsigned*>(sink_buffer), cycles_buffer);
+          launch(l2_read, Shape{n, threads}, reinterpret_cast<const uint4*>(boxes), k.bytes / 16, k.offset, passes,
+                 reinterpret_cast<unsigned*>(sink_buffer), cycles_buffer);
         double each = static_cast<double>(passes) * k.bytes / median_cycles(n);
-        record("l2_read", {{"pattern", k.what}, {"threads", threads}, {"bytes_per_clk_sm", each}, {"tbytes_per_s", each * n * mhz * 1e-6}});
+        record("l2_read", {{"pattern", k.what},
+                           {"threads", threads},
+                           {"bytes_per_clk_sm", each},
+                           {"tbytes_per_s", each * n * mhz * 1e-6}});
       }
     }
   });
@@ -1337,8 +1360,12 @@ int main(int argc, char** argv) {
       for (int bytes : {16384, 65536}) {
         Shape s{c * std::max(1, fit[c]), 128, large, c};
         allow(bulk_read, s);
-        double ns = slope_ns(400, nothing, [&](int passes) { launch(bulk_read, s, const_cast<const unsigned char*>(boxes), bytes, passes, fault); });
-        record("bulk_read", {{"cluster", c}, {"bytes", bytes}, {"ns_per_pass", ns}, {"bytes_per_clk_sm", bytes / (ns * mhz * 1e-3)}});
+        double ns = slope_ns(400, nothing, [&](int passes) {
+          launch(bulk_read, s, const_cast<const unsigned char*>(boxes), bytes, passes, fault);
+        });
+        record(
+            "bulk_read",
+            {{"cluster", c}, {"bytes", bytes}, {"ns_per_pass", ns}, {"bytes_per_clk_sm", bytes / (ns * mhz * 1e-3)}});
       }
     }
   });
@@ -1351,9 +1378,10 @@ int main(int argc, char** argv) {
     };
     Shape overlapped{n, 256};
     overlapped.overlap = true;
-    for (const Case& k : {Case{"1 x 32 threads", Shape{1, 32}, empty_kernel}, Case{"132 x 256 threads", Shape{n, 256}, empty_kernel},
-                          Case{"132 x 256 threads, 200 KB shared", Shape{n, 256, large}, empty_kernel},
-                          Case{"132 x 256 threads, programmatic dependent launch", overlapped, empty_overlapped}}) {
+    for (const Case& k :
+         {Case{"1 x 32 threads", Shape{1, 32}, empty_kernel}, Case{"132 x 256 threads", Shape{n, 256}, empty_kernel},
+          Case{"132 x 256 threads, 200 KB shared", Shape{n, 256, large}, empty_kernel},
+          Case{"132 x 256 threads, programmatic dependent launch", overlapped, empty_overlapped}}) {
       try {
         double ns = (graph_ns(1000, k.shape, k.kernel) - graph_ns(500, k.shape, k.kernel)) / 500;
         record("graph_node", {{"kernel", k.what}, {"ns", ns}});
@@ -1364,7 +1392,12 @@ int main(int argc, char** argv) {
     }
     auto stream_launch = [&](const char* what, const Shape& s, void (*kernel)()) {
       allow(kernel, s);
-      double gpu = slope_ns(1000, nothing, [&](int k) { for (int i = 0; i < k; ++i) launch(kernel, s); }, 3);
+      double gpu = slope_ns(
+          1000, nothing,
+          [&](int k) {
+            for (int i = 0; i < k; ++i) launch(kernel, s);
+          },
+          3);
       std::vector<double> trip;
       for (int i = 0; i < 200; ++i) {
         double t = seconds_now();
@@ -1374,7 +1407,10 @@ int main(int argc, char** argv) {
       }
       std::vector<double> bracket;
       for (int i = 0; i < 50; ++i) bracket.push_back(event_ns([&] { launch(kernel, s); }));
-      record("stream_launch", {{"kernel", what}, {"ns_each_back_to_back", gpu}, {"ns_launch_and_wait_on_host", median(trip)}, {"ns_between_events", median(bracket)}});
+      record("stream_launch", {{"kernel", what},
+                               {"ns_each_back_to_back", gpu},
+                               {"ns_launch_and_wait_on_host", median(trip)},
+                               {"ns_between_events", median(bracket)}});
     };
     stream_launch("132 x 256 threads", Shape{n, 256}, empty_kernel);
     stream_launch("132 x 256 threads, 200 KB shared", Shape{n, 256, large}, empty_kernel);
@@ -1392,13 +1428,18 @@ int main(int argc, char** argv) {
     for (int r = 0; r < 6; ++r) {
       double e = event_ns([&] { CUDA(cudaMemcpyAsync(b, a, bytes, cudaMemcpyDeviceToDevice)); });
       double k = event_ns([&] {
-        launch(copy_kernel, Shape{n * 8, 512}, reinterpret_cast<const uint4*>(a), reinterpret_cast<uint4*>(b), bytes / 16);
+        launch(copy_kernel, Shape{n * 8, 512}, reinterpret_cast<const uint4*>(a), reinterpret_cast<uint4*>(b),
+               bytes / 16);
       });
       double f = event_ns([&] { CUDA(cudaMemsetAsync(b, 0xFF, bytes)); });
       if (r) engine.push_back(e), kernel.push_back(k), fill.push_back(f);
     }
-    record("copy", {{"kind", "cudaMemcpy device to device"}, {"gibibytes", 4}, {"tbytes_per_s_read_plus_written", 2.0 * bytes / median(engine) * 1e-3}});
-    record("copy", {{"kind", "16-byte copy kernel"}, {"gibibytes", 4}, {"tbytes_per_s_read_plus_written", 2.0 * bytes / median(kernel) * 1e-3}});
+    record("copy", {{"kind", "cudaMemcpy device to device"},
+                    {"gibibytes", 4},
+                    {"tbytes_per_s_read_plus_written", 2.0 * bytes / median(engine) * 1e-3}});
+    record("copy", {{"kind", "16-byte copy kernel"},
+                    {"gibibytes", 4},
+                    {"tbytes_per_s_read_plus_written", 2.0 * bytes / median(kernel) * 1e-3}});
     record("copy", {{"kind", "cudaMemset"}, {"gibibytes", 4}, {"tbytes_per_s_written", bytes / median(fill) * 1e-3}});
     CUDA(cudaFree(a));
     CUDA(cudaFree(b));
