@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The compiled backend. The only importer of _core: everything else asks here."""
 
-from fusedrnn import _core
 from fusedrnn._core import (
     Lane,
     backward,
@@ -19,11 +18,10 @@ from fusedrnn._core import (
     set_isa,
     set_num_threads,
     tape_elements,
+    torch_backward,
+    torch_forward,
+    torch_setup,
     version,
-)
-
-torch_setup, torch_forward, torch_backward = (
-    getattr(_core, name, None) for name in ("torch_setup", "torch_forward", "torch_backward")
 )
 
 __all__ = [

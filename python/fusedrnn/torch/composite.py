@@ -18,6 +18,7 @@ from .how import How, parts, read
 from .kernels import extent, spread
 
 Tensors = Sequence[Tensor | None]
+_vjp: Any = torch.func.vjp
 
 
 def _cell(how: How, a: Tensor, h: Tensor, c: Any, R: Tensor, b: Tensor | None) -> tuple[Tensor, Any]:
@@ -82,7 +83,9 @@ def forward(how: How, lengths: Tensor | None, reset: Tensor | None, p: Tensors) 
         return zero if state is None else spread(state[n], 0, E)
 
     y = x
-    hns, cns, all_cells = [], [], []
+    hns: list[Any] = []
+    cns: list[Any] = []
+    all_cells = []
     for layer in range(how.layers):
         if lengths is not None:
             y = torch.stack([torch.where(a, row, 0.0) for a, row in zip(active, y, strict=True)])
@@ -139,7 +142,7 @@ def hvp(how: How, lengths: Any, reset: Any, p: Tensors, v: Tensors, g: Tensors, 
     up, up_tangents, rebuild_up = _dense(g, t, result_axes, E)
 
     def function(given: tuple[Tensor, ...], up: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        results, pull = torch.func.vjp(lambda *given: forward(how, lengths, reset, rebuild(given)), *given)
+        results, pull = _vjp(lambda *given: forward(how, lengths, reset, rebuild(given)), *given)
         full = rebuild_up(up)
         cotangents = tuple(torch.zeros_like(r) if c is None else c for r, c in zip(results, full, strict=True))
         gradients: tuple[Tensor, ...] = pull(cotangents)
@@ -176,9 +179,10 @@ def _dense(values: Tensors, tangents: Tensors, axes: Sequence[int], E: Any) -> t
     return tuple(full), tuple(full_tangents), rebuild
 
 
-# Derivatives of jvp and hvp. A derivative rule of a Function runs where torch has turned derivatives off, so that torch's
-# own operators in it would lose those that are still wanted outside. Hence each rule here is one Function again, and a
-# derivative of any order is a path of steps down to "jvp" or "hvp", taken where no transform is active any more.
+# Derivatives of jvp and hvp. A derivative rule of a Function runs where torch has turned derivatives off, so that
+# torch's own operators in it would lose those that are still wanted outside. Hence each rule here is one Function
+# again, and a derivative of any order is a path of steps down to "jvp" or "hvp", taken where no transform is active any
+# more.
 
 
 def _build(settings: How, path: tuple[Any, ...]) -> Callable[..., tuple[Tensor, ...]]:
@@ -213,7 +217,7 @@ def _build(settings: How, path: tuple[Any, ...]) -> Callable[..., tuple[Tensor, 
 
     def pulled(lengths: Any, reset: Any, *tensors: Any) -> tuple[Tensor, ...]:
         tensors, cotangents = tensors[: -len(given)], tensors[-len(given) :]
-        results, back = torch.func.vjp(held(lengths, reset, tensors), *(tensors[n] for n in moving))
+        results, back = _vjp(held(lengths, reset, tensors), *(tensors[n] for n in moving))
         there = dict(zip(given, cotangents, strict=True))
         gradients: tuple[Tensor, ...] = back(
             tuple(there[n] if n in there else torch.zeros_like(result) for n, result in enumerate(results))
@@ -249,7 +253,8 @@ class Derivative(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, _: Any, __: Any, ___: Any, ____: Any, *tangents: Any) -> tuple[Any, ...]:
         lengths, reset, *saved = ctx.saved_tensors
-        return push(ctx.settings, ctx.path, lengths, reset, saved, tangents)
+        result: tuple[Any, ...] = push(ctx.settings, ctx.path, lengths, reset, saved, tangents)
+        return result
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, text: str, path: Any, *tensors: Any) -> tuple[Any, Any]:  # type: ignore[override]

@@ -66,7 +66,7 @@ _apply = super(torch.autograd.Function, FusedRNN).apply  # without torch's look 
 
 
 def call(settings: Any, x: Any, h0: Any, c0: Any, weights: Any) -> Any:
-    """(y or None, h_n, c_n or None), or None where the call is not plain. `settings`: see torch_forward in _core.pyi."""
+    """(y or None, h_n, c_n or None); None where the call is not plain. `settings`: see torch_forward in _core.pyi."""
     if (
         not _open
         or len(weights) > operators.MOST_WEIGHTS

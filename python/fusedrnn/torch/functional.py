@@ -86,7 +86,7 @@ def run(
             else torch._C._are_functorch_transforms_active() or torch._C._any_requires_grad(*tensors)
         )
         settings = settings._replace(tape=grad)
-        call = operators.call
+        call: Any = operators.call
     else:
         set_route(f"torch operators: {why}")
         call = composite.forward
@@ -320,8 +320,8 @@ def _check(name: str, x: Tensor, h0: Any, c0: Any, weights: Any, settings: How, 
     ):
         if tuple(weight.shape) != shape:
             raise ValueError(
-                f"{name}: {key} has shape {tuple(weight.shape)}; expected {shape}, with I={x.shape[-1]} from x and H={H} "
-                "from weight_hh_l0"
+                f"{name}: {key} has shape {tuple(weight.shape)}; expected {shape}, with I={x.shape[-1]} from x "
+                f"and H={H} from weight_hh_l0"
             )
 
 

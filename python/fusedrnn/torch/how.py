@@ -81,12 +81,10 @@ class How(NamedTuple):
 
     def text(self) -> str:
         """As operators take it; `read` is the inverse."""
-        return (
-            f"{self.cell} {self.layers} {self.directions} {self.bias:d} {self.reverse:d} {self.reset_to_initial:d} "
-            + (
-                f"{self.recompute:d} {self.clip_cell!r} {self.clip_grad!r} {self.tape:d} {self.cells:d} {self.want or '-'} {self.each:d}"
-            )
-        )
+        flags = f"{self.bias:d} {self.reverse:d} {self.reset_to_initial:d} {self.recompute:d}"
+        clips = f"{self.clip_cell!r} {self.clip_grad!r}"
+        wants = f"{self.tape:d} {self.cells:d} {self.want or '-'} {self.each:d}"
+        return f"{self.cell} {self.layers} {self.directions} {flags} {clips} {wants}"
 
     def tape_length(self, T: Any, B: Any, H: Any) -> Any:
         """Elements of a tape for one weight set, one for the backend's number included; sizes may be symbolic."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The four operations on plain CPU tensors: views for a backend, memory for what it writes. See `how` for the tensors."""
+"""The four operations on CPU tensors: views for a backend, memory for what it writes. See `how` for the tensors."""
 
 from __future__ import annotations
 
@@ -76,11 +76,11 @@ class Call:
             R.shape[-1],
             how.layers,
             how.directions,
-            how.reverse,
-            how.reset_to_initial,
-            how.recompute,
-            how.clip_cell,
-            how.clip_grad,
+            reverse=how.reverse,
+            reset_to_initial=how.reset_to_initial,
+            recompute=how.recompute,
+            clip_cell=how.clip_cell,
+            clip_grad=how.clip_grad,
         )
         if lengths is not None:
             self.problem.lengths = _lengths(spread(lengths, 0, self.E).numpy(), T)
@@ -118,7 +118,7 @@ class Call:
         return tensors, self._results([tensor.numpy() for tensor in tensors])
 
     def new_arguments(self, p: Tensors) -> tuple[list[Tensor], Arguments]:
-        """Memory for the wanted gradients, and the views of it: an argument that all weight sets share gets their sum."""
+        """Memory for the wanted gradients, and the views of it: what all weight sets share gets their sum."""
         tensors: list[Tensor] = []
         arrays: list[Any] = []
         for wanted, tensor, axis, shape in zip(

@@ -109,7 +109,7 @@ class _Layer(nn.RNNBase):
         if why and not (more and why.startswith("no kernels for")):
             if more:
                 raise ValueError(
-                    f"{type(self).__name__}: lengths, reset and return_cells need the fused kernels, which cannot run: {why}"
+                    f"{type(self).__name__}: lengths, reset and return_cells need the fused kernels; not for {why}"
                 )
             return self._fall_back(why, input, hx)
         h0, c0 = (*states, None, None)[:2]
@@ -230,8 +230,8 @@ class LSTM(_Layer):
 
     _torch = nn.LSTM
     get_expected_cell_size = nn.LSTM.get_expected_cell_size
-    check_forward_args = nn.LSTM.check_forward_args
-    permute_hidden = nn.LSTM.permute_hidden
+    check_forward_args = nn.LSTM.check_forward_args  # type: ignore[assignment]
+    permute_hidden = nn.LSTM.permute_hidden  # type: ignore[assignment]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__("LSTM", *args, **kwargs)

@@ -141,11 +141,10 @@ def _forwards(name: str, settings: How, lengths: Any, reset: Any, saved: Tensors
     if name == "backward":
         p, _, g = how.parts(name, settings, saved)
         v, _, t = how.parts(name, settings, tangents)
-        result: tuple[Any, ...] = apply(
-            "hvp", settings, lengths, reset, *p, *v, *_padded(settings, g), *_padded(settings, t)
-        )
+        result = apply("hvp", settings, lengths, reset, *p, *v, *_padded(settings, g), *_padded(settings, t))
         return result
-    return composite.push(settings, (name,), lengths, reset, saved, tangents)
+    result = composite.push(settings, (name,), lengths, reset, saved, tangents)
+    return result
 
 
 def _axes(name: str, settings: How) -> tuple[int, ...]:
@@ -198,7 +197,7 @@ def _batched(
         out_axes = [settings.argument_axes[n] for n in kept]
     else:
         out_axes = [*settings.result_axes, *([0] if name == "forward" else [])]
-    results = []
+    results: list[Any] = []
     for n, (output, axis) in enumerate(zip(outputs, out_axes, strict=True)):
         if output is None:
             results.append(None)
