@@ -331,7 +331,9 @@ struct Backward {
               else
                 c_prev = T::load(x[(kCellAt + 1) * 64]);
             }
-            Cell::backward(kept, h_prev, h, c_prev, c, a.clip_cell, h_in, c_in, da, dh[i][p], dc[i][p]);
+            // c comes from the tape, so the limit is what it became there
+            const float clip = T::load(T::store(a.clip_cell));
+            Cell::backward(kept, h_prev, h, c_prev, c, clip, h_in, c_in, da, dh[i][p], dc[i][p]);
           }
           each<kGates>([&](auto k) {
             constexpr int of_x = Cell::x_sum[k.value], of_h = Cell::h_sum[k.value];

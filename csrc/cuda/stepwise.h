@@ -275,7 +275,9 @@ struct StepBackward {
             else
               c_prev = T::load(a.cells[(step + (a.w.backwards(set) ? a.w.B : -a.w.B)) * a.w.pitch + unit]);
           }
-          Cell::backward(kept, h_prev, h, c_prev, c, a.clip_cell, h_in, c_in, da, dh, dc);
+          // c comes from the tape, so the limit is what it became there
+          const Math clip = T::load(T::store(a.clip_cell));
+          Cell::backward(kept, h_prev, h, c_prev, c, clip, h_in, c_in, da, dh, dc);
         }
       }
       a.dh[at] = dh;
