@@ -26,7 +26,9 @@ def close(a, b):
     torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
 
 
-def flat_function(road, cell, T=2, B=1, I=1, H=1, layers=1, directions=1, lengths=None, reset=None, cells=True, **options):
+def flat_function(
+    road, cell, T=2, B=1, I=1, H=1, layers=1, directions=1, lengths=None, reset=None, cells=True, **options
+):
     """A function of one vector, and a vector to begin with."""
     how = How(cell, layers, directions, cells=cells, tape=road is operators.call, **options)
     shapes = argument_shapes(how, Sizes(T, 1, B, I, H))
@@ -257,7 +259,10 @@ def test_vmap_over_lengths_and_reset():
     lengths = torch.tensor([[5, 1], [0, 4], [3, 3], [2, 5]])
     reset = torch.rand(4, 5, 2, generator=torch.Generator().manual_seed(1)) < 0.3
     y = vmap(lambda x, n, r: layer(x, lengths=n, reset=r)[0])(x, lengths, reset)
-    close(y, torch.stack([layer(*one, lengths=n, reset=r)[0] for one, n, r in zip(x[:, None], lengths, reset, strict=True)]))
+    close(
+        y,
+        torch.stack([layer(*one, lengths=n, reset=r)[0] for one, n, r in zip(x[:, None], lengths, reset, strict=True)]),
+    )
 
 
 def test_only_wanted_gradients_are_computed(monkeypatch):

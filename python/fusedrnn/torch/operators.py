@@ -143,8 +143,8 @@ def _forwards(name: str, settings: How, lengths: Any, reset: Any, saved: Tensors
         v, _, t = how.parts(name, settings, tangents)
         result = apply("hvp", settings, lengths, reset, *p, *v, *_padded(settings, g), *_padded(settings, t))
         return result
-    result = composite.push(settings, (name,), lengths, reset, saved, tangents)
-    return result
+    moved: tuple[Any, ...] = composite.push(settings, (name,), lengths, reset, saved, tangents)
+    return moved
 
 
 def _axes(name: str, settings: How) -> tuple[int, ...]:
