@@ -2,6 +2,8 @@
 """fusedrnn.torch's modules against torch.nn's: the same in everything torch.nn can do, and right beyond it."""
 
 import copy
+import doctest
+import importlib
 import io
 import itertools
 import math
@@ -597,3 +599,11 @@ def test_learns():
         error.backward()
         optimizer.step()
     assert sum(errors[-5:]) < 0.3 * sum(errors[:5])
+
+
+@pytest.mark.parametrize("name", ["", ".functional", ".modules", ".replace", ".tbptt", ".clip"])
+def test_examples_in_docstrings(name):
+    importlib.import_module("fusedrnn.torch" + name)
+    module = sys.modules["fusedrnn.torch" + name]  # not the function `replace`
+    result = doctest.testmod(module, extraglobs={"fusedrnn": fusedrnn, "torch": torch})
+    assert result.attempted > 0 and result.failed == 0
