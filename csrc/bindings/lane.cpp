@@ -119,11 +119,13 @@ bool read_weights(const Lane& lane, PyObject* params, Plain* plain) {
   PyObject* R = plain->sources[1];
   if (!PyArray_CheckExact(W) || !PyArray_CheckExact(R)) return false;
   const int type = PyArray_TYPE(as_array(R));
-  if (type != NPY_FLOAT && type != NPY_DOUBLE) return false;
+  if (type != NPY_FLOAT && type != NPY_DOUBLE && type != NPY_UINT16) return false;
   if (PyArray_NDIM(as_array(W)) != 2 || PyArray_NDIM(as_array(R)) != 2) return false;
   Problem& problem = plain->problem;
   problem.cell = lane.cell;
-  problem.dtype = type == NPY_FLOAT ? Dtype::f32 : Dtype::f64;
+  problem.dtype = type == NPY_DOUBLE ? Dtype::f64 : Dtype::f32;
+  problem.bf16_weights = type == NPY_UINT16;
+  const Dtype stored = problem.bf16_weights ? Dtype::bf16 : problem.dtype;
   problem.clip_cell = lane.clip_cell;
   Sizes& s = problem.sizes;
   s.I = PyArray_DIM(as_array(W), 1);
@@ -137,7 +139,7 @@ bool read_weights(const Lane& lane, PyObject* params, Plain* plain) {
     const int64_t W_shape[2] = {rows, k < s.D ? s.I : s.D * s.H};
     const int64_t R_shape[2] = {rows, s.H};
     Params* out = &plain->params[k];
-    if (!view(part[0], problem.dtype, W_shape, 2, &out->W) || !view(part[1], problem.dtype, R_shape, 2, &out->R) ||
+    if (!view(part[0], stored, W_shape, 2, &out->W) || !view(part[1], stored, R_shape, 2, &out->R) ||
         (part[2] && !view(part[2], problem.dtype, R_shape, 1, &out->bW)) ||
         (part[3] && !view(part[3], problem.dtype, R_shape, 1, &out->bR)))
       return false;

@@ -55,6 +55,7 @@ class Call {
     problem.reverse = boolean<"reverse">(given);
     problem.reset_to_initial = boolean<"reset_to_initial">(given);
     problem.recompute = boolean<"recompute">(given);
+    problem.bf16_weights = boolean<"bf16_weights">(given);
     problem.clip_cell = real<"clip_cell">(given);
     problem.clip_grad = real<"clip_grad">(given);
     problem.dropout = real<"dropout">(given);
@@ -74,6 +75,13 @@ class Call {
   void dtype_of(py::handle arguments) {
     checked_.set_dtype(get<"x">(arguments), {"", "x"});
     problem.dtype = checked_.dtype();
+    if (problem.bf16_weights && problem.dtype != Dtype::f32)
+      checked_.type_error("x has dtype float64; expected float32 with bf16_weights");
+  }
+
+  // Weights of 16 bits are for inference.
+  void refuse_bf16() const {
+    if (problem.bf16_weights) checked_.value_error("bf16_weights is set; expected float32 weights where a tape is used");
   }
 
   // `role` tells the arrays apart in messages: "", "v.", "dp.", ... `required`: x, W and R must be there.
@@ -106,8 +114,10 @@ class Call {
       const int64_t inputs = static_cast<int64_t>(k) < s.D ? s.I : s.D * s.H;
       const int64_t rows = cell_of(problem.cell).gates * s.H;
       const py::tuple tuple = py::reinterpret_borrow<py::tuple>(entry);
-      params[k].W = checked_.array<3>(tuple[0], {role, "W", index}, "(E, G*H, I_l)", {s.E, rows, inputs}, access, 0);
-      params[k].R = checked_.array<3>(tuple[1], {role, "R", index}, "(E, G*H, H)", {s.E, rows, s.H}, access, 0);
+      const Dtype stored = problem.bf16_weights ? Dtype::bf16 : problem.dtype;
+      params[k].W =
+          checked_.array<3>(tuple[0], {role, "W", index}, "(E, G*H, I_l)", {s.E, rows, inputs}, access, 0, stored);
+      params[k].R = checked_.array<3>(tuple[1], {role, "R", index}, "(E, G*H, H)", {s.E, rows, s.H}, access, 0, stored);
       params[k].bW = checked_.array<2>(tuple[2], {role, "bW", index}, "(E, G*H)", {s.E, rows}, access, 0);
       params[k].bR = checked_.array<2>(tuple[3], {role, "bR", index}, "(E, G*H)", {s.E, rows}, access, 0);
       if (required && !(params[k].W.data && params[k].R.data))
@@ -183,6 +193,7 @@ void forward(py::handle problem, py::handle p, py::handle out, py::object tape) 
   call.dtype_of(p);
   const Arguments arguments = call.arguments(p, "", Access::read, true);
   const Results results = call.results(out, "out.", Access::write);
+  if (!tape.is_none()) call.refuse_bf16();
   void* memory = tape.is_none() ? nullptr : call.tape(std::move(tape), Access::write);
   const int threads = threads_now();
   const Released released(call.work());
@@ -192,6 +203,7 @@ void forward(py::handle problem, py::handle p, py::handle out, py::object tape) 
 void backward(py::handle problem, py::handle p, py::object tape, py::handle g, py::handle dp) {
   Call call("backward: ", problem);
   call.dtype_of(p);
+  call.refuse_bf16();
   const Arguments arguments = call.arguments(p, "", Access::read, true);
   const Results gradients = call.results(g, "g.", Access::read);
   const Arguments out = call.arguments(dp, "dp.", Access::write_sum, false);
@@ -204,6 +216,7 @@ void backward(py::handle problem, py::handle p, py::object tape, py::handle g, p
 void jvp(py::handle problem, py::handle p, py::handle v, py::handle tout) {
   Call call("jvp: ", problem);
   call.dtype_of(p);
+  call.refuse_bf16();
   const Arguments arguments = call.arguments(p, "", Access::read, true);
   const Arguments tangents = call.arguments(v, "v.", Access::read, false);
   const Results out = call.results(tout, "tout.", Access::write);
@@ -215,6 +228,7 @@ void jvp(py::handle problem, py::handle p, py::handle v, py::handle tout) {
 void hvp(py::handle problem, py::handle p, py::handle v, py::handle g, py::handle t, py::handle tdp) {
   Call call("hvp: ", problem);
   call.dtype_of(p);
+  call.refuse_bf16();
   const Arguments arguments = call.arguments(p, "", Access::read, true);
   const Arguments tangents = call.arguments(v, "v.", Access::read, false);
   const Results gradients = call.results(g, "g.", Access::read);

@@ -29,8 +29,11 @@ namespace fusedrnn::bindings {
 
 namespace py = pybind11;
 
-inline int type_of(Dtype dtype) { return dtype == Dtype::f32 ? NPY_FLOAT : NPY_DOUBLE; }
-inline int64_t size_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 8; }
+// NumPy has no bfloat16 of its own: its bits lie in uint16.
+inline int type_of(Dtype dtype) {
+  return dtype == Dtype::f32 ? NPY_FLOAT : dtype == Dtype::bf16 ? NPY_UINT16 : NPY_DOUBLE;
+}
+inline int64_t size_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : dtype == Dtype::bf16 ? 2 : 8; }
 
 inline PyArrayObject* as_array(PyObject* object) { return reinterpret_cast<PyArrayObject*>(object); }
 inline PyObject* as_object(PyArrayObject* array) { return reinterpret_cast<PyObject*>(array); }
@@ -129,7 +132,12 @@ class Checked {
   template <int Rank>
   Array<Rank> array(py::object object, const ArrayName& name, const char* axes, const int64_t (&shape)[Rank],
                     Access access, int sets = 0) {
-    return read<Rank>(std::move(object), name, axes, shape, access, sets, type_of(dtype_), size_of(dtype_));
+    return array<Rank>(std::move(object), name, axes, shape, access, sets, dtype_);
+  }
+  template <int Rank>
+  Array<Rank> array(py::object object, const ArrayName& name, const char* axes, const int64_t (&shape)[Rank],
+                    Access access, int sets, Dtype dtype) {
+    return read<Rank>(std::move(object), name, axes, shape, access, sets, type_of(dtype), size_of(dtype));
   }
 
   // (E,B) of step counts, each 0..limit. Copied: a change from another thread must not reach the kernels.

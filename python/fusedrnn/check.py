@@ -203,8 +203,14 @@ def call(
         fail(op, "x", f"has shape {x.shape}", f"{order}, or (T,I) without a batch, or four axes with E weight sets")
     h0, c0 = state_parts(op, "state", cell, state)
     names, flat = _flatten(op, params, L, D)
+    bf16 = x.dtype == np.float32 and isinstance(flat[1], np.ndarray) and flat[1].dtype == np.uint16
     for name, array in zip(names, flat, strict=True):
-        is_float(op, name, array, x.dtype)
+        if bf16 and name.startswith("weight"):
+            if is_array(op, name, array).dtype != np.uint16:
+                fix = "Weights are bfloat16 all or none: see fusedrnn.params.to_bfloat16."
+                fail(op, name, f"has dtype {_dtype(array)}", f"uint16, as {names[1]} has", fix, TypeError)
+        else:
+            is_float(op, name, array, x.dtype)
         if array.ndim - len(weight_axes(name)) not in (0, -1):
             expected = f"{len(weight_axes(name)) - 1} axes, or {len(weight_axes(name))} with weight sets E"
             fail(op, name, f"has shape {array.shape}", expected)
@@ -252,6 +258,7 @@ def call(
         reverse=bool(reverse),
         reset_to_initial=reset_to == "initial",
         recompute=bool(recompute),
+        bf16_weights=bf16,
         clip_cell=limit(op, "clip_cell", clip_cell),
         clip_grad=limit(op, "clip_grad", clip_grad),
         dropout=probability(op, "dropout", dropout),

@@ -18,7 +18,8 @@ class _Layer:
     """What the three have in common.
 
     Attributes: `parameters`, a dict of live arrays under torch.nn's names, read anew at every call, so changing them in
-    place is all an optimizer does; `training`; `seed` and `draws`, which make the dropout masks: the n-th training call
+    place is all an optimizer does (for inference with half the bytes, set it to what `fusedrnn.params.to_bfloat16` makes
+    of it); `training`; `seed` and `draws`, which make the dropout masks: the n-th training call
     of a layer with a given seed has the same mask on every machine, and setting both resumes a run.
     """
 
@@ -224,6 +225,11 @@ class _Layer:
             if new[name].shape != array.shape:
                 fix = "The layer was made with other sizes."
                 check.fail(op, name, f"has shape {new[name].shape}", f"{array.shape}", fix)
+            if new[name].dtype == np.uint16 != array.dtype:
+                new[name] = parameters.widen(new[name])
+            if not np.can_cast(new[name].dtype, array.dtype, "same_kind"):
+                fix = "A layer with bfloat16 weights takes what fusedrnn.params.to_bfloat16 makes."
+                check.fail(op, name, f"has dtype {new[name].dtype}", f"one that {array.dtype} can hold", fix, TypeError)
         for name, array in self.parameters.items():
             array[...] = new[name]
 

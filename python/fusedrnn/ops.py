@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from . import arrays, backends, check
+from . import params as parameters
 from .backends import Arguments, Results
 
 _Array = np.ndarray
@@ -301,6 +302,14 @@ def _forward(
     if not training:
         problem.dropout = 0.0
     chosen = backends.choose(backend)
+    if problem.bf16_weights:
+        if training:
+            fix = "Train with float32 weights; fusedrnn.params.from_bfloat16 makes them."
+            check.fail(call.op, "params", "hold bfloat16 weights", "float32 or float64 weights with training=True", fix)
+        if not chosen.__name__.endswith("native"):
+            backends.log.info("%s computes with bfloat16 weights as float32", chosen.__name__.rpartition(".")[2])
+            call.params = [parameters.widen(a) if a.dtype == np.uint16 else a for a in call.params]
+            problem.bf16_weights = False
     inputs = {"x": x, "h": h0, "c": c0} | dict(zip(call.names, call.params, strict=True))
     arguments = _arguments(call, inputs)
     public, out = _new_results(call, return_cells)

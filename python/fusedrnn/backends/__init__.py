@@ -44,6 +44,7 @@ class Problem:
     reverse: bool = False
     reset_to_initial: bool = False
     recompute: bool = False
+    bf16_weights: bool = False  # W and R are the bits of bfloat16 in uint16, the rest float32: forward without a tape
     clip_cell: float = 0.0
     clip_grad: float = 0.0
     dropout: float = 0.0
@@ -86,7 +87,7 @@ class Backend(Protocol):
 
 _loaded: dict[str, Any] = {}
 _missing: dict[str, str] = {}
-_log = logging.getLogger("fusedrnn")
+log = logging.getLogger("fusedrnn")
 
 
 def load(name: str) -> Any:
@@ -139,8 +140,8 @@ def choose(name: str | None = None) -> Backend:
             )
     if not config.announced:
         config.announced = True
-        _log.info("running on the %s backend", chosen.__name__.rpartition(".")[2])
+        log.info("running on the %s backend", chosen.__name__.rpartition(".")[2])
         if _missing.get("native") and name is None:
-            _log.warning("the compiled extension is missing (%s): slower", _missing["native"])
+            log.warning("the compiled extension is missing (%s): slower", _missing["native"])
     result: Backend = chosen
     return result
