@@ -47,7 +47,7 @@ void change(void* data, int64_t n, double by) {
 }
 
 bool always() { return true; }
-#if defined(FUSEDRNN_HAVE_AVX2)
+#if defined(FUSEDRNN_HAVE_AVX2) || defined(FUSEDRNN_HAVE_AVX512)
 bool has_avx2() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 }

@@ -4,7 +4,7 @@
 // Overwrites C, starting from zero, from a bias row or from C itself (then it accumulates).
 // Route: packed; `dot_kernel` needs no packing and wins where a weight is used by few rows.
 // Limit: FMA from 2 rows of A on; one row streams B at the bandwidth of the cache that holds it.
-// Every element of C is one chain of FMAs over k, whatever tile it falls into: that is why threads do not change a bit.
+// The chain of FMAs behind an element of C depends on K and on the number of rows only: threads do not change a bit.
 #pragma once
 
 #include "vec.h"
@@ -64,7 +64,30 @@ void tile_kernel(const Tile<S>& t) {
   const S* b = t.b;
   const S* packed = t.packed;
   const int64_t ldb = t.ldb, K = t.K;
-  for (int64_t k = 0; k < K; ++k, b += ldb) {
+  int64_t k = 0;
+  // One row: several chains over k, or the FMA's latency would be the limit. As many whatever NV is, because the width
+  // of a panel may depend on the number of threads.
+  if constexpr (MR == 1 && !Packed) {
+    constexpr int Chains = 4;
+    V chain[Chains][NV];
+#pragma GCC unroll 8
+    for (int c = 0; c < Chains; ++c)
+#pragma GCC unroll 4
+      for (int j = 0; j < NV; ++j) chain[c][j] = V(S(0));
+    for (; k + Chains <= K; k += Chains, b += Chains * ldb) {
+#pragma GCC unroll 8
+      for (int c = 0; c < Chains; ++c) {
+        const V av(a[0][k + c]);
+#pragma GCC unroll 4
+        for (int j = 0; j < NV; ++j) chain[c][j] = chain[c][j] + av * load(b + c * ldb + j * V::lanes);
+      }
+    }
+#pragma GCC unroll 8
+    for (int c = 0; c < Chains; ++c)
+#pragma GCC unroll 4
+      for (int j = 0; j < NV; ++j) acc[0][j] = acc[0][j] + chain[c][j];
+  }
+  for (; k < K; ++k, b += ldb) {
     V bv[NV];
 #pragma GCC unroll 4
     for (int j = 0; j < NV; ++j) bv[j] = load(b + j * V::lanes);
@@ -149,7 +172,6 @@ FUSEDRNN_FORCE Vec<S> sum_lanes(typename Vec<S>::Native* v) {
   for (int j = 0; j < L; ++j) even[j] = 2 * j, odd[j] = 2 * j + 1;
 #pragma GCC unroll 4
   for (int count = L; count > 1; count /= 2)
-#pragma GCC unroll 8
     for (int i = 0; i < count / 2; ++i)
       v[i] = __builtin_shuffle(v[2 * i], v[2 * i + 1], even) + __builtin_shuffle(v[2 * i], v[2 * i + 1], odd);
   return v[0];
@@ -298,13 +320,15 @@ void multiply(const Panels<S>& w, int64_t block, const S* const* rows, int64_t n
         continue;
       }
     }
-    const int64_t parts = (n + rows_of(nv) - 1) / rows_of(nv);  // of equal height: a last tile of one row would be slow
-    for (int64_t part = 0; part < parts; ++part) {
-      const int64_t r = n * part / parts;
+    // Tiles of equal height: a last one of one row would be slow.
+    const int64_t parts = n <= rows_of(nv) ? 1 : (n + rows_of(nv) - 1) / rows_of(nv);
+    for (int64_t part = 0, r = 0; part < parts; ++part) {
+      const int64_t next = part + 1 == parts ? n : n * (part + 1) / parts;
       t.rows = rows + r;
       t.init = init ? init + r * ldi : nullptr;
       t.c = c + r * ldc;
-      run_tile<S, false>(t, static_cast<int>(n * (part + 1) / parts - r), nv);
+      run_tile<S, false>(t, static_cast<int>(next - r), nv);
+      r = next;
     }
   }
 }

@@ -2,6 +2,9 @@
 // The CPU core against a reference of its own: one naive forward, generic over the number, in float64. Run on plain
 // numbers it gives forward; on dual numbers jvp; on a reverse-mode graph backward; on a graph of dual numbers hvp. It
 // shares no formula and no code with csrc/. Prints tensor, first bad coordinate and both values; exits non-zero.
+#include <sys/wait.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -885,14 +888,33 @@ void check_bf16() {
   }
 }
 
+// A forked child of a process that has run threads still computes, and the same bits.
+void check_fork() {
+  Case c = make(CellKind::lstm, 5, 1, 3, 4, 40);
+  Arrays<float> arguments(c, false, 0), out(c, false, 0), again(c, false, 0);
+  arguments.fill_arguments(random_arguments(c, 0.8));
+  cpu::forward(c.p, arguments.arguments(c), out.results(c), nullptr, -2);
+  const pid_t child = fork();
+  if (child == 0) {
+    alarm(20);  // a child that waits for threads it does not have
+    cpu::forward(c.p, arguments.arguments(c), again.results(c), nullptr, -2);
+    _exit(std::memcmp(again.y.memory.data(), out.y.memory.data(), out.y.memory.size() * sizeof(float)));
+  }
+  int status = 0;
+  waitpid(child, &status, 0);
+  ++checks;
+  if (status != 0 && ++failures) std::printf("FAIL fork: the child ended with status %d\n", status);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
-  const int rounds = argc > 1 ? std::atoi(argv[1]) : 12;
+  const int rounds = argc > 1 ? std::atoi(argv[1]) : 6;
   check_judge();
   check_functions();
   check_clip();
   check_bf16();
+  check_fork();
   for (int cell = 0; cell < 5; ++cell) {
     const auto kind = static_cast<CellKind>(cell);
     for (int64_t H : {1, 7, 16, 17, 33}) check(make(kind, 3, 1, 2, 3, H));
