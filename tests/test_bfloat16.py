@@ -14,7 +14,7 @@ import fusedrnn
 @pytest.mark.parametrize("B", [1, 5, 33])
 def test_bfloat16_weights_give_what_their_values_give(cell, B, backend):
     rng = np.random.default_rng(0)
-    layer = {"lstm": fusedrnn.LSTM, "gru": fusedrnn.GRU, "rnn": fusedrnn.RNN}[cell](7, 19, 2, bidirectional=True, seed=0)
+    layer = getattr(fusedrnn, cell.upper())(7, 19, 2, bidirectional=True, seed=0)
     x = rng.standard_normal((6, B, 7), np.float32)
     half = fusedrnn.params.to_bfloat16(layer.parameters)
     run = functools.partial(getattr(fusedrnn, cell), num_layers=2, bidirectional=True)

@@ -81,7 +81,8 @@ class Call {
 
   // Weights of 16 bits are for inference.
   void refuse_bf16() const {
-    if (problem.bf16_weights) checked_.value_error("bf16_weights is set; expected float32 weights where a tape is used");
+    if (problem.bf16_weights)
+      checked_.value_error("bf16_weights is set; expected float32 weights where a tape is used");
   }
 
   // `role` tells the arrays apart in messages: "", "v.", "dp.", ... `required`: x, W and R must be there.

@@ -18,9 +18,9 @@ class _Layer:
     """What the three have in common.
 
     Attributes: `parameters`, a dict of live arrays under torch.nn's names, read anew at every call, so changing them in
-    place is all an optimizer does (for inference with half the bytes, set it to what `fusedrnn.params.to_bfloat16` makes
-    of it); `training`; `seed` and `draws`, which make the dropout masks: the n-th training call
-    of a layer with a given seed has the same mask on every machine, and setting both resumes a run.
+    place is all an optimizer does (for inference with half the bytes, set it to what `fusedrnn.params.to_bfloat16`
+    makes of it); `training`; `seed` and `draws`, which make the dropout masks: the n-th training call of a layer with
+    a given seed has the same mask on every machine, and setting both resumes a run.
     """
 
     _op: str  # the function in ops

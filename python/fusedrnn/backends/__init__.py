@@ -44,13 +44,13 @@ class Problem:
     reverse: bool = False
     reset_to_initial: bool = False
     recompute: bool = False
-    bf16_weights: bool = False  # W and R are the bits of bfloat16 in uint16, the rest float32: forward without a tape
     clip_cell: float = 0.0
     clip_grad: float = 0.0
     dropout: float = 0.0
     seed: int = 0
     lengths: np.ndarray | None = None  # int64 (E,B)
     reset: np.ndarray | None = None  # bool or uint8 (T,E,B)
+    bf16_weights: bool = False  # W and R are the bits of bfloat16 in uint16, the rest float32: forward without a tape
 
 
 @dataclass(slots=True)
