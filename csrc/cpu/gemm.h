@@ -68,7 +68,7 @@ void tile_kernel(const Tile<S>& t) {
   // One row: several chains over k, or the FMA's latency would be the limit. As many whatever NV is, because the width
   // of a panel may depend on the number of threads.
   if constexpr (MR == 1 && !Packed) {
-    constexpr int Chains = 4;
+    constexpr int Chains = 2;
     V chain[Chains][NV];
 #pragma GCC unroll 8
     for (int c = 0; c < Chains; ++c)
