@@ -211,8 +211,8 @@ FAULTS = [
     Fault(
         "sums one place off",
         "single",
-        "* 32 + lane) * 2;\n            to[0]",
-        "* 32 + lane + 1) * 2;\n            to[0]",
+        "* 32 + lane) * 2;\n          to[0]",
+        "* 32 + lane + 1) * 2;\n          to[0]",
     ),
     Fault("restart a step early", "single", "backwards ? len - 1 - s : s + 1)", "backwards ? len - s : s)"),
     Fault(

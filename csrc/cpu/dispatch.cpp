@@ -11,6 +11,7 @@
 //     neon      (aarch64, in place of avx2 and avx512; nothing more)
 //   dispatch.cpp gets one -DFUSEDRNN_HAVE_<NAME> for each ISA beside baseline: FUSEDRNN_HAVE_AVX2, _AVX512, _NEON.
 
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstdlib>
@@ -19,6 +20,7 @@
 #include "cpu.h"
 #include "isa.h"
 #include "rows.h"
+#include "threads.h"
 
 namespace fusedrnn::cpu {
 namespace {
@@ -102,7 +104,8 @@ int useful_threads(const Problem& problem, int threads) {
   const double flops = work(problem), tasks = static_cast<double>(n.E) * n.D;
   const double step = flops / (static_cast<double>(n.T > 0 ? n.T : 1) * n.L * tasks);
   if (flops < 2e5 || (step < 4e4 && (tasks < 2 || flops < 2e6))) return 1;
-  return threads < 1 ? 1 : threads;
+  // More threads than cores could only wait for one another.
+  return threads < 1 ? 1 : std::min(threads, processors());
 }
 
 int kept_values(CellKind cell) {

@@ -46,6 +46,7 @@ void parallel(int threads, void (*body)(void* argument, const Team& team), void*
   body(argument, Team{omp_get_thread_num(), omp_get_num_threads(), &barrier});
 }
 
+int processors() { return omp_get_num_procs(); }
 int get_num_threads() { return omp_get_max_threads(); }
 void set_num_threads(int threads) { omp_set_num_threads(threads < 1 ? 1 : threads); }
 

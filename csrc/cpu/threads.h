@@ -55,6 +55,9 @@ struct Team {
   FUSEDRNN_FORCE int64_t end(int64_t n) const { return n * (rank + 1) / size; }
 };
 
+// Cores that this process may use.
+int processors();
+
 // Runs body(argument, team member) on up to `threads` threads; on one inside another parallel region.
 void parallel(int threads, void (*body)(void* argument, const Team& team), void* argument);
 
