@@ -349,3 +349,27 @@ def test_layer_in_a_fresh_process():
     sent = pickle.dumps((layer, x))
     found = subprocess.run([sys.executable, "-c", code], input=sent, capture_output=True, check=True)
     same("y", pickle.loads(found.stdout), layer(x)[0])
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_tape_takes_over_the_memory_of_the_last(backend, recompute):
+    """Where that is large enough, and not for a call that fails. The numbers are those of a new layer."""
+    layer, x = make("LSTM", recompute=recompute), new(9, 3, 4)
+    layer(x)
+    before = layer._tape.buffer
+    for T, kept in ((9, True), (7, True), (9, True), (3, False), (9, False), (9, True)):
+        y, _ = layer(x[:T])
+        whole = layer._tape.buffer if layer._tape.buffer.base is None else layer._tape.buffer.base
+        assert (whole is before) == kept or not whole.size, T  # the reference keeps nothing
+        before = whole
+        with pytest.raises(ValueError, match="weight_ih_l0 has shape"):
+            layer(x[..., :2])
+        other = make("LSTM", recompute=recompute)
+        same("y", y, other(x[:T])[0])
+        got, want = layer.backward(y), other.backward(y)
+        for name in want:
+            same(name, got[name], want[name])
+    tape = layer._tape
+    layer(x)
+    with pytest.raises(ValueError, match="tape lost its memory to a later call; expected the latest tape"):
+        fusedrnn.lstm_backward(tape, y)

@@ -25,6 +25,7 @@ class _Layer:
 
     _op: str  # the function in ops
     _cell: str
+    _tape: ops.Tape | None = None
 
     def __init__(
         self,
@@ -76,7 +77,7 @@ class _Layer:
 
     def _forget(self) -> None:
         """Drop what is neither copied nor pickled: the tape, and the short way into the kernels."""
-        self._tape: ops.Tape | None = None
+        self._tape = None
         self._lane: Any = None
         self._lane_for: Any = _Layer  # the settings that the lane was made for; nothing equals a class
 
@@ -114,10 +115,13 @@ class _Layer:
         draws = self.training and self.dropout > 0
         if draws:
             seed = (self.seed * 0x9E3779B97F4A7C15 + self.draws) % 2**64
-        *result, tape = self._run(
-            x, state, lengths=lengths, reset=reset, seed=seed, training=self.training, return_cells=return_cells
-        )
-        self._tape = tape
+        # The new tape takes over the old one's memory; a call that fails leaves the old one whole.
+        tape = self.__dict__.pop("_tape", None)
+        options = {"lengths": lengths, "reset": reset, "return_cells": return_cells, "reuse": tape}
+        try:
+            *result, tape = self._run(x, state, seed=seed, training=self.training, **options)
+        finally:
+            self._tape = tape
         if draws:
             self.draws += 1
         return tuple(result)

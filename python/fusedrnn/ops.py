@@ -35,19 +35,19 @@ _Array = np.ndarray
 class Tape:
     """What a training call leaves for backward: opaque. It refers to x, state and parameters, which must not change.
 
-    One tape serves any number of calls of backward, jvp and hvp.
+    One tape serves any number of calls of backward, jvp and hvp, until a call takes over its memory (`reuse`).
     """
 
     call: check.Call
     backend: backends.Backend
     arguments: Arguments
     inputs: dict[str, Any]  # the user's x, h, c and parameters by name, None where not given
-    buffer: Any
+    buffer: Any  # None: another tape has it
 
     @property
     def nbytes(self) -> int:
         """Bytes kept beside x, state and parameters."""
-        return int(self.buffer.nbytes)
+        return 0 if self.buffer is None else int(self.buffer.nbytes)
 
 
 def lstm(
@@ -70,6 +70,7 @@ def lstm(
     recompute: bool = False,
     return_cells: bool = False,
     backend: str | None = None,
+    reuse: Tape | None = None,
 ) -> Any:
     """Run an LSTM over a whole sequence. Shapes: see the module's text.
 
@@ -77,6 +78,7 @@ def lstm(
     dropout: on what goes up between layers, only while training; the same seed gives the same mask everywhere.
     clip_cell: |c| <= clip_cell after every step. clip_grad: |dh|, |dc| <= clip_grad at every step of backward.
     training: also make the tape for `lstm_backward`. recompute: a tape of half the size or less, for a slower backward.
+    reuse: an old tape that is not needed any more; the new one takes over its memory where it is large enough.
 
     Returns (y, state, tape), or (y, state, cells, tape) with return_cells; tape is None unless training.
     Raises TypeError or ValueError with what came, what was expected and why, before anything is written.
@@ -109,7 +111,7 @@ def lstm(
         clip_grad=clip_grad,
         recompute=recompute,
     )
-    return _forward(checked, x, training, return_cells, backend)
+    return _forward(checked, x, training, return_cells, backend, reuse)
 
 
 def gru(
@@ -132,6 +134,7 @@ def gru(
     recompute: bool = False,
     return_cells: bool = False,
     backend: str | None = None,
+    reuse: Tape | None = None,
 ) -> Any:
     """Run a GRU. reset_after: the reset gate acts after the product (PyTorch, cuDNN) or before it (the paper, ONNX).
 
@@ -161,7 +164,7 @@ def gru(
         clip_grad=clip_grad,
         recompute=recompute,
     )
-    return _forward(checked, x, training, return_cells, backend)
+    return _forward(checked, x, training, return_cells, backend, reuse)
 
 
 def rnn(
@@ -184,6 +187,7 @@ def rnn(
     recompute: bool = False,
     return_cells: bool = False,
     backend: str | None = None,
+    reuse: Tape | None = None,
 ) -> Any:
     """Run a vanilla RNN with nonlinearity "tanh" or "relu". All else as in `lstm`; the state is one array h.
 
@@ -213,7 +217,7 @@ def rnn(
         clip_grad=clip_grad,
         recompute=recompute,
     )
-    return _forward(checked, x, training, return_cells, backend)
+    return _forward(checked, x, training, return_cells, backend, reuse)
 
 
 def lstm_backward(tape: Tape, dy: _Array | None = None, dstate: Any = None, dcells: _Array | None = None) -> Any:
@@ -295,7 +299,12 @@ def hvp(
 
 
 def _forward(
-    checked: tuple[check.Call, Any, Any], x: _Array, training: bool, return_cells: bool, backend: str | None
+    checked: tuple[check.Call, Any, Any],
+    x: _Array,
+    training: bool,
+    return_cells: bool,
+    backend: str | None,
+    reuse: Tape | None,
 ) -> Any:
     call, h0, c0 = checked
     problem = call.problem
@@ -313,10 +322,23 @@ def _forward(
     inputs = {"x": x, "h": h0, "c": c0} | dict(zip(call.names, call.params, strict=True))
     arguments = _arguments(call, inputs)
     public, out = _new_results(call, return_cells)
-    buffer = np.empty(chosen.tape_elements(problem), call.dtype) if training else None
+    buffer = _tape_memory(chosen.tape_elements(problem), call.dtype, reuse) if training else None
     chosen.forward(problem, arguments, out, buffer)
     tape = Tape(call, chosen, arguments, inputs, buffer) if training else None
     return (*_state_last(call, public, return_cells), tape)
+
+
+def _tape_memory(size: int, dtype: Any, reuse: Tape | None) -> _Array:
+    """An old tape's, because new memory has to be cleared by the system page by page; not twice as much as needed."""
+    old = None if reuse is None else reuse.buffer
+    if reuse is None or old is None or old.dtype != dtype:
+        return np.empty(size, dtype)
+    whole = old if old.base is None else old.base
+    if not size <= whole.size <= 2 * size:
+        return np.empty(size, dtype)
+    reuse.buffer = None
+    taken: _Array = whole[:size]
+    return taken
 
 
 def _backward(op: str, tape: Tape, dy: Any, dstate: Any, dcells: Any) -> Any:
@@ -326,6 +348,8 @@ def _backward(op: str, tape: Tape, dy: Any, dstate: Any, dcells: Any) -> Any:
         check.fail(name, "tape", f"is {arrays.kind(tape)}", "a tape", fix, TypeError)
     if tape.call.op != op:
         check.fail(name, "tape", f"comes from {tape.call.op}", op, f"Call {tape.call.op}_backward.")
+    if tape.buffer is None:
+        check.fail(name, "tape", "lost its memory to a later call", "the latest tape", "Don't give it as reuse=.")
     g = _given_results(name, tape.call, "d", dy, dstate, dcells)
     grads, out, finish = _new_arguments(tape)
     tape.backend.backward(tape.call.problem, tape.arguments, tape.buffer, g, out)
