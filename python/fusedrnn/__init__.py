@@ -14,7 +14,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import backends, clip, ops, params, report, tbptt
+    from . import backends, clip, ops, params, report, rtrl, tbptt
     from .config import get_num_threads, set_backend, set_num_threads
     from .layers import GRU, LSTM, RNN
     from .ops import gru, gru_backward, lstm, lstm_backward, rnn, rnn_backward
@@ -29,7 +29,7 @@ _HOMES = {
     "report": ("info",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
-_MODULES = ("backends", "clip", "ops", "params", "report", "tbptt")
+_MODULES = ("backends", "clip", "ops", "params", "report", "rtrl", "tbptt")
 
 __all__ = [
     "GRU",
@@ -48,6 +48,7 @@ __all__ = [
     "report",
     "rnn",
     "rnn_backward",
+    "rtrl",
     "set_backend",
     "set_num_threads",
     "tbptt",

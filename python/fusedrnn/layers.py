@@ -111,20 +111,22 @@ class _Layer:
                 result = lane.forward(x, state, self.parameters)
                 if result is not None:
                     return result
-        seed = 0
-        draws = self.training and self.dropout > 0
-        if draws:
-            seed = (self.seed * 0x9E3779B97F4A7C15 + self.draws) % 2**64
+        seed = self._mask_seed()
         # The new tape takes over the old one's memory; a call that fails leaves the old one whole.
         tape = self.__dict__.pop("_tape", None)
         options = {"lengths": lengths, "reset": reset, "return_cells": return_cells, "reuse": tape}
         try:
-            *result, tape = self._run(x, state, seed=seed, training=self.training, **options)
+            *result, tape = self._run(x, state, seed=seed or 0, training=self.training, **options)
         finally:
             self._tape = tape
-        if draws:
-            self.draws += 1
+        self.draws += seed is not None
         return tuple(result)
+
+    def _mask_seed(self) -> int | None:
+        """The seed of the next call's dropout masks; None when it draws none."""
+        if not self.training or self.dropout == 0:
+            return None
+        return (self.seed * 0x9E3779B97F4A7C15 + self.draws) % 2**64
 
     def _run(self, x: _Array, state: Any, **options: Any) -> Any:
         return getattr(ops, self._op)(

@@ -144,27 +144,27 @@ def chunks(
             "tbptt: the layer is bidirectional; expected one direction, because the reverse direction begins at the "
             "end of the whole sequence. Use two layers, or full backpropagation"
         )
-    return Walk(layer, x, int(k1), int(k2), state, lengths, reset).run()
+    return Walk("tbptt", layer, x, int(k1), int(k2), state, lengths, reset).run()
 
 
 class Walk:
-    """Where `chunks` is: what is kept from one chunk to the next."""
+    """Where `chunks` is: what is kept from one chunk to the next. `op` reports errors: fusedrnn.rtrl walks too."""
 
-    def __init__(self, layer: Any, x: Any, k1: int, k2: int, state: Any, lengths: Any, reset: Any) -> None:
+    def __init__(self, op: str, layer: Any, x: Any, k1: int, k2: int, state: Any, lengths: Any, reset: Any) -> None:
         self.layer, self.k1, self.k2 = layer, k1, k2
         self.state = state  # before step `first`, where the next window begins
         self.first = self.start = 0  # `start` is the next new step
         self.sums: dict[str, np.ndarray] = {}  # gradients since the last update
         if reset is not None and not isinstance(x, np.ndarray):
-            raise ValueError("tbptt: reset is given beside an iterable x; expected (x, reset) pairs from the iterable")
+            raise ValueError(f"{op}: reset is given beside an iterable x; expected (x, reset) pairs from the iterable")
         blocks = [(x, reset)] if isinstance(x, np.ndarray) else x
         self.lengths = None if lengths is None else np.asarray(lengths)
         longest = None
         if self.lengths is not None:
             if self.lengths.dtype.kind not in "iu" or self.lengths.size and self.lengths.min() < 0:
-                raise ValueError(f"tbptt: lengths is {self.lengths}; expected integers >= 0, one for each row")
+                raise ValueError(f"{op}: lengths is {self.lengths}; expected integers >= 0, one for each row")
             longest = int(self.lengths.max(initial=0))
-        self.steps = Steps(iter(blocks), layer.batch_first, longest)
+        self.steps = Steps(op, iter(blocks), layer.batch_first, longest)
         if isinstance(x, np.ndarray):
             self.steps.fetch(1 if longest is None else longest)  # refuses wrong shapes before the first chunk
             self.steps.longest = self.steps.end if longest is None else longest
@@ -197,7 +197,8 @@ class Walk:
 class Steps:
     """The steps of the source that are still needed, as the blocks they came in."""
 
-    def __init__(self, source: Iterator[Any], batch_first: bool, longest: int | None) -> None:
+    def __init__(self, op: str, source: Iterator[Any], batch_first: bool, longest: int | None) -> None:
+        self.op = op
         self.source, self.batch_first, self.longest = source, batch_first, longest
         self.axis = 0  # which axis counts the steps; known with the first block
         self.blocks: list[tuple[int, np.ndarray, np.ndarray | None]] = []  # first step, x, reset
@@ -214,12 +215,14 @@ class Steps:
             block = next(self.source, None)
             if block is None:
                 if self.longest is not None:
-                    raise ValueError(f"tbptt: x ended after {self.end} steps; expected {self.longest} from lengths")
+                    raise ValueError(f"{self.op}: x ended after {self.end} steps; expected {self.longest} from lengths")
                 return self.end
             x, reset = block if isinstance(block, tuple) else (block, None)
             self.axis = 1 if self.batch_first and x.ndim == 3 else 0
             if reset is not None and np.shape(reset) != x.shape[:-1]:
-                raise ValueError(f"tbptt: reset has shape {np.shape(reset)}; expected {x.shape[:-1]} from x {x.shape}")
+                raise ValueError(
+                    f"{self.op}: reset has shape {np.shape(reset)}; expected {x.shape[:-1]} from x {x.shape}"
+                )
             self.blocks.append((self.end, x, reset))
             self.end += x.shape[self.axis]
         return stop
