@@ -19,7 +19,23 @@
 
 namespace fusedrnn {
 
-enum class CellKind : int32_t { rnn_tanh, rnn_relu, lstm, gru, gru_reset_before };
+enum class CellKind : int32_t { rnn_tanh, rnn_relu, lstm, gru, gru_reset_before, cifg, mingru, minlstm };
+
+// What everyone outside the engines may ask about a cell; csrc/cells says the same to the engines.
+struct CellFacts {
+  const char* name;
+  int gates;           // row blocks of W and R
+  int kept;            // values on the tape beside h and c, per unit
+  bool cell_state;     // has c
+  bool state_product;  // has R
+};
+constexpr CellFacts cell_facts[] = {
+    // in the order of CellKind
+    {"rnn_tanh", 1, 0, false, true}, {"rnn_relu", 1, 0, false, true},         {"lstm", 4, 4, true, true},
+    {"gru", 3, 4, false, true},      {"gru_reset_before", 3, 3, false, true}, {"cifg", 3, 3, true, true},
+    {"mingru", 2, 2, false, false},  {"minlstm", 3, 4, false, false},
+};
+constexpr const CellFacts& facts_of(CellKind kind) { return cell_facts[static_cast<int>(kind)]; }
 enum class Dtype : int32_t { f32, f64, bf16, f16 };
 
 // data[i0*stride[0] + i1*stride[1] + ...]
@@ -50,7 +66,8 @@ struct Problem {
   Array<3> reset;                 // uint8 (T,E,B): row b begins a new sequence at step t
 };
 
-// One layer in one direction. W (E, G*H, I_l), R (E, G*H, H), bW, bR (E, G*H); I_l = I, then D*H.
+// One layer in one direction. W (E, G*H, I_l), R (E, G*H, H), bW, bR (E, G*H); I_l = I, then D*H. Cells without a
+// product with the state have no R and no bR.
 struct Params {
   Array<3> W, R;
   Array<2> bW, bR;

@@ -94,7 +94,7 @@ def build(case: Case, dtype: Any) -> Data:
             W = new(E, cell.gates * H, below, scale=below**-0.5, share=True)
             R = new(E, cell.gates * H, H, scale=0.8 * H**-0.5, share=True)  # so that long walks forget
             biases = [new(E, cell.gates * H, scale=0.3, share=True) if case.bias else None for _ in range(2)]
-            params.append((W, R, *biases))
+            params.append((W, R, *biases) if cell.state_product else (W, None, biases[0], None))
         given = case.state or everything
         h0 = new(L * D, E, B, H) if given else None
         c0 = new(L * D, E, B, H) if given and cell.cell_state else None
@@ -283,9 +283,11 @@ OPTIONS = [
     ]
 ]
 
+# These take all ways through the engines; the other cells differ from them in their formulas.
+PATHS = ("rnn_tanh", "rnn_relu", "lstm", "gru", "gru_reset_before")
 CASES = [
     replace(case, cell=cell)
     for cell in ALL_CELLS
-    for case in SIZES + OPTIONS
-    if cell == "lstm" or not case.clip_cell or case.clip_grad
+    for case in (SIZES if cell in PATHS else SIZES[::4]) + OPTIONS
+    if CELLS[cell].cell_state or not case.clip_cell or case.clip_grad
 ]

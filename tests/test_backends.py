@@ -73,7 +73,7 @@ def cases(draw: Any) -> Case:
         to_initial=draw(st.booleans()),
         reverse=D == 1 and draw(st.booleans()),
         recompute=draw(st.booleans()),
-        clip_cell=draw(st.sampled_from([0, 0.3])) if cell == "lstm" else 0.0,
+        clip_cell=draw(st.sampled_from([0, 0.3])) if CELLS[cell].cell_state else 0.0,
         clip_grad=draw(st.sampled_from([0, 0.3])),
         dropout=draw(st.sampled_from([0, 0.5])),
         layout=draw(st.sampled_from(["plain", "strided", "negative", "column", "batch", "shared", "broadcast"])),

@@ -11,10 +11,11 @@ from fusedrnn.cells import CELLS, dropout, number
 
 
 def test_registry():
-    assert list(CELLS) == ["rnn_tanh", "rnn_relu", "lstm", "gru", "gru_reset_before"]
+    assert list(CELLS) == ["rnn_tanh", "rnn_relu", "lstm", "gru", "gru_reset_before", "cifg", "mingru", "minlstm"]
     for name, cell in CELLS.items():
         assert cell.name == name
-        assert len(cell.x_sum) == len(cell.h_sum) == cell.gates
+        assert len(cell.x_sum) == cell.gates
+        assert len(cell.h_sum) == (cell.gates if cell.state_product else 0)
         assert set(cell.x_sum) | set(cell.h_sum) == set(range(cell.sums))
         assert cell.two_products == (cell.backward_gate is not None)
 
@@ -101,7 +102,7 @@ def test_numba_functions_are_accurate():
     import numba
 
     for dtype, kind, ulp in ((np.float32, numba.float32, 3), (np.float64, numba.float64, 4)):
-        sigmoid, tanh = (numba.vectorize([kind(kind)])(f) for f in compiled._FUNCTIONS[kind])
+        sigmoid, tanh, softplus = (numba.vectorize([kind(kind)])(f) for f in compiled._FUNCTIONS[kind])
         x = np.concatenate([np.linspace(-90, 90, 20001), np.logspace(-30, 0, 3001), -np.logspace(-30, 0, 3001)])
         x = x[x >= -85].astype(dtype)
         wide = x.astype(np.longdouble)
@@ -110,6 +111,8 @@ def test_numba_functions_are_accurate():
         assert np.max(np.abs(tanh(x) - want)[want != 0] / np.abs(want[want != 0])) < ulp * eps
         want = 1 / (1 + np.exp(-wide))
         assert np.max(np.abs(sigmoid(x) - want) / want) < ulp * eps
+        want = np.logaddexp(0, wide)
+        assert np.max(np.abs(softplus(x) - want) / np.maximum(want, eps)) < ulp * eps
         ends = np.array([-np.inf, np.inf, np.nan], dtype)
         np.testing.assert_array_equal(tanh(ends), np.array([-1, 1, np.nan], dtype))
         np.testing.assert_allclose(sigmoid(ends), np.array([0, 1, np.nan], dtype), atol=1e-30)

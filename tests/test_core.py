@@ -286,7 +286,7 @@ def refused(call, change, error, match):
 def test_state_of_a_cell_without_c():
     case = Case("gru")
     case.p.c0 = case.p.h0
-    with pytest.raises(ValueError, match="c0 is given; only lstm has it"):
+    with pytest.raises(ValueError, match="c0 is given; only cells with c have it"):
         case.forward()
 
 

@@ -132,8 +132,12 @@ def test_missing_tangents_are_zero(route, cell):
 
 def door(cell: str, **options: Any) -> tuple[Any, Any, dict[str, np.ndarray], np.ndarray]:
     rng = np.random.default_rng(0)
-    op = getattr(fusedrnn, cell.partition("_")[0])
-    extra = {"gru_reset_before": {"reset_after": False}, "rnn_relu": {"nonlinearity": "relu"}}.get(cell, {})
+    name = {"cifg": "lstm"}.get(cell, cell.partition("_")[0])
+    op = getattr(fusedrnn, name)
+    options_of = {
+        "gru_reset_before": {"reset_after": False}, "rnn_relu": {"nonlinearity": "relu"}, "cifg": {"coupled": True}
+    }  # fmt: skip
+    extra = options_of.get(cell, {})
     params = fusedrnn.params.init(cell, 3, 4, 2, True, seed=1, dtype=np.float64)
     x = rng.standard_normal((5, 2, 3))
 
@@ -142,7 +146,7 @@ def door(cell: str, **options: Any) -> tuple[Any, Any, dict[str, np.ndarray], np
             x, state, params, num_layers=2, bidirectional=True, training=True, return_cells=True, **extra, **options
         )
 
-    return call, getattr(fusedrnn, f"{cell.partition('_')[0]}_backward"), params, x
+    return call, getattr(fusedrnn, f"{name}_backward"), params, x
 
 
 @pytest.mark.parametrize("cell", ALL_CELLS)

@@ -23,6 +23,9 @@ OPS: dict[str, tuple[str, dict[str, Any]]] = {
     "lstm": ("lstm", {}),
     "gru": ("gru", {}),
     "gru_reset_before": ("gru", {"reset_after": False}),
+    "cifg": ("lstm", {"coupled": True}),
+    "mingru": ("mingru", {}),
+    "minlstm": ("minlstm", {}),
 }
 
 

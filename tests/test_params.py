@@ -12,6 +12,7 @@ from fusedrnn.cells import CELLS
 
 torch = pytest.importorskip("torch")
 
+THEIRS = ["rnn_tanh", "rnn_relu", "lstm", "gru", "gru_reset_before"]
 TORCH = {"rnn_tanh": torch.nn.RNN, "lstm": torch.nn.LSTM, "gru": torch.nn.GRU}
 
 
@@ -89,7 +90,7 @@ def keras_step(cell: str, x, h, c, kernel, recurrent, bias):
 
 
 @pytest.mark.parametrize("theirs", ["onnx", "keras"])
-@pytest.mark.parametrize("cell", [cell for cell in CELLS if cell != "rnn_relu"])
+@pytest.mark.parametrize("cell", [cell for cell in THEIRS if cell != "rnn_relu"])
 def test_their_formulas_with_converted_weights(cell, theirs):
     made = params.init(cell, 3, 5, dtype=np.float64, seed=1)
     rng = np.random.default_rng(0)
@@ -106,7 +107,7 @@ def test_their_formulas_with_converted_weights(cell, theirs):
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", THEIRS)
 def test_there_and_back(cell, bias):
     made = params.init(cell, 3, 5, 2, True, bias, seed=1)
     back = {}
@@ -128,3 +129,10 @@ def test_keras_gives_usable_layers():
     layer = fusedrnn.LSTM(3, 5)
     layer.load_state_dict(params.from_keras("lstm", weights))
     assert layer(np.ones((2, 1, 3), np.float32))[0].shape == (2, 1, 5)
+
+
+def test_cells_that_others_do_not_have():
+    made = params.init("cifg", 3, 4)
+    for convert in (params.to_onnx, params.to_keras):
+        with pytest.raises(ValueError, match="cell is 'cifg'; expected one of lstm, gru, rnn"):
+            convert("cifg", made)

@@ -16,20 +16,11 @@ void register_lane(pybind11::module_& module);
 void register_clip(pybind11::module_& module);
 void register_torch_lane(pybind11::module_& module);
 
-// The cells under the names of Problem.cell, in the order of CellKind, and their row blocks of W and R.
-struct Cell {
-  const char* name;
-  int gates;
-};
-inline constexpr Cell cells[] = {{"rnn_tanh", 1}, {"rnn_relu", 1}, {"lstm", 4}, {"gru", 3}, {"gru_reset_before", 3}};
-
-inline const Cell& cell_of(CellKind kind) { return cells[static_cast<int>(kind)]; }
-
 // False where there is no such cell.
 inline bool find_cell(const char* name, CellKind* kind) {
-  for (const Cell& cell : cells)
+  for (const CellFacts& cell : cell_facts)
     if (std::strcmp(cell.name, name) == 0) {
-      *kind = static_cast<CellKind>(&cell - cells);
+      *kind = static_cast<CellKind>(&cell - cell_facts);
       return true;
     }
   return false;

@@ -151,7 +151,7 @@ bool read_weights(const Lane& lane, PyObject* params, Plain* plain) {
 bool read_state(const Lane& lane, PyObject* state, bool batched, Plain* plain) {
   if (state == Py_None) return true;
   const Sizes& s = plain->problem.sizes;
-  if (lane.cell == CellKind::lstm) {
+  if (facts_of(lane.cell).cell_state) {
     if ((!PyTuple_Check(state) && !PyList_Check(state)) || PySequence_Fast_GET_SIZE(state) != 2) return false;
     plain->states[0] = PySequence_Fast_GET_ITEM(state, 0);
     plain->states[1] = PySequence_Fast_GET_ITEM(state, 1);
@@ -237,7 +237,7 @@ PyObject* forward(PyObject* object, PyObject* const* arguments, Py_ssize_t count
   const int64_t width = s.D * s.H;
   const int64_t sequence[3] = {batched ? (time ? s.B : s.T) : s.T, batched ? (time ? s.T : s.B) : width, width};
   const int64_t state[3] = {s.L * s.D, batched ? s.B : s.H, s.H};
-  const bool lstm = lane.cell == CellKind::lstm;
+  const bool lstm = facts_of(lane.cell).cell_state;
   const int out_rank = batched ? 3 : 2;
   PyArrayObject* y = empty(plain.problem.dtype, sequence, out_rank);
   PyArrayObject* h = y ? empty(plain.problem.dtype, state, out_rank) : nullptr;
@@ -279,7 +279,7 @@ void clear_turns(Lane* lane) {
 bool make_turns(Lane* lane, const Problem& problem, bool batched) {
   clear_turns(lane);
   const Sizes& s = problem.sizes;
-  const bool lstm = lane->cell == CellKind::lstm;
+  const bool lstm = facts_of(lane->cell).cell_state;
   const int64_t size = size_of(problem.dtype);
   auto padded = [&](int64_t elements) { return (elements * size + 63) / 64 * 64; };
   const int64_t y_bytes = padded(s.B * s.H), state_bytes = padded(s.L * s.B * s.H);
@@ -363,7 +363,7 @@ PyObject* step(PyObject* object, PyObject* const* arguments, Py_ssize_t count) {
   Results out;
   out.y = {turn.y, {s.B * s.H, s.B * s.H, s.H, 1}};
   out.hn = {turn.h, {s.B * s.H, s.B * s.H, s.H, 1}};
-  if (lane.cell == CellKind::lstm) out.cn = {turn.c, {s.B * s.H, s.B * s.H, s.H, 1}};
+  if (facts_of(lane.cell).cell_state) out.cn = {turn.c, {s.B * s.H, s.B * s.H, s.H, 1}};
   lane.inside = true;
   const bool done = run(lane, plain, out);
   lane.inside = false;
@@ -379,17 +379,18 @@ PyObject* make(PyTypeObject* type, PyObject* positional, PyObject* named) {
                                    &batch_first, &clip_cell))
     return nullptr;
   CellKind kind;
-  if (!find_cell(cell, &kind) || layers < 1 || layers > 1 << 20 || directions < 1 || directions > 2 ||
-      !(clip_cell >= 0)) {
-    PyErr_SetString(PyExc_ValueError,
-                    "Lane: expected a cell of Problem.cell, num_layers >= 1, num_directions 1 or 2, clip_cell >= 0");
+  if (!find_cell(cell, &kind) || !facts_of(kind).state_product || layers < 1 || layers > 1 << 20 || directions < 1 ||
+      directions > 2 || !(clip_cell >= 0)) {
+    PyErr_SetString(
+        PyExc_ValueError,
+        "Lane: expected a cell of Problem.cell that has R, num_layers >= 1, num_directions 1 or 2, clip_cell >= 0");
     return nullptr;
   }
   PyObject* object = type->tp_alloc(type, 0);
   if (!object) return nullptr;
   Lane& lane = *reinterpret_cast<Lane*>(object);
   lane.cell = kind;
-  lane.gates = cell_of(kind).gates;
+  lane.gates = facts_of(kind).gates;
   lane.layers = layers;
   lane.directions = directions;
   lane.batch_first = batch_first != 0;

@@ -38,7 +38,7 @@ class Call {
     if (!text || !find_cell(text, &problem.cell)) {
       PyErr_Clear();
       std::string known;
-      for (const Cell& cell : cells) known += std::string(known.empty() ? "" : ", ") + cell.name;
+      for (const CellFacts& cell : cell_facts) known += std::string(known.empty() ? "" : ", ") + cell.name;
       checked_.value_error("cell is " + std::string(py::repr(name)) + "; expected one of " + known);
     }
     s.T = integer<"T">(given, 0);
@@ -93,8 +93,8 @@ class Call {
     const int64_t state[4] = {s.L * s.D, s.E, s.B, s.H};
     out.h0 = checked_.array<4>(get<"h0">(given), {role, "h0"}, "(L*D, E, B, H)", state, access, 1);
     out.c0 = checked_.array<4>(get<"c0">(given), {role, "c0"}, "(L*D, E, B, H)", state, access, 1);
-    if (problem.cell != CellKind::lstm && out.c0.data)
-      checked_.value_error(std::string(role) + "c0 is given; only lstm has it");
+    if (!facts_of(problem.cell).cell_state && out.c0.data)
+      checked_.value_error(std::string(role) + "c0 is given; only cells with c have it");
 
     py::object list = get<"params">(given);
     params_.emplace_back(static_cast<size_t>(s.L * s.D));
@@ -113,7 +113,7 @@ class Call {
       if (!py::isinstance<py::tuple>(entry) || py::len(entry) != 4)
         checked_.type_error(ArrayName{role, "", index}.text() + " is no tuple (W, R, bW, bR)");
       const int64_t inputs = static_cast<int64_t>(k) < s.D ? s.I : s.D * s.H;
-      const int64_t rows = cell_of(problem.cell).gates * s.H;
+      const int64_t rows = facts_of(problem.cell).gates * s.H;
       const py::tuple tuple = py::reinterpret_borrow<py::tuple>(entry);
       const Dtype stored = problem.bf16_weights ? Dtype::bf16 : problem.dtype;
       params[k].W =
@@ -121,8 +121,11 @@ class Call {
       params[k].R = checked_.array<3>(tuple[1], {role, "R", index}, "(E, G*H, H)", {s.E, rows, s.H}, access, 0, stored);
       params[k].bW = checked_.array<2>(tuple[2], {role, "bW", index}, "(E, G*H)", {s.E, rows}, access, 0);
       params[k].bR = checked_.array<2>(tuple[3], {role, "bR", index}, "(E, G*H)", {s.E, rows}, access, 0);
-      if (required && !(params[k].W.data && params[k].R.data))
+      const bool has_R = facts_of(problem.cell).state_product;
+      if (required && !(params[k].W.data && (params[k].R.data || !has_R)))
         checked_.type_error(ArrayName{role, "", index}.text() + " lacks W or R");
+      if (!has_R && (params[k].R.data || params[k].bR.data))
+        checked_.type_error(ArrayName{role, "", index}.text() + " holds R or bR; this cell has neither");
     }
     out.params = params.data();
     return out;
@@ -135,8 +138,8 @@ class Call {
     const int64_t state[4] = {s.L * s.D, s.E, s.B, s.H};
     out.hn = checked_.array<4>(get<"hn">(given), {role, "hn"}, "(L*D, E, B, H)", state, access, -1);
     out.cn = checked_.array<4>(get<"cn">(given), {role, "cn"}, "(L*D, E, B, H)", state, access, -1);
-    if (problem.cell != CellKind::lstm && out.cn.data)
-      checked_.value_error(std::string(role) + "cn is given; only lstm has it");
+    if (!facts_of(problem.cell).cell_state && out.cn.data)
+      checked_.value_error(std::string(role) + "cn is given; only cells with c have it");
     out.cells = checked_.array<5>(get<"cells">(given), {role, "cells"}, "(L, T, E, B, D*H)",
                                   {s.L, s.T, s.E, s.B, s.D * s.H}, access, -1);
     return out;

@@ -173,14 +173,14 @@ struct Call {
     if (settings.is_cell ? rank == 2 : rank == 3) state_shape[axis++] = s.B;
     state_shape[axis] = s.H;
     place(view, &p.x);
-    if (settings.cell == CellKind::lstm && (h0 == Py_None) != (c0 == Py_None)) return false;
+    if (facts_of(settings.cell).cell_state && (h0 == Py_None) != (c0 == Py_None)) return false;
     DLTensor state;
     if (h0 != Py_None) {
       if (!fits(h0, state_rank, state_shape, &state)) return false;
       place_state(state, &p.h0);
     }
     if (c0 != Py_None) {
-      if (settings.cell != CellKind::lstm || !fits(c0, state_rank, state_shape, &state)) return false;
+      if (!facts_of(settings.cell).cell_state || !fits(c0, state_rank, state_shape, &state)) return false;
       place_state(state, &p.c0);
     }
     params.resize(static_cast<size_t>(count));
@@ -204,7 +204,7 @@ struct Call {
 
   void weight_shape(int k, int part, int64_t (&shape)[2]) const {
     const Sizes& s = problem.sizes;
-    shape[0] = cell_of(settings.cell).gates * s.H;
+    shape[0] = facts_of(settings.cell).gates * s.H;
     shape[1] = part == 1 ? s.H : k < s.D ? s.I : s.D * s.H;
   }
   int64_t tape_elements() const { return static_cast<int64_t>(cpu::tape_elements(problem)) + 1; }
@@ -278,7 +278,7 @@ PyObject* torch_forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
   }
   if (!outputs.add(dtype, call.state_rank, call.state_shape, &made, strides)) return nullptr;
   call.place_state(made, &out.hn);
-  if (call.settings.cell == CellKind::lstm) {
+  if (facts_of(call.settings.cell).cell_state) {
     if (!outputs.add(dtype, call.state_rank, call.state_shape, &made, strides)) return nullptr;
     call.place_state(made, &out.cn);
   } else {

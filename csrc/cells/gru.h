@@ -15,6 +15,7 @@ struct Gru {
   static constexpr int sums = 4;  // r, z, n of x, n of h'
   static constexpr int kept = 4;  // r, z, n, and the h' part of n's sum
   static constexpr bool cell_state = false;
+  static constexpr bool state_product = true;
   static constexpr bool two_products = false;
   static constexpr int x_sum[3] = {0, 1, 2};
   static constexpr int h_sum[3] = {0, 1, 3};
@@ -46,6 +47,7 @@ struct GruResetBefore {
   static constexpr int sums = 3;
   static constexpr int kept = 3;  // r, z, n
   static constexpr bool cell_state = false;
+  static constexpr bool state_product = true;
   static constexpr bool two_products = true;
   static constexpr int x_sum[3] = {0, 1, 2};
   static constexpr int h_sum[3] = {0, 1, 2};

@@ -13,6 +13,7 @@ struct Lstm {
   static constexpr int sums = 4;   // pre-activations the engine hands over, per unit
   static constexpr int kept = 4;   // values on the tape beside c and h: i, f, g, o
   static constexpr bool cell_state = true;
+  static constexpr bool state_product = true;  // a product with h' every step
   static constexpr bool two_products = false;
   static constexpr int x_sum[4] = {0, 1, 2, 3};  // gate -> sum that takes its row of x W^T + bW
   static constexpr int h_sum[4] = {0, 1, 2, 3};  // gate -> sum that takes its row of h' R^T + bR

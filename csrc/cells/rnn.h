@@ -12,6 +12,7 @@ struct Rnn {
   static constexpr int sums = 1;
   static constexpr int kept = 0;  // h itself tells the slope
   static constexpr bool cell_state = false;
+  static constexpr bool state_product = true;  // a product with h' every step
   static constexpr bool two_products = false;
   static constexpr int x_sum[1] = {0};
   static constexpr int h_sum[1] = {0};

@@ -50,7 +50,7 @@ class Backward {
       if (tape_.every) s.forward.allocate(cell_, inputs_, H, workspace);
       s.db = take<S>(workspace, ld_da_);
       for (int q = 0; q < P; ++q) {
-        s.R[q][0].data = take<S>(workspace, ld_ * cell_.gates * H);
+        s.R[q][0].data = take<S>(workspace, cell_.state_product ? ld_ * cell_.gates * H : 0);
         s.W[q].data = take<S>(workspace, padded(inputs_) * cell_.gates * H);
         s.da[q] = take<S>(workspace, pairs_ * ld_da_);
         s.packed[q] = take<S>(workspace, pairs_ * (ld_da_ + kTile * 4));
@@ -353,13 +353,13 @@ class Backward {
       }
     }
     if (t.units > 0) cell_.backward(t);
-    a.team.wait();
+    if (cell_.state_product || s == s0) a.team.wait();
     if (cell_.two_products) {
       state_product(a, 1, in_chunk, live, false, w.drh);
       if (t.units > 0) cell_.backward_gate(t);
       a.team.wait();
     }
-    state_product(a, 0, in_chunk, live, true, w.d[0]);
+    if (cell_.state_product) state_product(a, 0, in_chunk, live, true, w.d[0]);
     leaving(a, s);
   }
 

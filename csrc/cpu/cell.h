@@ -155,6 +155,7 @@ constexpr CellTable<S, P> make_table() {
   t.sums = Cell::sums;
   t.kept = Cell::kept;
   t.cell_state = Cell::cell_state;
+  t.state_product = Cell::state_product;
   t.two_products = Cell::two_products;
   for (int g = 0; g < Cell::gates; ++g) t.x_sum[g] = Cell::x_sum[g], t.h_sum[g] = Cell::h_sum[g];
   t.forward = forward_tile<Cell, S, P>;

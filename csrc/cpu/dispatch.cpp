@@ -3,7 +3,7 @@
 //
 // How csrc/cpu is compiled (-std=c++20 -O3 -fopenmp -fvisibility=hidden for all; OpenMP is needed by threads.cpp only):
 //   once:     dispatch.cpp rows.cpp threads.cpp
-//   per ISA:  forward.cpp backward.cpp lstm.cpp gru.cpp rnn.cpp clip.cpp, each with -DFUSEDRNN_ISA=<name>
+//   per ISA:  forward.cpp backward.cpp clip.cpp and a file for each of CMake's CELLS, each with -DFUSEDRNN_ISA=<name>
 //             -ffp-contract=fast -fno-math-errno -fno-trapping-math and
 //     baseline  (nothing more)
 //     avx2      -mavx2 -mfma -mf16c
@@ -108,13 +108,6 @@ int useful_threads(const Problem& problem, int threads) {
   return threads < 1 ? 1 : std::min(threads, processors());
 }
 
-int kept_values(CellKind cell) {
-  return cell == CellKind::lstm || cell == CellKind::gru ? 4 : cell == CellKind::gru_reset_before ? 3 : 0;
-}
-int gates(CellKind cell) {
-  return cell == CellKind::lstm ? 4 : cell == CellKind::gru || cell == CellKind::gru_reset_before ? 3 : 1;
-}
-
 Call make_call(const Problem& problem, const Arguments& p, int threads) {
   Call call{};
   call.problem = &problem;
@@ -129,12 +122,14 @@ double work(const Problem& problem) {
   const Sizes& n = problem.sizes;
   const double rows = static_cast<double>(n.T) * n.E * n.B, H = static_cast<double>(n.H);
   const double inputs = static_cast<double>(n.I) + (n.L - 1) * static_cast<double>(n.D) * H;
-  return 2 * rows * gates(problem.cell) * H * n.D * (inputs + n.L * H);
+  const CellFacts& cell = facts_of(problem.cell);
+  return 2 * rows * cell.gates * H * n.D * (inputs + (cell.state_product ? n.L * H : 0));
 }
 
 size_t tape_elements(const Problem& problem) {
   const Sizes& n = problem.sizes;
-  const Tape tape(problem, kept_values(problem.cell), problem.cell == CellKind::lstm);
+  const CellFacts& cell = facts_of(problem.cell);
+  const Tape tape(problem, cell.kept, cell.cell_state);
   return static_cast<size_t>(tape.elements(n.E * n.B)) * static_cast<size_t>(n.L * n.D);
 }
 

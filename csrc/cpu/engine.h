@@ -46,14 +46,14 @@ struct BackwardTile {
 template <class S, int P>
 struct CellTable {
   int gates, sums, kept;
-  bool cell_state, two_products;
+  bool cell_state, state_product, two_products;
   int x_sum[4], h_sum[4];
   void (*gate)(const ForwardTile<S, P>&);
   void (*forward)(const ForwardTile<S, P>&);
   void (*backward)(const BackwardTile<S, P>&);
   void (*backward_gate)(const BackwardTile<S, P>&);
 };
-// Defined in lstm.cpp, gru.cpp, rnn.cpp.
+// Defined in the files of that name.
 template <class S, int P>
 const CellTable<S, P>& lstm_table();
 template <class S, int P>
@@ -66,8 +66,21 @@ template <class S, int P>
 const CellTable<S, P>& rnn_relu_table();
 
 template <class S, int P>
+const CellTable<S, P>& cifg_table();
+template <class S, int P>
+const CellTable<S, P>& mingru_table();
+template <class S, int P>
+const CellTable<S, P>& minlstm_table();
+
+template <class S, int P>
 const CellTable<S, P>& table_of(CellKind cell) {
   switch (cell) {
+    case CellKind::cifg:
+      return cifg_table<S, P>();
+    case CellKind::mingru:
+      return mingru_table<S, P>();
+    case CellKind::minlstm:
+      return minlstm_table<S, P>();
     case CellKind::lstm:
       return lstm_table<S, P>();
     case CellKind::gru:

@@ -114,7 +114,7 @@ class Forward {
         }
         each_tile(w, rows, set, l, d, s, s0, first, end, false);
         if (s + 1 < rows.steps && rows.step_cut(reversed, s + 1)) restart(w, rows, reversed, ld, s + 1, u0, u1);
-        team.wait();
+        if (cell_.state_product || s + 1 == s1) team.wait();
       }
     }
   }

@@ -211,6 +211,19 @@ FUSEDRNN_FORCE Vec<S> tanh(Vec<S> x) {
   return quotient(less_one, less_one + Vec<S>(S(2)));
 }
 
+// log(1 + exp(x)) = max(x, 0) + log(1 + u), u = exp(-|x|) in (0, 1]; log(1 + u) = 2 artanh(u / (2 + u)) by its series.
+template <class S>
+FUSEDRNN_FORCE Vec<S> softplus(Vec<S> x) {
+  const Vec<S> one(S(1)), high = relu(x), size = high + high - x;
+  const Exp<S, -1> e(clamp(size, static_cast<S>(sizeof(S) == 4 ? 87 : 700)));
+  const Vec<S> u = e.scale * (e.tail * e.r + one), s = quotient(u, u + one + one), z = s * s;
+  constexpr int Terms = sizeof(S) == 4 ? 8 : 17;
+  Vec<S> sum(static_cast<S>(2.0 / (2 * Terms - 1)));
+#pragma GCC unroll 17
+  for (int j = Terms - 2; j >= 0; --j) sum = sum * z + Vec<S>(static_cast<S>(2.0 / (2 * j + 1)));
+  return sum * s + high;
+}
+
 // A value and its tangent. Every function of the cells, by the chain rule.
 template <class V>
 struct Dual {
@@ -236,6 +249,10 @@ template <class V>
 FUSEDRNN_FORCE Dual<V> tanh(Dual<V> x) {
   const V y = tanh(x.v);
   return {y, x.t * (1 - y * y)};
+}
+template <class V>
+FUSEDRNN_FORCE Dual<V> softplus(Dual<V> x) {
+  return {softplus(x.v), x.t * sigmoid(x.v)};
 }
 template <class V, class S>
 FUSEDRNN_FORCE Dual<V> clamp(Dual<V> x, S limit) {

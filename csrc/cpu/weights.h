@@ -28,7 +28,7 @@ struct ForwardWeights {
     const int64_t units = (H + Vec<S>::lanes - 1) / Vec<S>::lanes * Vec<S>::lanes;
     for (int q = 0; q < P; ++q) {
       W[q].data = take<S>(workspace, units * cell.gates * inputs);
-      R[q][0].data = take<S>(workspace, units * cell.gates * H);
+      R[q][0].data = take<S>(workspace, cell.state_product ? units * cell.gates * H : 0);
       bias[q] = take<S>(workspace, units * cell.sums);
     }
   }
@@ -89,6 +89,7 @@ struct ForwardWeights {
 
   // z += h R^T (phase 0), (r h) R^T (phase 1).
   void state_product(int phase, int64_t block, const S* const* const* h, int64_t n, S* const* z) const {
+    if (!has_R[0]) return;
     multiply(R[0][phase], block, h[0], n, z[0], ldz, z[0], ldz);
     if constexpr (P == 2) {
       multiply(R[0][phase], block, h[1], n, z[1], ldz, z[1], ldz);

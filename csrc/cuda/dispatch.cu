@@ -113,6 +113,8 @@ Status run_any(const Call& call) {
       return run_gru(call);
     case CellKind::gru_reset_before:
       return run_gru_reset_before(call);
+    default:
+      break;
   }
   return "cell " + std::to_string(static_cast<int>(call.problem->cell)) + " is none that the CUDA kernels know";
 }

@@ -16,15 +16,26 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import backends, clip, ops, params, report, rtrl, tbptt
     from .config import get_num_threads, set_backend, set_num_threads
-    from .layers import GRU, LSTM, RNN
-    from .ops import gru, gru_backward, lstm, lstm_backward, rnn, rnn_backward
+    from .layers import GRU, LSTM, RNN, MinGRU, MinLSTM
+    from .ops import (
+        gru,
+        gru_backward,
+        lstm,
+        lstm_backward,
+        mingru,
+        mingru_backward,
+        minlstm,
+        minlstm_backward,
+        rnn,
+        rnn_backward,
+    )
     from .report import info
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "ops": ("lstm", "gru", "rnn", "lstm_backward", "gru_backward", "rnn_backward"),
-    "layers": ("LSTM", "GRU", "RNN"),
+    "ops": tuple(f"{op}{end}" for end in ("", "_backward") for op in ("lstm", "gru", "rnn", "mingru", "minlstm")),
+    "layers": ("LSTM", "GRU", "RNN", "MinGRU", "MinLSTM"),
     "config": ("set_backend", "set_num_threads", "get_num_threads"),
     "report": ("info",),
 }
@@ -35,6 +46,8 @@ __all__ = [
     "GRU",
     "LSTM",
     "RNN",
+    "MinGRU",
+    "MinLSTM",
     "backends",
     "clip",
     "get_num_threads",
@@ -43,6 +56,10 @@ __all__ = [
     "info",
     "lstm",
     "lstm_backward",
+    "mingru",
+    "mingru_backward",
+    "minlstm",
+    "minlstm_backward",
     "ops",
     "params",
     "report",

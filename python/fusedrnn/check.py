@@ -202,13 +202,13 @@ def call(
         order = "(B,T,I)" if batch_first else "(T,B,I)"
         fail(op, "x", f"has shape {x.shape}", f"{order}, or (T,I) without a batch, or four axes with E weight sets")
     h0, c0 = state_parts(op, "state", cell, state)
-    names, flat = _flatten(op, params, L, D)
-    bf16 = x.dtype == np.float32 and isinstance(flat[1], np.ndarray) and flat[1].dtype == np.uint16
+    names, flat = _flatten(op, cell_name, params, L, D)
+    bf16 = x.dtype == np.float32 and isinstance(flat[0], np.ndarray) and flat[0].dtype == np.uint16
     for name, array in zip(names, flat, strict=True):
         if bf16 and name.startswith("weight"):
             if is_array(op, name, array).dtype != np.uint16:
                 fix = "Weights are bfloat16 all or none: see fusedrnn.params.to_bfloat16."
-                fail(op, name, f"has dtype {_dtype(array)}", f"uint16, as {names[1]} has", fix, TypeError)
+                fail(op, name, f"has dtype {_dtype(array)}", f"uint16, as {names[0]} has", fix, TypeError)
         else:
             is_float(op, name, array, x.dtype)
         if array.ndim - len(weight_axes(name)) not in (0, -1):
@@ -224,8 +224,10 @@ def call(
     found = dict(zip(x_axes, x.shape, strict=True))
     sources = dict.fromkeys(x_axes, "x")
     found.setdefault("B", 1)
-    found["H"] = flat[1].shape[-1]
-    sources["H"] = names[1]
+    if cell.state_product:
+        found["H"], sources["H"] = flat[1].shape[-1], names[1]
+    else:
+        found["H"], sources["H"] = flat[0].shape[-2] // cell.gates, names[0]
     if h0 is not None and h0.ndim >= 2:
         found["H"], sources["H"] = h0.shape[-1], "state"
     lengths = None if lengths is None else _lengths(op, lengths)
@@ -338,11 +340,11 @@ def _reset(op: str, reset: Any) -> np.ndarray:
     return array
 
 
-def _flatten(op: str, params: Any, L: int, D: int) -> tuple[list[str], list[np.ndarray]]:
+def _flatten(op: str, cell: str, params: Any, L: int, D: int) -> tuple[list[str], list[np.ndarray]]:
     """Parameters as names and arrays, flat in torch.nn's order."""
     if isinstance(params, Mapping):
         bias = "bias_ih_l0" in params or "bias_hh_l0" in params
-        wanted = parameters.names(L, D == 2, bias)
+        wanted = parameters.names(L, D == 2, bias, cell)
         if list(params) == wanted:
             return wanted, list(params.values())
         for name in wanted:
@@ -357,7 +359,8 @@ def _flatten(op: str, params: Any, L: int, D: int) -> tuple[list[str], list[np.n
         fix = "fusedrnn.params.init makes new ones."
         expected = "a dict under torch.nn's names or a flat list in its order"
         fail(op, "params", f"is {arrays.kind(params)}", expected, fix, TypeError)
-    if len(params) not in (2 * L * D, 4 * L * D):
-        expected = f"{4 * L * D} arrays (with biases) or {2 * L * D} (without) for num_layers={L}, {D} direction(s)"
+    with_bias, without = (len(parameters.kinds(cell, bias)) * L * D for bias in (True, False))
+    if len(params) not in (with_bias, without):
+        expected = f"{with_bias} arrays (with biases) or {without} (without) for num_layers={L}, {D} direction(s)"
         fail(op, "params", f"has {len(params)} arrays", expected)
-    return parameters.names(L, D == 2, len(params) == 4 * L * D), list(params)
+    return parameters.names(L, D == 2, len(params) == with_bias, cell), list(params)

@@ -10,6 +10,7 @@ import numpy as np
 
 from . import backends, check, config, ops
 from . import params as parameters
+from .cells import CELLS
 
 _Array = np.ndarray
 
@@ -88,7 +89,7 @@ class _Layer:
             native: Any = backends.load("native")
             self._lane = None
             make: Any = native.Lane if native else None
-            if backends.choose(self.backend) is native:
+            if backends.choose(self.backend) is native and CELLS[self._cell].state_product:
                 directions, clip_cell = 2 if self.bidirectional else 1, self._clip_cell or 0.0
                 self._lane = make(self._cell, self.num_layers, directions, self.batch_first, clip_cell)
             self._lane_for = settings
@@ -256,6 +257,8 @@ class _Layer:
 class LSTM(_Layer):
     """A stack of LSTM layers, as torch.nn.LSTM, on NumPy arrays.
 
+    coupled: the forget gate is 1 - i, so that there are three gates (see `fusedrnn.lstm`).
+
     input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional: as torch.nn's. clip_cell: |c| is
     limited to it after every step. clip_grad: |dh|, |dc| are limited to it at every step of backward. recompute: keep
     half the tape or less and rebuild the gates in backward. dtype: float32 or float64. seed: of the initial weights and
@@ -268,9 +271,10 @@ class LSTM(_Layer):
     """
 
     _op = "lstm"
-    _cell = "lstm"
 
-    def __init__(self, *args: Any, clip_cell: float | None = None, **options: Any) -> None:
+    def __init__(self, *args: Any, clip_cell: float | None = None, coupled: bool = False, **options: Any) -> None:
+        self.coupled = bool(coupled)
+        self._cell = "cifg" if coupled else "lstm"
         super().__init__(*args, **options)
         check.limit("LSTM", "clip_cell", clip_cell)
         self._clip_cell = clip_cell
@@ -281,7 +285,7 @@ class LSTM(_Layer):
         return self._clip_cell
 
     def _options(self) -> dict[str, Any]:
-        return {"clip_cell": self._clip_cell}
+        return {"clip_cell": self._clip_cell, "coupled": self.coupled}
 
 
 class GRU(_Layer):
@@ -324,3 +328,27 @@ class RNN(_Layer):
 
     def _options(self) -> dict[str, Any]:
         return {"nonlinearity": self.nonlinearity}
+
+
+class MinGRU(_Layer):
+    """A stack of minGRU layers (Feng et al. 2024): gates from x alone, see `fusedrnn.mingru`; arguments as GRU's.
+
+    >>> y, h = fusedrnn.MinGRU(3, 4, seed=0)(np.ones((5, 2, 3), np.float32))
+    >>> y.shape, h.shape
+    ((5, 2, 4), (1, 2, 4))
+    """
+
+    _op = "mingru"
+    _cell = "mingru"
+
+
+class MinLSTM(_Layer):
+    """A stack of minLSTM layers (Feng et al. 2024): gates from x alone, see `fusedrnn.minlstm`; arguments as GRU's.
+
+    >>> y, h = fusedrnn.MinLSTM(3, 4, seed=0)(np.ones((5, 2, 3), np.float32))
+    >>> y.shape, h.shape
+    ((5, 2, 4), (1, 2, 4))
+    """
+
+    _op = "minlstm"
+    _cell = "minlstm"

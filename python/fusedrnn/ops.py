@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The front door: `lstm`, `gru`, `rnn`, their backward, and the tangents of both. Check, choose a backend, run.
+"""The front door: `lstm`, `gru`, `rnn`, `mingru`, `minlstm`, their backward, and the tangents of both.
 
 Arrays (float32 or float64, all of one dtype, any strides; nothing large is copied):
 
@@ -55,6 +55,7 @@ def lstm(
     state: tuple[_Array, _Array] | None = None,
     params: Any = None,
     *,
+    coupled: bool = False,
     num_layers: int = 1,
     bidirectional: bool = False,
     reverse: bool = False,
@@ -74,6 +75,7 @@ def lstm(
 ) -> Any:
     """Run an LSTM over a whole sequence. Shapes: see the module's text.
 
+    coupled: the forget gate is 1 - i, so there are three gates i, g, o (Greff et al. 2017; ONNX's input_forget).
     reverse: walk from the last step to the first. reset_to: what a reset goes back to, "zero" or "initial" (`state`).
     dropout: on what goes up between layers, only while training; the same seed gives the same mask everywhere.
     clip_cell: |c| <= clip_cell after every step. clip_grad: |dh|, |dc| <= clip_grad at every step of backward.
@@ -94,7 +96,7 @@ def lstm(
     """
     checked = check.call(
         "lstm",
-        "lstm",
+        "cifg" if coupled else "lstm",
         x,
         state,
         params,
@@ -220,6 +222,111 @@ def rnn(
     return _forward(checked, x, training, return_cells, backend, reuse)
 
 
+def mingru(
+    x: _Array,
+    state: _Array | None = None,
+    params: Any = None,
+    *,
+    num_layers: int = 1,
+    bidirectional: bool = False,
+    reverse: bool = False,
+    batch_first: bool = False,
+    lengths: Any = None,
+    reset: Any = None,
+    reset_to: str = "zero",
+    dropout: float = 0.0,
+    seed: int = 0,
+    clip_grad: float | None = None,
+    training: bool = False,
+    recompute: bool = False,
+    return_cells: bool = False,
+    backend: str | None = None,
+) -> Any:
+    """Run a minGRU (Feng et al. 2024): z = sigmoid(x Wz^T + bz), n = x Wn^T + bn, h = (1 - z) h' + z n.
+
+    The gates look at x alone, so there is no weight_hh: one product for all steps, then a cheap walk over time.
+    All else as in `lstm`; the state is one array h.
+
+    >>> params = fusedrnn.params.init("mingru", 3, 4, seed=0)
+    >>> y, h, tape = fusedrnn.mingru(np.ones((5, 2, 3), np.float32), None, params, training=True)
+    >>> sorted(fusedrnn.mingru_backward(tape, np.ones_like(y)))
+    ['bias_ih_l0', 'state', 'weight_ih_l0', 'x']
+    """
+    checked = check.call(
+        "mingru",
+        "mingru",
+        x,
+        state,
+        params,
+        num_layers=num_layers,
+        bidirectional=bidirectional,
+        reverse=reverse,
+        batch_first=batch_first,
+        lengths=lengths,
+        reset=reset,
+        reset_to=reset_to,
+        dropout=dropout,
+        seed=seed,
+        clip_cell=None,
+        clip_grad=clip_grad,
+        recompute=recompute,
+    )
+    return _forward(checked, x, training, return_cells, backend)
+
+
+def minlstm(
+    x: _Array,
+    state: _Array | None = None,
+    params: Any = None,
+    *,
+    num_layers: int = 1,
+    bidirectional: bool = False,
+    reverse: bool = False,
+    batch_first: bool = False,
+    lengths: Any = None,
+    reset: Any = None,
+    reset_to: str = "zero",
+    dropout: float = 0.0,
+    seed: int = 0,
+    clip_grad: float | None = None,
+    training: bool = False,
+    recompute: bool = False,
+    return_cells: bool = False,
+    backend: str | None = None,
+) -> Any:
+    """Run a minLSTM (Feng et al. 2024): i, f = sigmoid(x Wi^T + bi, x Wf^T + bf), g = x Wg^T + bg,
+    h = (f h' + i g) / (f + i).
+
+    The gates look at x alone, so there is no weight_hh: one product for all steps, then a cheap walk over time.
+    All else as in `lstm`; the state is one array h.
+
+    >>> params = fusedrnn.params.init("minlstm", 3, 4, seed=0)
+    >>> y, h, tape = fusedrnn.minlstm(np.ones((5, 2, 3), np.float32), None, params, training=True)
+    >>> sorted(fusedrnn.minlstm_backward(tape, np.ones_like(y)))
+    ['bias_ih_l0', 'state', 'weight_ih_l0', 'x']
+    """
+    checked = check.call(
+        "minlstm",
+        "minlstm",
+        x,
+        state,
+        params,
+        num_layers=num_layers,
+        bidirectional=bidirectional,
+        reverse=reverse,
+        batch_first=batch_first,
+        lengths=lengths,
+        reset=reset,
+        reset_to=reset_to,
+        dropout=dropout,
+        seed=seed,
+        clip_cell=None,
+        clip_grad=clip_grad,
+        recompute=recompute,
+    )
+    return _forward(checked, x, training, return_cells, backend)
+
+
 def lstm_backward(tape: Tape, dy: _Array | None = None, dstate: Any = None, dcells: _Array | None = None) -> Any:
     """Gradients from those of y, of the final state (h, c; either may be None) and of cells; None: zero.
 
@@ -242,6 +349,16 @@ def gru_backward(tape: Tape, dy: _Array | None = None, dstate: Any = None, dcell
 def rnn_backward(tape: Tape, dy: _Array | None = None, dstate: Any = None, dcells: _Array | None = None) -> Any:
     """As `lstm_backward`; "state" is one array."""
     return _backward("rnn", tape, dy, dstate, dcells)
+
+
+def mingru_backward(tape: Tape, dy: _Array | None = None, dstate: Any = None, dcells: _Array | None = None) -> Any:
+    """As `lstm_backward`; "state" is one array."""
+    return _backward("mingru", tape, dy, dstate, dcells)
+
+
+def minlstm_backward(tape: Tape, dy: _Array | None = None, dstate: Any = None, dcells: _Array | None = None) -> Any:
+    """As `lstm_backward`; "state" is one array."""
+    return _backward("minlstm", tape, dy, dstate, dcells)
 
 
 def jvp(tape: Tape, tangents: Mapping[str, Any], return_cells: bool = False) -> Any:
@@ -380,12 +497,17 @@ def _arguments(call: check.Call, given: Mapping[str, Any]) -> Arguments:
         axes, canonical = _axes(call, name, array.ndim)
         return arrays.view(array, axes, canonical, call.problem.E)
 
-    kinds = len(call.names) // (call.problem.L * call.problem.D)
-    params: list[Any] = []
-    for n in range(0, len(call.names), kinds):
-        placed = [place(name) for name in call.names[n : n + kinds]]
-        params.append((*placed, None, None)[:4])
+    params = _params(call, {name: place(name) for name in call.names})
     return Arguments(place("x"), place("h"), place("c"), params)
+
+
+def _params(call: check.Call, arrays_by_name: Mapping[str, Any]) -> list[Any]:
+    """The canonical arrays of every layer and direction; what a cell does not have is None."""
+    count = call.problem.L * call.problem.D
+    each = len(call.names) // count
+    groups = [call.names[n * each : (n + 1) * each] for n in range(count)]
+    by_kind = [{name.partition("_l")[0]: arrays_by_name[name] for name in group} for group in groups]
+    return [tuple(group.get(kind) for kind in parameters.KINDS) for group in by_kind]
 
 
 def _new_results(call: check.Call, want_cells: bool) -> tuple[Results, Results]:
@@ -489,7 +611,5 @@ def _new_arguments(tape: Tape) -> Any:
         state = (h, grads.pop("c")) if call.cell.cell_state else h
         return {"x": grads.pop("x"), "state": state, **grads}
 
-    views = iter([canonical[name] for name in call.names])
-    kinds = len(call.names) // (call.problem.L * call.problem.D)
-    params = [(*(next(views) for _ in range(kinds)), None, None)[:4] for _ in range(call.problem.L * call.problem.D)]
+    params = _params(call, canonical)
     return public, Arguments(canonical["x"], canonical["h"], canonical.get("c"), params), finish

@@ -4,8 +4,9 @@
 Per layer k and direction (suffix "" or "_reverse"), with G gates (LSTM 4: i, f, g, o; GRU 3: r, z, n; RNN 1):
 `weight_ih_l{k}` (G*H, I_k), `weight_hh_l{k}` (G*H, H), `bias_ih_l{k}` (G*H), `bias_hh_l{k}` (G*H), where I_0 is the
 input size and I_k = directions * H above. A dict under these names is what torch.nn's state_dict holds, so PyTorch
-needs no conversion. `cell` is "rnn_tanh", "rnn_relu", "lstm", "gru" or "gru_reset_before" (Keras's reset_after=False,
-ONNX's linear_before_reset=0).
+needs no conversion. `cell` is "rnn_tanh", "rnn_relu", "lstm", "gru", "gru_reset_before" (Keras's reset_after=False,
+ONNX's linear_before_reset=0), "cifg" (the coupled LSTM, 3: i, g, o), "mingru" (2: z, n) or "minlstm" (3: i, f, g). The
+last two have no weight_hh and no bias_hh.
 """
 
 from __future__ import annotations
@@ -20,19 +21,36 @@ from .cells import CELLS
 KINDS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 # Where each gate of ours stands in theirs.
-_ONNX = {4: (0, 2, 3, 1), 3: (1, 0, 2), 1: (0,)}  # LSTM i, o, f, c; GRU z, r, h
-_KERAS = {4: (0, 1, 2, 3), 3: (1, 0, 2), 1: (0,)}  # LSTM i, f, c, o; GRU z, r, h
+_ONNX: dict[str, Sequence[int]] = {"lstm": (0, 2, 3, 1), "gru": (1, 0, 2), "rnn": (0,)}  # i, o, f, c; z, r, h
+_KERAS: dict[str, Sequence[int]] = {"lstm": (0, 1, 2, 3), "gru": (1, 0, 2), "rnn": (0,)}  # i, f, c, o; z, r, h
 
 
-def names(num_layers: int = 1, bidirectional: bool = False, bias: bool = True) -> list[str]:
+def _order(theirs: Mapping[str, Sequence[int]], cell: str) -> Sequence[int]:
+    found = theirs.get(cell.partition("_")[0])
+    if found is None:
+        raise ValueError(f"params: cell is {cell!r}; expected one of {', '.join(theirs)}, which have an order there.")
+    return found
+
+
+def kinds(cell: str, bias: bool = True) -> tuple[str, ...]:
+    """What a layer has in each direction.
+
+    >>> fusedrnn.params.kinds("mingru")
+    ('weight_ih', 'bias_ih')
+    """
+    found = KINDS if CELLS[cell].state_product else (KINDS[0], KINDS[2])
+    return found if bias else tuple(kind for kind in found if not kind.startswith("bias"))
+
+
+def names(num_layers: int = 1, bidirectional: bool = False, bias: bool = True, cell: str = "lstm") -> list[str]:
     """All parameter names, in the order of torch.nn's flat weights.
 
     >>> fusedrnn.params.names(bias=False, bidirectional=True)
     ['weight_ih_l0', 'weight_hh_l0', 'weight_ih_l0_reverse', 'weight_hh_l0_reverse']
     """
-    kinds = KINDS if bias else KINDS[:2]
     suffixes = ("", "_reverse") if bidirectional else ("",)
-    return [f"{kind}_l{layer}{suffix}" for layer in range(num_layers) for suffix in suffixes for kind in kinds]
+    each = kinds(cell, bias)
+    return [f"{kind}_l{layer}{suffix}" for layer in range(num_layers) for suffix in suffixes for kind in each]
 
 
 def shapes(
@@ -45,7 +63,7 @@ def shapes(
     """
     rows = CELLS[cell].gates * hidden_size
     result: dict[str, tuple[int, ...]] = {}
-    for name in names(num_layers, bidirectional, bias):
+    for name in names(num_layers, bidirectional, bias, cell):
         if name.startswith("bias"):
             result[name] = (rows,)
         elif name.startswith("weight_hh"):
@@ -132,7 +150,7 @@ def to_onnx(
     ((1, 20, 3), (1, 20, 5), (1, 40))
     """
     gates = CELLS[cell].gates
-    order = _inverse(_ONNX[gates])
+    order = _inverse(_order(_ONNX, cell))
     suffixes = [s for s in ("", "_reverse") if f"weight_ih_l{layer}{s}" in params]
 
     def part(kind: str, suffix: str) -> np.ndarray:
@@ -158,7 +176,7 @@ def from_onnx(cell: str, W: np.ndarray, R: np.ndarray, B: np.ndarray | None = No
     for d, suffix in enumerate(("", "_reverse")[: len(W)]):
         parts = [W[d], R[d]] if B is None else [W[d], R[d], *np.split(B[d], 2)]
         for kind, part in zip(KINDS, parts, strict=False):
-            result[f"{kind}_l{layer}{suffix}"] = _reorder(np.asarray(part), gates, _ONNX[gates])
+            result[f"{kind}_l{layer}{suffix}"] = _reorder(np.asarray(part), gates, _order(_ONNX, cell))
     return result
 
 
@@ -171,7 +189,7 @@ def to_keras(cell: str, params: dict[str, np.ndarray], layer: int = 0, reverse: 
     [(3, 15), (5, 15), (2, 15)]
     """
     gates = CELLS[cell].gates
-    order = _inverse(_KERAS[gates])
+    order = _inverse(_order(_KERAS, cell))
     end = f"_l{layer}{'_reverse' if reverse else ''}"
     parts = [_reorder(np.asarray(params[kind + end]), gates, order) for kind in KINDS if kind + end in params]
     weights = [part.T for part in parts[:2]]
@@ -195,6 +213,6 @@ def from_keras(cell: str, weights: Sequence[np.ndarray], layer: int = 0, reverse
         bias = np.asarray(weights[2])
         parts += list(bias) if bias.ndim == 2 else [bias, np.zeros_like(bias)]
     return {
-        kind + end: np.ascontiguousarray(_reorder(part, gates, _KERAS[gates]))
+        kind + end: np.ascontiguousarray(_reorder(part, gates, _order(_KERAS, cell)))
         for kind, part in zip(KINDS, parts, strict=False)
     }

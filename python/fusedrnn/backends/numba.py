@@ -22,7 +22,7 @@ from numba import njit, types
 from numba.extending import intrinsic, overload
 
 from .. import cells
-from ..cells import CELLS, dropout, gru, lstm, number, rnn
+from ..cells import CELLS, cifg, dropout, gru, lstm, mingru, minlstm, number, rnn
 from ..cells.cell import Cell
 from . import Arguments, Problem, Results, reference
 
@@ -95,7 +95,10 @@ def _functions(kind: Any, whole: Any, mantissa: int, low: float, exp_fit: list[f
     def sigmoid(x: Any) -> Any:
         return one / (one + exp(-x))
 
-    return sigmoid, tanh
+    def softplus(x: Any) -> Any:
+        return max(x, kind(0)) + kind(math.log1p(exp(-abs(x))))
+
+    return sigmoid, tanh, softplus
 
 
 _FUNCTIONS = {
@@ -132,6 +135,11 @@ def _sigmoid(x: Any) -> Any:
 @overload(number.tanh, jit_options=_OPTIONS)
 def _tanh(x: Any) -> Any:
     return _FUNCTIONS[x][1]
+
+
+@overload(number.softplus, jit_options=_OPTIONS)
+def _softplus(x: Any) -> Any:
+    return _FUNCTIONS[x][2]
 
 
 @overload(number.relu, jit_options=_OPTIONS)
@@ -174,11 +182,15 @@ _rnn_tanh, _rnn_tanh_back = njit(rnn.tanh_forward, **_OPTIONS), njit(rnn.tanh_ba
 _rnn_relu, _rnn_relu_back = njit(rnn.relu_forward, **_OPTIONS), njit(rnn.relu_backward, **_OPTIONS)
 _lstm, _lstm_back = njit(lstm.forward, **_OPTIONS), njit(lstm.backward, **_OPTIONS)
 _gru, _gru_back = njit(gru.forward, **_OPTIONS), njit(gru.backward, **_OPTIONS)
+_cifg, _cifg_back = njit(cifg.forward, **_OPTIONS), njit(cifg.backward, **_OPTIONS)
+_mingru, _mingru_back = njit(mingru.forward, **_OPTIONS), njit(mingru.backward, **_OPTIONS)
+_minlstm, _minlstm_back = njit(minlstm.forward, **_OPTIONS), njit(minlstm.backward, **_OPTIONS)
 _gate, _gate_back = njit(gru.gate, **_OPTIONS), njit(gru.backward_gate, **_OPTIONS)
 _late, _late_back = njit(gru.reset_before_forward, **_OPTIONS), njit(gru.reset_before_backward, **_OPTIONS)
 
-_RNN_TANH, _RNN_RELU, _LSTM, _GRU = range(4)
+_RNN_TANH, _RNN_RELU, _LSTM, _GRU, _CIFG, _MINGRU, _MINLSTM = range(7)
 _KINDS = {"rnn_tanh": _RNN_TANH, "rnn_relu": _RNN_RELU, "lstm": _LSTM, "gru": _GRU}
+_KINDS |= {"cifg": _CIFG, "mingru": _MINGRU, "minlstm": _MINLSTM}
 
 # Slots: forward reads sums 0-3, h' 4, c' 5 and writes kept 6-9, h 10, c 11;
 # backward reads kept 0-3, h' 4, h 5, c' 6, c 7, dh 8, dc 9 and writes da 10-13, dh' 14, dc' 15.
@@ -196,6 +208,22 @@ def _forward_block(kind: Any, w: Any, clip: Any) -> Any:
     elif kind == _GRU:
         for j in range(n):
             kept, h, c = _gru((w[j], w[n + j], w[2 * n + j], w[3 * n + j]), w[4 * n + j], w[5 * n + j], clip)
+            w[6 * n + j], w[7 * n + j], w[8 * n + j], w[9 * n + j] = kept
+            w[10 * n + j] = h
+    elif kind == _CIFG:
+        for j in range(n):
+            kept, h, c = _cifg((w[j], w[n + j], w[2 * n + j]), w[4 * n + j], w[5 * n + j], clip)
+            w[6 * n + j], w[7 * n + j], w[8 * n + j] = kept
+            w[10 * n + j] = h
+            w[11 * n + j] = c
+    elif kind == _MINGRU:
+        for j in range(n):
+            kept, h, c = _mingru((w[j], w[n + j]), w[4 * n + j], w[5 * n + j], clip)
+            w[6 * n + j], w[7 * n + j] = kept
+            w[10 * n + j] = h
+    elif kind == _MINLSTM:
+        for j in range(n):
+            kept, h, c = _minlstm((w[j], w[n + j], w[2 * n + j]), w[4 * n + j], w[5 * n + j], clip)
             w[6 * n + j], w[7 * n + j], w[8 * n + j], w[9 * n + j] = kept
             w[10 * n + j] = h
     elif kind == _RNN_TANH:
@@ -225,6 +253,31 @@ def _backward_block(kind: Any, w: Any, clip: Any) -> Any:
                 kept, w[4 * n + j], w[5 * n + j], w[6 * n + j], w[7 * n + j], clip, w[8 * n + j], w[9 * n + j]
             )
             w[10 * n + j], w[11 * n + j], w[12 * n + j], w[13 * n + j] = da
+            w[14 * n + j] = dh
+    elif kind == _CIFG:
+        for j in range(n):
+            three = (w[j], w[n + j], w[2 * n + j])
+            da, dh, dc = _cifg_back(
+                three, w[4 * n + j], w[5 * n + j], w[6 * n + j], w[7 * n + j], clip, w[8 * n + j], w[9 * n + j]
+            )
+            w[10 * n + j], w[11 * n + j], w[12 * n + j] = da
+            w[14 * n + j] = dh
+            w[15 * n + j] = dc
+    elif kind == _MINGRU:
+        for j in range(n):
+            two = (w[j], w[n + j])
+            da, dh, dc = _mingru_back(
+                two, w[4 * n + j], w[5 * n + j], w[6 * n + j], w[7 * n + j], clip, w[8 * n + j], w[9 * n + j]
+            )
+            w[10 * n + j], w[11 * n + j] = da
+            w[14 * n + j] = dh
+    elif kind == _MINLSTM:
+        for j in range(n):
+            kept = (w[j], w[n + j], w[2 * n + j], w[3 * n + j])
+            da, dh, dc = _minlstm_back(
+                kept, w[4 * n + j], w[5 * n + j], w[6 * n + j], w[7 * n + j], clip, w[8 * n + j], w[9 * n + j]
+            )
+            w[10 * n + j], w[11 * n + j], w[12 * n + j] = da
             w[14 * n + j] = dh
     elif kind == _RNN_TANH:
         for j in range(n):
@@ -300,6 +353,7 @@ def _compile(stamp: str) -> dict[str, Any]:
                     _load(w, s, b, (row // rows * sums + s) * H + j, n)
                 for g in range(gates):
                     _add(w, x_sum[g], ax, (row * gates + g) * H + j, n)
+                for g in range(len(h_sum)):
                     _add(w, h_sum[g], hr, (row * gates + g) * H + j, n)
                 _load(w, 4, h_prev, at + j, n)
                 if has_c:
@@ -351,6 +405,7 @@ def _compile(stamp: str) -> dict[str, Any]:
                 _backward_block(kind, w, clip_cell)
                 for g in range(gates):
                     _save(w, 10 + x_sum[g], da_x, (row * gates + g) * H + j, n)
+                for g in range(len(h_sum)):
                     _save(w, 10 + h_sum[g], da_h, (row * gates + g) * H + j, n)
                 _save(w, 14, dh, at + j, n)
                 if has_c:
@@ -494,7 +549,7 @@ class _Walk:
         W, R, bW, bR = params
         E, H = problem.E, problem.H
         self.N = E * problem.B
-        self.W, self.R = W, np.ascontiguousarray(R)
+        self.W, self.R = W, np.ascontiguousarray(np.zeros((E, 0, H), dtype) if R is None else R)
         self.WT = W.swapaxes(1, 2)
         self.RT = np.ascontiguousarray(self.R.swapaxes(1, 2))
         self.bias = np.zeros((E, cell.sums, H), dtype)
@@ -503,7 +558,7 @@ class _Walk:
                 for g, s in enumerate(sums):
                     self.bias[:, s] += bias[:, g * H : (g + 1) * H]
         self.kind = -1 if cell.two_products else _KINDS[cell.name]
-        self.x_sum, self.h_sum = np.array(cell.x_sum), np.array(cell.h_sum)
+        self.x_sum, self.h_sum = np.array(cell.x_sum), np.array(cell.h_sum, np.intp)
         T, N = problem.T, self.N
         self.active: Any = np.ones((T, N), bool)
         if problem.lengths is not None:
@@ -599,7 +654,7 @@ class _Walk:
                 rows, ax, self.multiply(rh, self.RT[:, :, 2 * H :]), self.bias, h, self.active[t], kept, h_new
             )
             return
-        hr = self.multiply(h, self.RT)
+        hr = self.multiply(h, self.RT) if cell.state_product else np.empty((self.N, 0), self.dtype)
         _STEPS["forward"](
             self.kind, self.x_sum, self.h_sum, cell.sums, cell.kept, cell.cell_state, rows, ax, hr, self.bias, h, c,
             self.clip_cell, self.active[t], kept, h_new, c_new,
@@ -642,7 +697,8 @@ class _Walk:
             dy_part = nothing if dy is None else np.ascontiguousarray(dy[part]).reshape(n, N, H)
             dcells_part = nothing if dcells is None else np.ascontiguousarray(dcells[part]).reshape(n, N, H)
             da_x = np.empty((n, N, cell.gates * H), self.dtype)
-            da_h = da_x if cell.x_sum == cell.h_sum else np.empty_like(da_x)
+            same = cell.x_sum == cell.h_sum or not cell.state_product
+            da_h = da_x if same else np.empty_like(da_x)
             rhs = np.empty((n, N, H), self.dtype) if cell.two_products else None
             for t in reversed(chunk):
                 k = t - start
@@ -665,7 +721,8 @@ class _Walk:
                         cs[t], self.clip_cell, self.clip_grad, dy_t, dcells_t, dcells is not None, self.active[t], dh,
                         dc, da_x[k], da_h[k],
                     )  # fmt: skip
-                    dh += self.multiply(da_h[k], self.R, out=back)
+                    if cell.state_product:
+                        dh += self.multiply(da_h[k], self.R, out=back)
                 if self.restarts[t]:
                     rows = self.restart[t]
                     if to_initial:
@@ -676,14 +733,16 @@ class _Walk:
             dx[part] += self.times(da_x.reshape(n, E, -1, cell.gates * H), self.W).reshape(dx[part].shape)
             dW += self.outer(da_x, x_part)
             sets = (n, E, problem.B, H)
-            if rhs is None:
+            if rhs is None and cell.state_product:
                 dR += self.outer(da_h, hp.reshape(sets))
-            else:
+            elif rhs is not None:
                 dR[:, : 2 * H] += self.outer(da_h[..., : 2 * H], hp.reshape(sets))
                 dR[:, 2 * H :] += self.outer(da_h[..., 2 * H :], rhs.reshape(sets))
             dbW += da_x.reshape(n, E, problem.B, -1).sum((0, 2))
             if da_h is not da_x:
                 dbR += da_h.reshape(n, E, problem.B, -1).sum((0, 2))
+        if not cell.state_product:
+            return dh0 + dh, dc0 + dc, (dW, None, dbW, None)
         return dh0 + dh, dc0 + dc, (dW, dR, dbW, dbW if cell.x_sum == cell.h_sum else dbR)
 
 

@@ -193,8 +193,9 @@ def _walk(problem: Problem, cell: Cell, x: Any, params: Any, h0: Any, c0: Any, b
             kept, c_new = (r, z, n), c_prev
         else:
             rh = None
-            for block, s in zip(_blocks(_product(h_prev, R, bR), cell.gates), cell.h_sum, strict=True):
-                a[s] = a[s] + block
+            if cell.state_product:
+                for block, s in zip(_blocks(_product(h_prev, R, bR), cell.gates), cell.h_sum, strict=True):
+                    a[s] = a[s] + block
             kept, h_new, c_new = cell.forward(a, h_prev, c_prev, problem.clip_cell)
         steps[t] = (kept, h_prev, h_new, c_prev, c_new, rh)
         h = np.where(active[t], h_new, h)
@@ -237,9 +238,11 @@ def _walk_back(
             rhs[t] = np.where(active[t], rh, 0)
         else:
             da, dh_prev, dc_prev = cell.backward(gates, h_prev, h, c_prev, c, problem.clip_cell, dh, dc)
-            dh_prev = dh_prev + np.concatenate([da[s] for s in cell.h_sum], -1) @ R
+            if cell.state_product:
+                dh_prev = dh_prev + np.concatenate([da[s] for s in cell.h_sum], -1) @ R
         da_x[t] = np.where(active[t], np.concatenate([da[s] for s in cell.x_sum], -1), 0)
-        da_h[t] = np.where(active[t], np.concatenate([da[s] for s in cell.h_sum], -1), 0)
+        if cell.state_product:
+            da_h[t] = np.where(active[t], np.concatenate([da[s] for s in cell.h_sum], -1), 0)
         h_prevs[t] = np.where(active[t], h_prev, 0)
         if problem.reset_to_initial:
             dh0 = dh0 + np.where(restart[t], dh_prev, 0)
@@ -249,7 +252,8 @@ def _walk_back(
     dR = _outer(da_h, h_prevs)
     if cell.two_products:
         dR[:, 2 * H :] = _outer(da_h[..., 2 * H :], rhs)
-    gradients = (_outer(da_x, kept.x), dR, da_x.sum((0, 2)), da_h.sum((0, 2)))
+    state_gradients = (dR, da_h.sum((0, 2))) if cell.state_product else (None, None)
+    gradients = (_outer(da_x, kept.x), state_gradients[0], da_x.sum((0, 2)), state_gradients[1])
     return da_x @ W, dh0 + dh_next, dc0 + dc_next, gradients
 
 

@@ -29,6 +29,7 @@ class Cell:
     backward: Callable[..., Any]
     gate: Callable[..., Any] | None = None
     backward_gate: Callable[..., Any] | None = None
+    state_product: bool = True  # has R; without it h_sum is empty
 
     @property
     def two_products(self) -> bool:

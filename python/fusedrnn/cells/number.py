@@ -24,6 +24,12 @@ def tanh(x: Any) -> Any:
     return np.tanh(x)
 
 
+def softplus(x: Any) -> Any:
+    """log(1 + exp(x)), without overflow."""
+    positive_side = x.real > 0
+    return np.where(positive_side, x, 0) + np.log1p(np.exp(np.where(positive_side, -x, x)))
+
+
 def relu(x: Any) -> Any:
     """x where x > 0, else 0; NaN stays NaN."""
     return np.where(x.real <= 0, 0, x)

@@ -1,0 +1,43 @@
+// SPDX-License-Identifier: Apache-2.0
+// LSTM with coupled input and forget gates, one unit, one step (Greff et al. 2017, "CIFG"; ONNX's input_forget).
+//   a = x W^T + bW + h' R^T + bR;  i, o = sigmoid(a_i, a_o);  g = tanh(a_g);  f = 1 - i
+//   c = clip(f c' + i g);  h = o tanh(c)
+// V is a number: a SIMD vector, a Dual of one, or a CUDA float. sigmoid, tanh, clamp and inside are found by V's
+// namespace; whoever includes this defines FUSEDRNN_INLINE (static, forced inline, __device__ under nvcc).
+#pragma once
+
+namespace fusedrnn::cells {
+
+struct Cifg {
+  static constexpr int gates = 3;
+  static constexpr int sums = 3;
+  static constexpr int kept = 3;  // i, g, o
+  static constexpr bool cell_state = true;
+  static constexpr bool state_product = true;
+  static constexpr bool two_products = false;
+  static constexpr int x_sum[3] = {0, 1, 2};
+  static constexpr int h_sum[3] = {0, 1, 2};
+
+  template <class V, class S>
+  FUSEDRNN_INLINE void forward(const V* a, const V&, const V& c_prev, S clip, V* k, V& h, V& c) {
+    k[0] = sigmoid(a[0]);
+    k[1] = tanh(a[1]);
+    k[2] = sigmoid(a[2]);
+    c = clamp(c_prev + k[0] * (k[1] - c_prev), clip);
+    h = k[2] * tanh(c);
+  }
+
+  template <class V, class S>
+  FUSEDRNN_INLINE void backward(const V* k, const V&, const V&, const V& c_prev, const V& c, S clip, const V& dh,
+                                const V& dc_in, V* da, V& dh_prev, V& dc_prev) {
+    const V tc = tanh(c);
+    const V dc = inside(dc_in + dh * k[2] * (1 - tc * tc), c, clip);
+    da[0] = dc * (k[1] - c_prev) * k[0] * (1 - k[0]);
+    da[1] = dc * k[0] * (1 - k[1] * k[1]);
+    da[2] = dh * tc * k[2] * (1 - k[2]);
+    dc_prev = dc * (1 - k[0]);
+    dh_prev = V(0);
+  }
+};
+
+}  // namespace fusedrnn::cells

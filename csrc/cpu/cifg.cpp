@@ -1,0 +1,11 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "vec.h"
+// The formulas need FUSEDRNN_INLINE from vec.h.
+#include "../cells/cifg.h"
+#include "cell.h"
+
+namespace fusedrnn::cpu::FUSEDRNN_ISA {
+
+FUSEDRNN_TABLE(cifg_table, cells::Cifg)
+
+}  // namespace fusedrnn::cpu::FUSEDRNN_ISA
