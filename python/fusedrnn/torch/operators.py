@@ -24,7 +24,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _after_autograd_keyset, _AutoDispatchBelowAutograd  # type: ignore[attr-defined]
+from torch._C import _after_autograd_keyset, _AutoDispatchBelowAutograd, _functorch  # type: ignore[attr-defined]
+from torch._functorch.utils import unwrap_dead_wrappers
+from torch.autograd import forward_ad
 
 from . import composite, how, kernels
 from .how import How
@@ -252,8 +254,49 @@ _FUNCTIONS = {name: _make_function(name) for name in _NAMES}
 
 
 def apply(name: str, settings: How, lengths: Any, reset: Any, *tensors: Any) -> tuple[Any, ...]:
-    outputs: tuple[Any, ...] = _FUNCTIONS[name].apply(settings.text(), lengths, reset, *tensors)
+    """An operation with its rules, under whatever transforms are at work."""
+    function = _FUNCTIONS[name]
+    apply: Any = function.apply
+    if not torch._C._len_torch_dispatch_stack() and torch._C._get_tracing_state() is None:
+        lengths, reset, *tensors = unwrap_dead_wrappers((lengths, reset, *tensors))
+        if torch._C._are_functorch_transforms_active():
+            interpreter = _functorch.peek_interpreter_stack()
+            if interpreter.key() == _functorch.TransformType.Vmap:
+                vmap = _functorch.CVmapInterpreterPtr(interpreter)
+                return _vmapped(vmap, name, settings, lengths, reset, tensors)
+        else:
+            needed = torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)
+            if not needed and forward_ad._current_level < 0 and _is_plain(tensors):
+                return _run(name, settings, lengths, reset, tensors)
+            apply = super(torch.autograd.Function, function).apply  # without its second look at all that
+    outputs: tuple[Any, ...] = apply(settings.text(), lengths, reset, *tensors)
     return outputs
+
+
+def _is_plain(tensors: Sequence[Any]) -> bool:
+    """Whether the kernel can read them: on the CPU, and not of torch's first vmap, which gradcheck still uses."""
+    return tensors[0].is_cpu and not any(t is not None and _functorch.is_legacy_batchedtensor(t) for t in tensors)
+
+
+def _vmapped(vmap: Any, name: str, settings: How, lengths: Any, reset: Any, tensors: Sequence[Any]) -> tuple[Any, ...]:
+    """What a Function under vmap does, on a flat list: torch's way over trees takes longer than a small kernel."""
+    level = vmap.level()
+    given: list[Any] = [None] * (2 + len(tensors))
+    dims: list[int | None] = [None] * len(given)
+    for n, tensor in enumerate((lengths, reset, *tensors)):
+        if tensor is not None:
+            given[n], dims[n] = _functorch._unwrap_batched(tensor, level)
+    stack = _functorch.pop_dynamic_layer_stack()
+    try:
+        if all(dim is None for dim in dims):
+            return apply(name, settings, *given)
+        outputs, out_dims = _batched(name, vmap.batchSize(), dims, settings, given[0], given[1], given[2:])
+    finally:
+        _functorch.push_dynamic_layer_stack(stack)
+    return tuple(
+        None if output is None else _functorch._add_batch_dim(output, dim, level)
+        for output, dim in zip(outputs, out_dims, strict=True)
+    )
 
 
 # Compile and export: operators.
@@ -341,6 +384,12 @@ def _present(name: str, settings: How, outputs: Sequence[Any]) -> tuple[Any, ...
 
 
 def _call_operator(name: str, settings: How, lengths: Any, reset: Any, *tensors: Any) -> tuple[Any, ...]:
+    if not (
+        torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._get_tracing_state() is not None
+    ) and _is_plain(tensors):
+        return _run(name, settings, lengths, reset, tensors)  # nobody looks on
     op = _OPERATORS[name, settings.states, settings.weights]
     return _present(name, settings, op(*tensors, lengths, reset, settings.text()))
 
