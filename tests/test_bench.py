@@ -13,12 +13,15 @@ import pytest
 from fusedrnn.bench import machine, plot, report, run
 from fusedrnn.bench.rivals import OURS, RIVALS
 from fusedrnn.bench.timing import BUDGET, Team, WorkerError, summary
-from fusedrnn.bench.workloads import CELLS, GRID, NAMED, PASSES, Data, Workload, errors, grid, truth
+from fusedrnn.bench.workloads import BOTH, CELLS, GRID, NAMED, PASSES, Data, Workload, errors, grid, truth
 
 TINY = [
     *(Workload("plain", cell, 3, 5, 6, 4) for cell in CELLS),
     *(Workload("stack", cell, 3, 5, 6, 4, L=2, D=2, lengths=0.4) for cell in CELLS),
     *(Workload("resets", cell, 3, 9, 6, 4, reset=0.3) for cell in CELLS),
+    *(Workload("models", cell, 3, 5, 6, 4, E=3) for cell in CELLS),
+    *(Workload("cell", cell, 3, 1, 6, 4, module="cell") for cell in CELLS),
+    *(Workload("bfloat16", cell, 3, 5, 6, 4, bf16=True) for cell in CELLS),
 ]
 
 
@@ -26,11 +29,13 @@ TINY = [
 def test_answers(title: str) -> None:
     if RIVALS[title].version() is None:
         pytest.skip(f"{title} is not installed")
+    takes = RIVALS[title].takes
     todo = [(w, which) for w in TINY for which in PASSES if RIVALS[title].refuses(w, which) is None]
     assert {w.cell for w, _ in todo} == set(CELLS)
     with Team([title], 1) as team:
         for w, which in todo:
-            found = team.measure([title], w, which, truth(Data(w), which), rounds=1, seconds=0.001)[title]
+            truths = {takes(w): truth(Data(takes(w)), which)}
+            found = team.measure([title], w, which, truths, rounds=1, seconds=0.001)[title]
             assert "failed" not in found, f"{w}, {which}: {found['failed']}"
             assert found["error"] <= BUDGET[which]
             assert 0 < found["best"] <= found["q1"] <= found["median"] <= found["q3"]
@@ -41,7 +46,7 @@ def test_wrong_answers_have_no_time() -> None:
     wrong = truth(Data(w), "infer")
     wrong["y"][2, 1, 3] += 0.01
     with Team(["numpy loop"], 1) as team:
-        found = team.measure(["numpy loop"], w, "infer", wrong, rounds=1, seconds=0.001)["numpy loop"]
+        found = team.measure(["numpy loop"], w, "infer", {w: wrong}, rounds=1, seconds=0.001)["numpy loop"]
     assert found["failed"].startswith("wrong: y is off by")
     assert "median" not in found
 
@@ -63,7 +68,7 @@ def test_a_process_that_ends_is_reported_and_started_anew() -> None:
         worker.process.kill()
         with pytest.raises(WorkerError, match="process ended with -9"):
             worker.ask("drop")
-        found = team.measure(["numpy loop"], w, "infer", right, rounds=2, seconds=0.001)["numpy loop"]
+        found = team.measure(["numpy loop"], w, "infer", {w: right}, rounds=2, seconds=0.001)["numpy loop"]
         assert len(found["rounds"]) == 2
 
 
@@ -74,7 +79,7 @@ def test_the_command(tmp_path: Path, capsys: Any) -> None:
     path = tmp_path / "here" / "bench.json"
     document = json.loads(path.read_text())
     assert document["finished"] and document["versions"][OURS]
-    assert len(document["records"]) == 2 * len(CELLS) * len(PASSES)  # the size, and a call
+    assert len(document["records"]) == 2 * len(CELLS) * len(BOTH)  # the size, and a call
     for record in document["records"]:
         assert record["limit"] > 0
         for title in (set(record["results"]) | set(record["refused"])) & {"torch", OURS}:
@@ -83,7 +88,7 @@ def test_the_command(tmp_path: Path, capsys: Any) -> None:
     assert plot.main([str(path)]) == 0
     assert (path.parent / "speed.png").stat().st_size > 10_000
     page = (path.parent / "README.md").read_text()
-    assert page.count("| 2,5,8,6 |") >= len(CELLS) * len(PASSES)
+    assert page.count("| 2,5,8,6 |") >= len(CELLS) * len(BOTH)
     assert "here/bench.json" in capsys.readouterr().out.replace("\n", "")
 
 
@@ -140,6 +145,7 @@ def test_summary() -> None:
     assert one.over_torch == pytest.approx(8**0.5)
     assert one.over_best == pytest.approx((1.5 * 0.8) ** 0.5)
     assert one.least == pytest.approx(0.8)
+    assert one.least_torch == pytest.approx(2.0)
     assert one.share_batched == one.share_single == pytest.approx(0.9)
     assert [line.record["B"] for line in one.behind] == [16]
     assert "LSTM inference 16,100,128,128, 1 thread (onnxruntime needs 80% of our time)" in report.behind(document())
@@ -150,7 +156,28 @@ def test_within_the_spread_is_not_behind() -> None:
     for record in data["records"]:
         record["results"]["onnxruntime"] = result(0.99, spread=0.05)
     assert report.summaries(data)[0].behind == []
-    assert report.behind(data) == "No rival is faster in any of the 2 cases."
+    assert report.behind(data) == (
+        "No rival is faster, beyond the spread, in any of the 2 cases. "
+        "Within the spread one has the lower median in 2 more, at most to 99% of ours."
+    )
+
+
+def test_targets_of_the_torch_modules() -> None:
+    data = document()
+    assert report.targets(data) == []
+    for record, ours in zip(data["records"], (2.5, 2.0), strict=True):
+        record["group"], record["ours"] = "resets", "fusedrnn.torch"
+        record["results"]["fusedrnn.torch"] = result(ours)
+        record["results"]["fusedrnn.torch plain"] = result(2.0)
+    plain, torch = report.targets(data)
+    assert (plain.against, plain.reached, plain.met) == ("fusedrnn.torch plain", pytest.approx(0.8), False)
+    assert (torch.against, torch.reached, torch.met) == ("torch", pytest.approx(0.8), False)
+    for record in data["records"]:
+        record["results"]["fusedrnn.torch"] = result(0.4)
+    assert all(one.met for one in report.targets(data))
+    assert "| resets, training | torch | 5.00x | 5.00x | 5.00x |  |" in report.page(data)
+    # where libraries of others ran, ours are no rivals
+    assert all(line.best == "onnxruntime" and line.ours["median"] == 0.4 for line in report.lines(data))
 
 
 def test_our_failure_is_shown() -> None:
@@ -171,7 +198,7 @@ def test_readme_block(tmp_path: Path) -> None:
         text = readme.read_text()
         assert text.startswith(f"before\n{plot.BEGIN}\n")
         assert text.endswith(f"{plot.END}\nafter\n")
-        assert text.count("| LSTM inference, 1 thread | 2.83x | 1.10x | 0.80x | 90% | 90% | 1 |") == 1
+        assert text.count("| LSTM inference, 1 thread | 2.83x | 2.00x | 1.10x | 0.80x | 90% | 90% | 1 |") == 1
         assert "old" not in text
         assert (tmp_path / "bench/results/m/speed.png").exists() and "(bench/results/m/speed.png)" in text
     readme.write_text("nothing here")

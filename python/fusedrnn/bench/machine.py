@@ -154,22 +154,24 @@ def merge(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def limit_seconds(w: Workload, which: str, threads: int, measured: dict[str, Any]) -> float:
-    """The shortest time in which the arithmetic could run here.
+def limit_seconds(w: Workload, which: str, threads: int, measured: dict[str, Any]) -> float | None:
+    """The shortest time in which the arithmetic could run here; None for a Hessian-vector product.
 
     Products over all steps at once run at the multiply-add peak. The recurrence runs at that peak, or at the speed at
     which every step can read R once from where it fits, whichever takes longer. Training has the input product three
     times (x W^T, dx, dW), the recurrence twice (forward, backward), and dR as one more product over all steps.
     """
+    if which == "hvp":
+        return None
     peak: float = measured["flops"]
     inputs, recurrent = (flops / peak for flops in w.product_flops())
-    held = 4.0 * GATES[w.cell] * w.H * w.H
+    held = (2.0 if w.bf16 else 4.0) * GATES[w.cell] * w.H * w.H
     points = [(math.log2(int(size)), value) for size, value in measured["bandwidth"].items()]
     at = min(max(math.log2(held / threads), points[0][0]), points[-1][0])
     (left, low), (right, high) = next(pair for pair in itertools.pairwise(points) if at <= pair[1][0])
     bandwidth: float = low + (high - low) * (at - left) / (right - left)
-    walk = max(recurrent, w.T * (1 + w.lengths) / 2 * w.L * w.D * held / bandwidth)
-    return inputs + walk if which == "infer" else 3 * inputs + 2 * walk + recurrent
+    walk = max(recurrent, w.E * w.T * (1 + w.lengths) / 2 * w.L * w.D * held / bandwidth)
+    return inputs + walk if which in ("infer", "grad") else 3 * inputs + 2 * walk + recurrent
 
 
 if __name__ == "__main__":

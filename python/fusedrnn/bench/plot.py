@@ -14,6 +14,7 @@ from typing import Any
 
 from . import report
 from .rivals import OURS
+from .workloads import BOTH
 
 BEGIN, END = "<!-- speed:begin -->", "<!-- speed:end -->"
 COLOURS = {OURS: "#1b6ca8", "onnxruntime": "#e08214", "openvino": "#7a4fa3", "jax": "#4d9221", "torch": "#888888"}
@@ -28,7 +29,7 @@ def picture(document: report.Document, path: Path) -> None:
 
     sizes = list(dict.fromkeys(line.record["size"] for line in report.lines(document, group="grid")))
     counts = sorted({record["threads"] for record in document["records"]})
-    rows = [(which, threads) for which in report.PASS for threads in counts]
+    rows = [(which, threads) for which in BOTH for threads in counts]
     figure, axes = plt.subplots(len(rows), 3, figsize=(13, 2.6 * len(rows)), squeeze=False, sharex=True)
     for (which, threads), row in zip(rows, axes, strict=True):
         for cell, axis in zip(("lstm", "gru", "rnn"), row, strict=True):

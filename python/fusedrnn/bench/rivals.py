@@ -12,11 +12,12 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from .workloads import GATES, Answers, Data, Workload
+from .workloads import BOTH, GATES, PASSES, Answers, Data, Workload
 
 Run = Callable[[], Any]
 
@@ -34,7 +35,7 @@ class Rival:
 
     title = ""
     module = ""
-    trains = False
+    does: tuple[str, ...] = ("infer",)  # of workloads.PASSES
     compiles = False  # at its first call with a new size
     spins = 0.01  # seconds for which its threads keep cores busy after a call
 
@@ -49,9 +50,18 @@ class Rival:
         return importlib.metadata.version(cls.module)
 
     @classmethod
+    def takes(cls, w: Workload) -> Workload:
+        """What it runs in place of a workload: the same, but for those who show what a part of it costs."""
+        return w
+
+    @classmethod
     def refuses(cls, w: Workload, which: str) -> str | None:
         """Why it is not measured on this workload, or None."""
-        return "inference only" if which == "train" and not cls.trains else None
+        if which not in cls.does:
+            return "inference only" if cls.does == ("infer",) else "torch only"
+        if w.E > 1 and which == "hvp":
+            return "one model only"
+        return "torch only" if (w.E > 1 or w.module == "cell") and "hvp" not in cls.does else None
 
     def build(self, data: Data, which: str) -> Run:
         raise NotImplementedError
@@ -66,9 +76,10 @@ class FusedRNN(Rival):
 
     title = "fusedrnn"
     module = "fusedrnn"
-    trains = True
+    does: tuple[str, ...] = BOTH
     backend: str | None = None  # the best there is
     recompute = False
+    bfloat16 = False  # the weights' storage
 
     def __init__(self, threads: int) -> None:
         import fusedrnn
@@ -89,6 +100,8 @@ class FusedRNN(Rival):
         w = data.workload
         layer = getattr(self.fusedrnn, w.cell.upper())(w.I, w.H, w.L, bidirectional=w.D == 2, recompute=self.recompute)
         layer.load_state_dict(data.params)
+        if self.bfloat16:
+            layer.parameters = self.fusedrnn.params.to_bfloat16(layer.parameters)
         options = {"lengths": data.lengths, "reset": data.reset}
         options = {name: value for name, value in options.items() if value is not None}
         x, dy = data.x, data.dy
@@ -114,6 +127,18 @@ class FusedRNNRecompute(FusedRNN):
     recompute = True
 
 
+class FusedRNNBfloat16(FusedRNN):
+    """This package with weights stored as bfloat16, on a workload whose weights lose nothing by it."""
+
+    title = "fusedrnn bf16"
+    bfloat16 = True
+    does = ("infer",)
+
+    @classmethod
+    def refuses(cls, w: Workload, which: str) -> str | None:
+        return super().refuses(w, which) if w.bf16 else "weights are not bfloat16's"
+
+
 class FusedRNNNumba(FusedRNN):
     """This package's fallback."""
 
@@ -123,11 +148,11 @@ class FusedRNNNumba(FusedRNN):
 
 
 class Torch(Rival):
-    """torch.nn in eager mode; a loop over torch.nn's cell where rows reset, for it has nothing else."""
+    """torch.nn in eager mode. It has no resets and no models side by side: loops, over its cell and over the models."""
 
     title = "torch"
     module = "torch"
-    trains = True
+    does = PASSES
 
     def __init__(self, threads: int) -> None:
         import torch
@@ -135,67 +160,185 @@ class Torch(Rival):
         torch.set_num_threads(threads)
         torch.set_num_interop_threads(1)
         self.torch = torch
+        self.modules: Any = torch.nn
 
     def build(self, data: Data, which: str) -> Run:
-        torch, w = self.torch, data.workload
+        torch = self.torch
         params = {name: torch.from_numpy(value) for name, value in data.params.items()}
         x, dy = torch.from_numpy(data.x), torch.from_numpy(data.dy)
-        if data.reset is None:
-            model = getattr(torch.nn, w.cell.upper())(w.I, w.H, w.L, bidirectional=w.D == 2)
-            model.load_state_dict(params)
-            lengths = None if data.lengths is None else torch.from_numpy(data.lengths)
-
-            def forward() -> Any:
-                if lengths is None:
-                    return model(x)[0]
-                packed = torch.nn.utils.rnn.pack_padded_sequence(x, lengths, enforce_sorted=False)
-                return torch.nn.utils.rnn.pad_packed_sequence(model(packed)[0], total_length=w.T)[0]
-        else:
-            model = getattr(torch.nn, w.cell.upper() + "Cell")(w.I, w.H)
-            model.load_state_dict({name.removesuffix("_l0"): value for name, value in params.items()})
-            keep = torch.from_numpy(1 - data.reset.astype(np.float32))[..., None]
-
-            def forward() -> Any:
-                state: Any = None
-                y = []
-                for t in range(w.T):
-                    if state is None:
-                        state = model(x[t])
-                    elif w.cell == "lstm":
-                        state = model(x[t], (state[0] * keep[t], state[1] * keep[t]))
-                    else:
-                        state = model(x[t], state * keep[t])
-                    y.append(state[0] if w.cell == "lstm" else state)
-                return torch.stack(y)
-
+        dy = dy[0] if data.workload.module == "cell" else dy
+        names, weights, forward = self.forward(data, params, x)
         if which == "infer":
-            model.eval()
 
             def infer() -> Any:
                 with torch.inference_mode():
                     return forward()
 
             return infer
-        model.train()
+        if which == "grad":
+            return forward
+        if which == "hvp":
+            v = [torch.from_numpy(data.v[name]) for name in names]
+
+            def product() -> Any:
+                loss = (forward().square() * dy).sum() / 2
+                first = torch.autograd.grad(loss, weights, create_graph=True)
+                return names, torch.autograd.grad(first, weights, v)
+
+            return product
         x.requires_grad_(True)
-        wanted = [x, *model.parameters()]
-        names = ["x", *(name for name, _ in model.named_parameters())]
+        dys = dy if len(names) == len(weights) else list(dy)  # y is a list where models loop
 
         def step() -> Any:
             y = forward()
-            return y, names, torch.autograd.grad(y, wanted, dy)
+            return y, names, torch.autograd.grad(y, [x, *weights], dys)
 
         return step
 
+    def forward(self, data: Data, params: dict[str, Any], x: Any) -> tuple[list[str], list[Any], Callable[[], Any]]:
+        """Parameters' names, the parameters (with E models: all of the first, all of the second ...), and a function
+        that gives y, or a list of y."""
+        w = data.workload
+        if w.E > 1:
+            models = [self.layer(w, {name: value[e] for name, value in params.items()}) for e in range(w.E)]
+            names, weights = list(params), [p for model in models for p in model.parameters()]
+            return names, weights, lambda: [model(x)[0] for model in models]
+        if w.module == "cell" or data.reset is not None:
+            return self.cell(data, params, x)
+        model = self.layer(w, params)
+        return list(params), list(model.parameters()), self.call(model, data, x)
+
+    def layer(self, w: Workload, params: dict[str, Any]) -> Any:
+        model = getattr(self.modules, w.cell.upper())(w.I, w.H, w.L, bidirectional=w.D == 2)
+        model.load_state_dict(params)
+        return model
+
+    def call(self, model: Any, data: Data, x: Any) -> Callable[[], Any]:
+        """A layer on all steps."""
+        if data.lengths is None:
+            return lambda: model(x)[0]
+        rnn, lengths = self.torch.nn.utils.rnn, self.torch.from_numpy(data.lengths)
+
+        def packed() -> Any:
+            given = rnn.pack_padded_sequence(x, lengths, enforce_sorted=False)
+            return rnn.pad_packed_sequence(model(given)[0], total_length=data.workload.T)[0]
+
+        return packed
+
+    def cell(self, data: Data, params: dict[str, Any], x: Any) -> tuple[list[str], list[Any], Callable[[], Any]]:
+        """A cell, step by step."""
+        torch, w = self.torch, data.workload
+        model = getattr(self.modules, w.cell.upper() + "Cell")(w.I, w.H)
+        model.load_state_dict({name.removesuffix("_l0"): value for name, value in params.items()})
+        h = torch.zeros(w.B, w.H)
+        initial = (h, h.clone()) if w.cell == "lstm" else h
+        keep: Any = None
+        if data.reset is not None:
+            keep = torch.from_numpy(1 - data.reset.astype(np.float32))[..., None]
+
+        def loop() -> Any:
+            state = initial
+            y = []
+            for t in range(w.T):
+                if keep is not None and t:
+                    state = tuple(s * keep[t] for s in state) if w.cell == "lstm" else state * keep[t]
+                state = model(x[t], state)
+                y.append(state[0] if w.cell == "lstm" else state)
+            return torch.stack(y)
+
+        def one() -> Any:
+            state = model(x[0], initial)
+            return state[0] if w.cell == "lstm" else state
+
+        return list(params), list(model.parameters()), loop if w.T > 1 else one
+
     def answers(self, data: Data, which: str, result: Any) -> Answers:
-        if which == "infer":
-            return {"y": result.numpy()}
-        y, names, grads = result
-        found = {"y": y.detach().numpy()}
-        for name, grad in zip(names, grads, strict=True):
-            # a cell's parameters have no layer in their names
-            found[name if name == "x" or name in data.params else name + "_l0"] = grad.numpy()
+        if which in ("infer", "grad"):
+            return {"y": self.stacked(data, result)}
+        if which == "hvp":
+            names, products = result
+            return {name: product.numpy() for name, product in zip(names, products, strict=True)}
+        y, names, (dx, *grads) = result
+        found = {"y": self.stacked(data, y), "x": dx.numpy()}
+        for n, name in enumerate(names):
+            each = [grad.numpy() for grad in grads[n :: len(names)]]
+            found[name] = np.stack(each) if len(each) > 1 else each[0]
         return found
+
+    def stacked(self, data: Data, y: Any) -> np.ndarray:
+        whole = self.torch.stack(y) if isinstance(y, list) else y
+        found: np.ndarray = whole.detach().numpy().reshape(data.dy.shape)
+        return found
+
+
+class FusedTorch(Torch):
+    """This package's modules for torch, in eager mode: lengths and resets by keyword, models side by side by vmap."""
+
+    title = "fusedrnn.torch"
+
+    @classmethod
+    def version(cls) -> str | None:
+        return None if super().version() is None else FusedRNN.version()
+
+    def __init__(self, threads: int) -> None:
+        super().__init__(threads)
+        import fusedrnn.torch
+
+        fusedrnn.set_num_threads(threads)
+        self.modules = fusedrnn.torch
+
+    def forward(self, data: Data, params: dict[str, Any], x: Any) -> tuple[list[str], list[Any], Callable[[], Any]]:
+        w = data.workload
+        if w.E > 1:
+            model = self.layer(w, {name: value[0] for name, value in params.items()})
+            stacked = {name: value.clone().requires_grad_() for name, value in params.items()}
+            call, vmap = self.torch.func.functional_call, self.torch.vmap
+
+            def ensemble() -> Any:
+                return vmap(lambda one: call(model, one, (x,))[0])(stacked)
+
+            return list(stacked), list(stacked.values()), ensemble
+        if w.module == "cell":
+            return self.cell(data, params, x)
+        model = self.layer(w, params)
+        return list(params), list(model.parameters()), self.call(model, data, x)
+
+    def call(self, model: Any, data: Data, x: Any) -> Callable[[], Any]:
+        given = {"lengths": data.lengths, "reset": data.reset}
+        options = {name: self.torch.from_numpy(value) for name, value in given.items() if value is not None}
+        return lambda: model(x, **options)[0]
+
+
+class FusedTorchPacked(FusedTorch):
+    """The same with a PackedSequence, made and undone in the time that is taken, as torch.nn has it."""
+
+    title = "fusedrnn.torch packed"
+    call = Torch.call
+
+    @classmethod
+    def refuses(cls, w: Workload, which: str) -> str | None:
+        return super().refuses(w, which) if w.lengths < 1 and not w.reset else "lengths only"
+
+
+class FusedTorchPlain(FusedTorch):
+    """The same without lengths and resets: all steps of all rows are computed."""
+
+    title = "fusedrnn.torch plain"
+
+    @classmethod
+    def takes(cls, w: Workload) -> Workload:
+        return replace(w, lengths=1.0, reset=0.0)
+
+
+class FusedTorchLoop(FusedTorch):
+    """The same with a loop over the models."""
+
+    title = "fusedrnn.torch loop"
+    forward = Torch.forward
+
+    @classmethod
+    def refuses(cls, w: Workload, which: str) -> str | None:
+        return super().refuses(w, which) if w.E > 1 else "one model"
 
 
 def _blocks(a: np.ndarray, w: Workload, order: str, names: str) -> np.ndarray:
@@ -381,7 +524,7 @@ class Jax(Rival):
 
     title = "jax"
     module = "jax"
-    trains = True
+    does = BOTH
     compiles = True
 
     def __init__(self, threads: int) -> None:
@@ -492,8 +635,12 @@ class NumPyLoop(Rival):
 
 
 OURS = "fusedrnn"
+OURS_TORCH = "fusedrnn.torch"
 RIVALS: dict[str, type[Rival]] = {
     rival.title: rival
-    for rival in (FusedRNN, Torch, OnnxRuntime, OpenVINO, Jax, NumPyLoop, FusedRNNNumba, FusedRNNRecompute)
+    for rival in (
+        *(FusedRNN, Torch, OnnxRuntime, OpenVINO, Jax, NumPyLoop, FusedRNNNumba, FusedRNNRecompute, FusedRNNBfloat16),
+        *(FusedTorch, FusedTorchPacked, FusedTorchPlain, FusedTorchLoop),
+    )
 }
 PEERS = (OURS, "torch", "onnxruntime", "openvino", "jax")  # the others are measured on a few sizes

@@ -11,23 +11,40 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from . import machine, report
-from .rivals import OURS, PEERS, RIVALS, environment
-from .timing import Team
-from .workloads import CELLS, NAMED, PASSES, Data, Workload, grid, truth
+from .rivals import OURS, OURS_TORCH, PEERS, RIVALS, environment
+from .timing import Team, Truths
+from .workloads import (
+    BFLOAT16,
+    CALLS,
+    CELLS,
+    ENSEMBLES,
+    HALF,
+    HESSIANS,
+    NAMED,
+    PASSES,
+    RESETS,
+    Data,
+    Workload,
+    grid,
+    truth,
+)
 
-GROUPS = ("grid", "call", "named", "backends", "recompute")
+GROUPS = (
+    *("grid", "call", "named", "backends", "recompute", "bf16"),
+    *("cells", "lengths", "resets", "ensembles", "hessians"),  # of fusedrnn.torch
+)
 EVERY_COUNT = ("grid", "named")  # the other groups run on the first number of threads only
 QUICK_FLOPS = 3e9  # --quick leaves out what needs more in training
 
 
 @dataclass(frozen=True)
 class Case:
-    """One line of a table: a workload in one pass, and who runs it."""
+    """One line of a table: a workload in one pass, and who runs it: ours first."""
 
     group: str
     workload: Workload
@@ -42,17 +59,28 @@ def cases(
     sized = [Workload(f"{c} {','.join(map(str, s))}", c, *s) for c in cells for s in sizes] if sizes else grid(cells)
     several = [w for w in grid(cells) if w.B in (16, 32)]
     for group in groups:
-        workloads, passes, titles = {
-            "grid": (sized, PASSES, PEERS),
-            "call": ([Workload(f"{c.upper()}, I = H = 64", c, 1, 1, 64, 64) for c in cells], PASSES, PEERS),
-            "named": ([w for w in NAMED if w.cell in cells], PASSES, PEERS),
-            "backends": (several, PASSES, (OURS, "fusedrnn numba", "numpy loop")),
-            "recompute": (several, ("train",), (OURS, "fusedrnn recompute")),
+        workloads, titles = {
+            "grid": (sized, PEERS),
+            "call": ([Workload(f"{c.upper()}, I = H = 64", c, 1, 1, 64, 64) for c in cells], PEERS),
+            "named": (NAMED, PEERS),
+            "backends": (several, (OURS, "fusedrnn numba", "numpy loop")),
+            "recompute": ([replace(w, passes=("train",)) for w in several], (OURS, "fusedrnn recompute")),
+            "bf16": (BFLOAT16, ("fusedrnn bf16", OURS)),
+            "cells": (CALLS, (OURS_TORCH, "torch")),
+            "lengths": (HALF, (OURS_TORCH, "fusedrnn.torch packed", "fusedrnn.torch plain", "torch")),
+            "resets": (RESETS, (OURS_TORCH, "fusedrnn.torch plain", "torch")),
+            "ensembles": (ENSEMBLES, (OURS_TORCH, "fusedrnn.torch loop", "torch")),
+            "hessians": (HESSIANS, (OURS_TORCH, "torch")),
         }[group]
-        for which in passes:
+        for which in PASSES:
             for w in workloads:
-                if which in w.passes and not (quick and not sizes and w.flops("train") > QUICK_FLOPS):
-                    yield Case(group, w, which, titles)
+                beside = (OURS_TORCH,) if group == "call" or (group, which) == ("grid", "train") else ()
+                if (
+                    w.cell in cells
+                    and which in w.passes
+                    and not (quick and not sizes and w.flops("train") > QUICK_FLOPS)
+                ):
+                    yield Case(group, w, which, (*titles, *beside))
 
 
 def versions(titles: list[str]) -> dict[str, str]:
@@ -109,20 +137,24 @@ class Run:
         """All cases on one number of threads."""
         limits = self.limits(threads)
         titles = [title for title in self.versions if any(title in case.titles for case in todo)]
-        known: tuple[Any, Any] = (None, None)
+        known: Truths = {}
+        known_for: tuple[Any, ...] = ()
         with Team(titles, threads, self.options.clock) as team:
             for case in todo:
                 advance(f"{threads} thread{'s' * (threads > 1)}, {case.group}: {case.workload.name}, {case.which}", 0)
                 w = case.workload
-                if known[0] != (w, case.which):
-                    known = (w, case.which), truth(Data(w), case.which)
                 wanted = [title for title in case.titles if title in titles]
+                taken = {RIVALS[title].takes(w) for title in wanted}
+                if known_for != (taken, case.which):
+                    known = {one: truth(Data(one), case.which) for one in taken}
+                    known_for = taken, case.which
                 refused = {title: reason for title in wanted if (reason := RIVALS[title].refuses(w, case.which))}
                 running = [title for title in wanted if title not in refused]
-                results = team.measure(running, w, case.which, known[1], self.options.rounds, self.options.seconds)
+                results = team.measure(running, w, case.which, known, self.options.rounds, self.options.seconds)
                 record = {"group": case.group, "pass": case.which, "threads": threads, "size": w.size}
                 record |= {name: value for name, value in asdict(w).items() if name != "passes"}
                 record |= {"flops": w.flops(case.which), "limit": machine.limit_seconds(w, case.which, threads, limits)}
+                record["ours"] = case.titles[0]
                 self.document["records"].append(record | {"results": results, "refused": refused})
                 self.save()
                 advance("", 1)
@@ -229,6 +261,8 @@ def main(arguments: list[str] | None = None) -> int:
         console.print("Interrupted: what was measured is kept.")
     run.save()
     console.print(report.rich_summary(document))
+    if report.targets(document):
+        console.print(report.rich_targets(document))
     console.print(
         f"{run.path} written after {document['minutes']} minutes; python -m fusedrnn.bench.plot {run.path} draws it"
     )

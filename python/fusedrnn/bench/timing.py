@@ -22,13 +22,16 @@ from typing import IO, Any
 import numpy as np
 
 from .rivals import RIVALS, environment
-from .workloads import Workload
+from .workloads import Answers, Workload
 
 ANSWER_SECONDS = 300.0
 SLOW = 0.1  # seconds a call: fewer rounds
 
 # max |error| / max |true value|, against float64; a rival over it has another answer, not the same one faster
-BUDGET = {"infer": 2e-5, "train": 1e-4}
+BUDGET = {"infer": 2e-5, "grad": 2e-5, "train": 1e-4, "hvp": 2e-4}
+
+
+Truths = dict[Workload, Answers]
 
 
 class WorkerError(Exception):
@@ -128,20 +131,23 @@ class Team:
         return self.workers[title].ask(do, **arguments)
 
     def measure(
-        self, titles: list[str], w: Workload, which: str, truth: dict[str, Any], rounds: int, seconds: float
+        self, titles: list[str], w: Workload, which: str, truths: Truths, rounds: int, seconds: float
     ) -> dict[str, dict[str, Any]]:
         """Per rival: `median`, `best`, `q1`, `q3` and `rounds` (a median each), in seconds; `calls`; `busy`, the CPU
         seconds of a call, all threads together; `error` against float64. Or `failed`, with a reason.
 
-        `seconds` is about what each rival gets in all rounds together.
+        `seconds` is about what each rival gets in all rounds together. `truths`: for each workload that one of them
+        makes of w.
         """
         found: dict[str, dict[str, Any]] = {}
         with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder, "truth.npz")
-            np.savez(path, **truth)
+            paths = {taken: Path(folder, f"{n}.npz") for n, taken in enumerate(truths)}
+            for taken, path in paths.items():
+                np.savez(path, **truths[taken])
             for title in titles:
+                taken = RIVALS[title].takes(w)
                 try:
-                    built = self.ask(title, "build", workload=asdict(w), which=which, truth=str(path))
+                    built = self.ask(title, "build", workload=asdict(taken), which=which, truth=str(paths[taken]))
                 except WorkerError as error:
                     found[title] = {"failed": str(error)}
                     continue

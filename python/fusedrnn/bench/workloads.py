@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 
 CELLS = ("lstm", "gru", "rnn")
-PASSES = ("infer", "train")
+PASSES = ("infer", "grad", "train", "hvp")  # grad: forward that records for backward; hvp: Hessian-vector product
+BOTH = ("infer", "train")  # what every library is asked for
 GATES = {"rnn": 1, "lstm": 4, "gru": 3}
 
 
 @dataclass(frozen=True)
 class Workload:
-    """One recurrent network on one input; biases on, zero initial state, time-major, float32."""
+    """One recurrent network, or E side by side, on one input; biases on, zero initial state, time-major, float32."""
 
     name: str
     cell: str
@@ -32,7 +33,10 @@ class Workload:
     D: int = 1
     lengths: float = 1.0  # the shortest row's share of T; rows are spread evenly up to T
     reset: float = 0.0  # share of (step, row) pairs at which a new sequence begins
-    passes: tuple[str, ...] = PASSES
+    E: int = 1  # models, each with weights of its own
+    module: str = "layer"  # or "cell": torch's LSTMCell and its like, T = 1
+    bf16: bool = False  # the weights' values are bfloat16's, so that storing them as such changes no answer
+    passes: tuple[str, ...] = BOTH
     source: str = ""
 
     @property
@@ -44,6 +48,7 @@ class Workload:
         """
         extra = [f"{self.L} layers"] * (self.L > 1) + ["bidirectional"] * (self.D > 1)
         extra += ["lengths"] * (self.lengths < 1) + [f"{self.reset:.0%} resets"] * (self.reset > 0)
+        extra += [f"{self.E} models"] * (self.E > 1)
         return f"{self.B},{self.T},{self.I},{self.H}" + (" " + ", ".join(extra) if extra else "")
 
     def inputs(self, layer: int) -> int:
@@ -52,13 +57,14 @@ class Workload:
 
     def product_flops(self) -> tuple[float, float]:
         """Of one forward pass: the input products, and the recurrent ones."""
-        steps = self.B * self.T * (1 + self.lengths) / 2
+        steps = self.E * self.B * self.T * (1 + self.lengths) / 2
         rows = 2.0 * steps * GATES[self.cell] * self.H * self.D
         return rows * sum(self.inputs(layer) for layer in range(self.L)), rows * self.H * self.L
 
     def flops(self, which: str) -> float:
-        """Of one pass; training is counted as three forward passes (cells, dx, dW)."""
-        return sum(self.product_flops()) * (3 if which == "train" else 1)
+        """Of one pass. Training is counted as three forward passes (cells, dx, dW), a Hessian-vector product as nine:
+        each of the three has two factors that change."""
+        return sum(self.product_flops()) * {"infer": 1, "grad": 1, "train": 3, "hvp": 9}[which]
 
 
 # B, T, I, H: five at batch 1, five batched (256,25 is wide and short)
@@ -111,8 +117,37 @@ NAMED = (
 )
 
 
+# What fusedrnn.torch does beside the grid, and weights in 16 bits.
+CALLS = tuple(
+    Workload(f"{c.upper()}Cell, I = H = 64", c, 1, 1, 64, 64, module="cell", passes=("infer", "grad", "train"))
+    for c in CELLS
+)
+HALF = tuple(
+    Workload(f"{c.upper()}, half padding", c, *size, lengths=0.01)
+    for c in CELLS
+    for size in ((16, 100, 128, 128), (32, 100, 256, 256))
+)
+RESETS = tuple(
+    Workload(f"{c.upper()} with resets", c, 128, 128, 256, 256, reset=0.03, passes=("train",)) for c in CELLS
+)
+ENSEMBLES = tuple(
+    Workload(f"{c.upper()}, 16 models", c, *size, E=16) for c in CELLS for size in ((1, 10, 64, 64), (8, 25, 64, 64))
+)
+HESSIANS = tuple(
+    Workload(f"{c.upper()}, Hessian", c, *size, passes=("hvp",))
+    for c in CELLS
+    for size in ((1, 50, 64, 64), (16, 100, 128, 128), (32, 100, 256, 256))
+)
+BFLOAT16 = tuple(
+    Workload(f"{c.upper()}, bfloat16 weights", c, 1, 100, H, H, bf16=True, passes=("infer",))
+    for c in CELLS
+    for H in (256, 512, 1024)
+)
+
+
 class Data:
-    """Weights under PyTorch's names and inputs of a workload, and dy, the gradient that training starts from."""
+    """Weights under PyTorch's names and inputs of a workload; dy, the gradient that training starts from; v, the
+    direction of a Hessian-vector product. With E models weights, y and dy have E in front."""
 
     def __init__(self, workload: Workload) -> None:
         w = workload
@@ -123,16 +158,22 @@ class Data:
             return rng.uniform(-bound, bound, shape).astype(np.float32)
 
         rows = GATES[w.cell] * w.H
+        models = (w.E,) if w.E > 1 else ()
         self.params: dict[str, np.ndarray] = {}
         for layer in range(w.L):
             for suffix in ("", "_reverse")[: w.D]:
                 bound = w.H**-0.5
-                self.params[f"weight_ih_l{layer}{suffix}"] = uniform(bound, rows, w.inputs(layer))
-                self.params[f"weight_hh_l{layer}{suffix}"] = uniform(bound, rows, w.H)
-                self.params[f"bias_ih_l{layer}{suffix}"] = uniform(bound, rows)
-                self.params[f"bias_hh_l{layer}{suffix}"] = uniform(bound, rows)
+                self.params[f"weight_ih_l{layer}{suffix}"] = uniform(bound, *models, rows, w.inputs(layer))
+                self.params[f"weight_hh_l{layer}{suffix}"] = uniform(bound, *models, rows, w.H)
+                self.params[f"bias_ih_l{layer}{suffix}"] = uniform(bound, *models, rows)
+                self.params[f"bias_hh_l{layer}{suffix}"] = uniform(bound, *models, rows)
+        if w.bf16:
+            for name in self.params:
+                if name.startswith("weight"):
+                    self.params[name] = (self.params[name].view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
         self.x = uniform(1.0, w.T, w.B, w.I)
-        self.dy = uniform(1.0, w.T, w.B, w.D * w.H)
+        self.dy = uniform(1.0, *models, w.T, w.B, w.D * w.H)
+        self.v = {name: uniform(1.0, *value.shape) for name, value in self.params.items()}
         self.lengths: np.ndarray | None = None
         if w.lengths < 1:
             self.lengths = np.linspace(round(w.lengths * w.T), w.T, w.B).round().astype(np.int64)
@@ -152,20 +193,34 @@ class Data:
         other = object.__new__(Data)
         other.__dict__.update(self.__dict__)
         other.dy = np.zeros_like(self.dy)
-        other.dy[:, self.checked_rows] = self.dy[:, self.checked_rows]
+        other.dy[..., self.checked_rows, :] = self.dy[..., self.checked_rows, :]
         return other
 
 
-Answers = dict[str, Any]  # "y" (T,B,D*H); in training also "x" and a gradient per parameter name
+Answers = dict[str, Any]  # "y" ([E,]T,B,D*H); in training also "x" and a gradient per parameter name; or products
 
 
 def truth(data: Data, which: str) -> Answers:
-    """The answers in float64, by the reference backend, on the checked rows."""
+    """The answers in float64, by the reference backend, on the checked rows.
+
+    "hvp": with loss = sum(dy y y) / 2, the Hessian for all parameters times v.
+    """
+    E = data.workload.E
+    if E == 1:
+        return _truth(data, ..., which)
+    each = [_truth(data, e, which) for e in range(E)]
+    answers = {name: np.stack([one[name] for one in each]) for name in each[0]}
+    return answers | ({"x": answers["x"].sum(0)} if "x" in answers else {})  # all models have the same x
+
+
+def _truth(data: Data, e: Any, which: str) -> Answers:
+    """Of one model."""
     import fusedrnn
 
     w, rows = data.workload, data.checked_rows
     forward = getattr(fusedrnn, w.cell)
-    params = {name: value.astype(np.float64) for name, value in data.params.items()}
+    params = {name: value[e].astype(np.float64) for name, value in data.params.items()}
+    dy = data.dy[e][:, rows].astype(np.float64)
     y, _, tape = forward(
         data.x[:, rows].astype(np.float64),
         params=params,
@@ -173,12 +228,17 @@ def truth(data: Data, which: str) -> Answers:
         bidirectional=w.D == 2,
         lengths=None if data.lengths is None else data.lengths[rows],
         reset=None if data.reset is None else data.reset[:, rows],
-        training=which == "train",
+        training=which in ("train", "hvp"),
         backend="reference",
     )
+    if which == "hvp":
+        v = {name: value[e].astype(np.float64) for name, value in data.v.items()}
+        ty, _ = fusedrnn.ops.jvp(tape, v)
+        products: Answers = fusedrnn.ops.hvp(tape, v, dy * y, tdy=dy * ty)
+        return {name: products[name] for name in params}
     answers: Answers = {"y": y}
     if which == "train":
-        grads = getattr(fusedrnn, w.cell + "_backward")(tape, data.dy[:, rows].astype(np.float64))
+        grads = getattr(fusedrnn, w.cell + "_backward")(tape, dy)
         answers |= {name: value for name, value in grads.items() if name != "state"}
     return answers
 
@@ -189,7 +249,7 @@ def errors(answers: Answers, expected: Answers, rows: np.ndarray) -> dict[str, f
     for name, right in expected.items():
         value = np.asarray(answers[name], np.float64)
         if name in ("x", "y"):
-            value = value[:, rows]
+            value = value[..., rows, :]
         if value.shape != right.shape:
             raise ValueError(f"bench: {name} has shape {value.shape}; expected {right.shape}")
         worst = np.max(np.abs(value - right), initial=0.0)

@@ -258,7 +258,8 @@ def apply(name: str, settings: How, lengths: Any, reset: Any, *tensors: Any) -> 
     function = _FUNCTIONS[name]
     apply: Any = function.apply
     if not torch._C._len_torch_dispatch_stack() and torch._C._get_tracing_state() is None:
-        lengths, reset, *tensors = unwrap_dead_wrappers((lengths, reset, *tensors))
+        lengths, reset, *rest = unwrap_dead_wrappers((lengths, reset, *tensors))
+        tensors = tuple(rest)
         if torch._C._are_functorch_transforms_active():
             interpreter = _functorch.peek_interpreter_stack()
             if interpreter.key() == _functorch.TransformType.Vmap:
