@@ -11,6 +11,7 @@ import pickle
 import re
 import subprocess
 import sys
+import textwrap
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ torch = pytest.importorskip("torch", minversion="2.8")
 
 from torch import nn  # noqa: E402
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence  # noqa: E402
+from torch.utils import _pytree as pytree  # noqa: E402
 
 import fusedrnn  # noqa: E402
 import fusedrnn.torch  # noqa: E402
@@ -146,6 +148,38 @@ def test_samples_that_torch_ships(kind):
             with pytest.raises(error.error_type, match=error.error_regex):
                 module = getattr(fusedrnn.torch, kind)(*made.args, **made.kwargs)
                 module(*given.args, **given.kwargs)
+
+
+@pytest.mark.parametrize("kind", [*LAYERS, *CELLS])
+def test_gradients_of_samples_that_torch_ships(kind):
+    modules = pytest.importorskip("torch.testing._internal.common_modules", reason="needs expecttest")
+    info = next(info for info in modules.module_db if info.module_cls is getattr(nn, kind))
+    options = {"device": "cpu", "dtype": torch.float64, "requires_grad": True, "training": True}
+    ran = 0
+    for sample in info.module_inputs_func(info, **options):
+        made, given = sample.constructor_input, sample.forward_input
+        ours = pair(kind, *made.args, **made.kwargs)[1].double()
+        if "dropout" in made.kwargs or getattr(ours, "proj_size", 0):
+            continue  # random; torch.nn's own code
+        names, parameters = zip(*ours.named_parameters(), strict=True)
+        leaves, form = pytree.tree_flatten((given.args, given.kwargs))
+        free = [n for n, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
+
+        def function(*tensors, ours=ours, names=names, leaves=leaves, form=form, free=free):
+            weights = dict(zip(names, tensors, strict=False))
+            inputs = list(leaves)
+            for n, tensor in zip(free, tensors[len(names) :], strict=True):
+                inputs[n] = tensor
+            args, kwargs = pytree.tree_unflatten(inputs, form)
+            out = torch.func.functional_call(ours, weights, args, kwargs)
+            return tuple(t for t in flat(out) if t.is_floating_point())
+
+        tensors = [t.detach().clone().requires_grad_() for t in (*parameters, *(leaves[n] for n in free))]
+        torch.manual_seed(5)
+        assert torch.autograd.gradcheck(function, tensors, fast_mode=True)
+        assert torch.autograd.gradgradcheck(function, tensors, fast_mode=True)
+        ran += 1
+    assert ran >= 2
 
 
 WRONG = [
@@ -475,6 +509,41 @@ def test_16_bit(kind, dtype):
         same(p.grad.float(), q.grad, rtol=0.05, atol=0.05 * float(q.grad.abs().max()))
 
 
+@pytest.mark.parametrize("kind", [*LAYERS, *CELLS])
+def test_bfloat16_weights_are_read_as_they_lie(kind, monkeypatch):
+    torch.manual_seed(1)
+    sizes = (7, 19) if kind in CELLS else (7, 19, 2)
+    ours = getattr(fusedrnn.torch, kind)(*sizes, bias=kind != "GRU", dtype=torch.bfloat16)
+    wide = copy.deepcopy(ours).double()
+    shape = (5, 7) if kind in CELLS else (6, 5, 7)
+    x = torch.randn(shape, dtype=torch.bfloat16)
+    hx = states(kind, (5, 19) if kind in CELLS else (2, 5, 19), torch.bfloat16)
+    wider = tuple(t.double() for t in hx) if isinstance(hx, tuple) else hx.double()
+    expected = wide(x.double(), wider)
+    made = []
+    call = fusedrnn.torch.kernels.Call.__init__
+    monkeypatch.setattr(
+        fusedrnn.torch.kernels.Call, "__init__", lambda self, *a: (call(self, *a), made.append(self.problem))[0]
+    )
+    with torch.no_grad():
+        for way in (True, False):  # the short way, and the general one
+            monkeypatch.setattr(fusedrnn.torch.fast, "_open", way and fusedrnn.torch.fast._open)
+            found = ours(x, hx)
+            assert fusedrnn.torch.route() == "fused"
+            for got, exact in zip(flat(found), flat(expected), strict=True):
+                assert got.dtype == torch.bfloat16
+                # rounded once, from 32 bits: half a unit of bfloat16 (2**-8 at most), and a little of float32
+                same(got.double(), exact, rtol=2**-8 + 2e-6, atol=2e-6)
+        assert made and all(problem.bf16_weights for problem in made)
+        mixed = copy.deepcopy(ours)
+        strided = [p.detach().repeat_interleave(2, -1)[..., ::2] for p in mixed.parameters()]
+        for p, q in zip(mixed.parameters(), strided, strict=True):
+            p.data = q
+        same(ours(x, hx), mixed(x, hx), rtol=2**-8, atol=1e-6)
+    ours(x, hx)  # with a tape: widened
+    assert not made[-1].bf16_weights
+
+
 def test_autocast():
     theirs, ours = pair("LSTM", 8, 16, 2)
     x = torch.randn(10, 4, 8)
@@ -485,6 +554,45 @@ def test_autocast():
     same(z.float(), theirs(x)[0], rtol=0.05, atol=0.02)
     z.float().sum().backward()
     assert all(p.grad.dtype == torch.float32 and p.grad.abs().sum() > 0 for p in ours.parameters())
+
+
+def test_a_torch_without_the_exchange_interface(tmp_path):
+    """As torch 2.8 and 2.9 are: no DLPack exchange API, so all goes the general way, with the same answers."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        textwrap.dedent(
+            """
+            import torch
+            name = "__dlpack_c_exchange_api__"
+            for owner in torch.Tensor.__mro__:
+                if name in vars(owner):
+                    delattr(owner, name)
+            assert not hasattr(torch.Tensor, name)
+            import fusedrnn.torch
+            assert not fusedrnn.torch.fast._open
+            for kind in ("LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell"):
+                torch.manual_seed(0)
+                theirs = getattr(torch.nn, kind)(3, 4, dtype=torch.float64)
+                ours = getattr(fusedrnn.torch, kind)(3, 4, dtype=torch.float64)
+                ours.load_state_dict(theirs.state_dict())
+                x = torch.randn((2, 3) if "Cell" in kind else (5, 2, 3), dtype=torch.float64, requires_grad=True)
+                found = []
+                for module in (theirs, ours):
+                    with torch.no_grad():
+                        module(x)
+                    y = module(x)
+                    y = y[0] if isinstance(y, tuple) else y
+                    first = torch.autograd.grad(y.sin().sum(), [x, *module.parameters()], create_graph=True)
+                    second = torch.autograd.grad(sum(g.sin().sum() for g in first), [x, *module.parameters()])
+                    found.append((y, *first, *second))
+                assert fusedrnn.torch.route() == "fused"
+                torch.testing.assert_close(found[0], found[1])
+            print("fine")
+            """
+        )
+    )
+    run = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
+    assert run.stdout == "fine\n", run.stderr
 
 
 def test_meta_device():

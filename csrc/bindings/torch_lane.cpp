@@ -20,7 +20,7 @@ struct DLDevice {
   int32_t type, id;  // type 1: CPU
 };
 struct DLDataType {
-  uint8_t code, bits;  // code 2: IEEE floating point
+  uint8_t code, bits;  // code 2: IEEE floating point, 4: bfloat16
   uint16_t lanes;
 };
 struct DLTensor {
@@ -79,7 +79,11 @@ struct Settings {
   }
 };
 
-DLDataType type_of(Dtype dtype) { return {2, static_cast<uint8_t>(dtype == Dtype::f32 ? 32 : 64), 1}; }
+DLDataType type_of(Dtype dtype) {
+  if (dtype == Dtype::bf16) return {4, 16, 1};
+  return {2, static_cast<uint8_t>(dtype == Dtype::f32 ? 32 : 64), 1};
+}
+bool is(const DLDataType& a, const DLDataType& b) { return a.code == b.code && a.bits == b.bits && a.lanes == b.lanes; }
 
 // What a plain tensor looks like; false for anything else.
 bool look(PyObject* object, DLTensor* out) {
@@ -88,8 +92,7 @@ bool look(PyObject* object, DLTensor* out) {
     PyErr_Clear();
     return false;
   }
-  const DLDataType& type = out->dtype;
-  return out->device.type == 1 && type.code == 2 && type.lanes == 1 && (type.bits == 32 || type.bits == 64);
+  return out->device.type == 1;
 }
 
 template <class T>
@@ -135,7 +138,10 @@ struct Call {
   }
 
   bool fits(PyObject* object, int want_rank, const int64_t* shape, DLTensor* out) const {
-    if (!look(object, out) || out->ndim != want_rank || out->dtype.bits != type_of(problem.dtype).bits) return false;
+    return fits(object, problem.dtype, want_rank, shape, out);
+  }
+  static bool fits(PyObject* object, Dtype dtype, int want_rank, const int64_t* shape, DLTensor* out) {
+    if (!look(object, out) || out->ndim != want_rank || !is(out->dtype, type_of(dtype))) return false;
     for (int axis = 0; axis < want_rank; ++axis)
       if (out->shape[axis] != shape[axis]) return false;
     return true;
@@ -152,7 +158,10 @@ struct Call {
     if (first.ndim != 2 || second.ndim != 2 || rank < (settings.is_cell ? 1 : 2) || rank > (settings.is_cell ? 2 : 3))
       return false;
     problem.cell = settings.cell;
-    problem.dtype = view.dtype.bits == 32 ? Dtype::f32 : Dtype::f64;
+    problem.dtype = is(view.dtype, type_of(Dtype::f64)) ? Dtype::f64 : Dtype::f32;
+    if (!is(view.dtype, type_of(problem.dtype))) return false;
+    problem.bf16_weights = problem.dtype == Dtype::f32 && is(first.dtype, type_of(Dtype::bf16));
+    const Dtype stored = problem.bf16_weights ? Dtype::bf16 : problem.dtype;
     problem.recompute = settings.recompute;
     problem.clip_cell = settings.clip_cell;
     problem.clip_grad = settings.clip_grad;
@@ -191,7 +200,8 @@ struct Call {
         int64_t shape[2];
         weight_shape(k, part, shape);
         DLTensor weight;
-        if (!fits(sources[k * settings.parts + part], part < 2 ? 2 : 1, shape, &weight)) return false;
+        const Dtype type = part < 2 ? stored : problem.dtype;
+        if (!fits(sources[k * settings.parts + part], type, part < 2 ? 2 : 1, shape, &weight)) return false;
         if (part < 2)
           *matrices[part] = {data_of<void>(weight), {0, weight.strides[0], weight.strides[1]}};
         else
@@ -261,7 +271,8 @@ class Outputs {
 // (settings, x, h0, c0, weights, tape wanted) -> (y or None, h_n, c_n or None, tape or None), or None
 PyObject* torch_forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
   Call call;
-  if (count != 6 || !call.read(args[0], args[1], args[2], args[3], args[4])) {
+  if (count != 6 || !call.read(args[0], args[1], args[2], args[3], args[4]) ||
+      (call.problem.bf16_weights && args[5] == Py_True)) {
     PyErr_Clear();
     Py_RETURN_NONE;
   }
@@ -315,7 +326,8 @@ PyObject* torch_backward(PyObject*, PyObject* const* args, Py_ssize_t count) {
   DLTensor view;
   unsigned long long wanted = 0;
   const auto read = [&] {
-    if (count != 10 || !call.read(args[0], args[1], args[2], args[3], args[4])) return false;
+    if (count != 10 || !call.read(args[0], args[1], args[2], args[3], args[4]) || call.problem.bf16_weights)
+      return false;
     if (call.settings.layers * call.settings.directions * call.settings.parts > 60) return false;
     const int64_t tape[2] = {1, call.tape_elements()};
     if (!call.fits(args[5], 2, tape, &view) || view.strides[1] != 1) return false;

@@ -48,7 +48,8 @@ def clip_value_(arrays: Sequence[_Array], limit: float) -> None: ...  # clamp to
 # clip_grad): torch_forward(settings, x, h0, c0, weights, tape wanted) -> (y, h_n, c_n, tape), None where there is none;
 # torch_backward(settings, x, h0, c0, weights, tape, dy, dh_n, dc_n, wanted) -> (dx, dh0, dc0, *gradients of weights),
 # `wanted` one bit for each. The plain case only: CPU tensors (no subclass) of one dtype, float32 or float64, of
-# torch.nn's shapes, any strides; h0, c0 and the last three may be None. Anything else: None, and nothing written.
+# torch.nn's shapes, any strides; h0, c0 and the last three may be None; without a tape W and R may be bfloat16 where
+# the rest is float32. Anything else: None, and nothing written.
 def torch_setup(capsule: object, tensor: type, parameter: type, /) -> bool: ...
 def torch_forward(
     settings: tuple[Any, ...], x: Any, h0: Any, c0: Any, weights: Sequence[Any], tape: bool, /

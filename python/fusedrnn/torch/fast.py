@@ -85,8 +85,21 @@ def call(settings: Any, x: Any, h0: Any, c0: Any, weights: Any) -> Any:
             return _apply(settings, x, h0, c0, *weights)
         except _NotPlain:
             return None
+    if x.dtype is torch.bfloat16:
+        return _bfloat16(settings, x, h0, c0, weights)
     outputs = _native.torch_forward(settings, x, h0, c0, weights, False)
     return None if outputs is None else outputs[:3]
+
+
+def _bfloat16(settings: Any, x: Any, h0: Any, c0: Any, weights: Any) -> Any:
+    """Inference with W and R as they are stored; all else is widened here, and what comes out is rounded once."""
+    if any(t is not None and t.dtype is not torch.bfloat16 for t in (h0, c0, *weights)):
+        return None
+    per = 4 if settings[3] else 2  # W, R and, with bias, two vectors
+    widened = [w if n % per < 2 else w.float() for n, w in enumerate(weights)]
+    states = (None if t is None else t.float() for t in (h0, c0))
+    outputs = _native.torch_forward(settings, x.float(), *states, widened, False)
+    return None if outputs is None else tuple(None if t is None else t.bfloat16() for t in outputs[:3])
 
 
 def _differentiable(

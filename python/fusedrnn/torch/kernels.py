@@ -55,7 +55,14 @@ class Call:
     """One call: the problem, and how its tensors become arrays."""
 
     def __init__(
-        self, how: How, p: Tensors, extra: Tensors, extra_axes: Sequence[int], lengths: Any, reset: Any
+        self,
+        how: How,
+        p: Tensors,
+        extra: Tensors,
+        extra_axes: Sequence[int],
+        lengths: Any,
+        reset: Any,
+        bf16_weights: bool = False,
     ) -> None:
         x, R = p[0], p[how.states + 2]
         assert x is not None and R is not None
@@ -81,6 +88,7 @@ class Call:
             recompute=how.recompute,
             clip_cell=how.clip_cell,
             clip_grad=how.clip_grad,
+            bf16_weights=bf16_weights,
         )
         if lengths is not None:
             self.problem.lengths = _lengths(spread(lengths, 0, self.E).numpy(), T)
@@ -89,14 +97,27 @@ class Call:
         self.p = self.arguments(p)
 
     def array(self, tensor: Tensor | None, axis: int) -> Any:
-        """A view (16-bit: a copy) for reading."""
+        """A view (16-bit: a wider copy) for reading."""
         if tensor is None:
             return None
         return spread(tensor.detach().to(self.kind), axis, self.E).numpy()
 
     def arguments(self, p: Tensors) -> Arguments:
         """Of all p, or of tangents of p: each may be None."""
+        if self.problem.bf16_weights:
+            first, per = 1 + self.how.states, self.how.per_layer
+            return self._pack(
+                [
+                    self._bits(tensor) if n >= first and (n - first) % per < 2 else self.array(tensor, axis)
+                    for n, (tensor, axis) in enumerate(zip(p, self.how.argument_axes, strict=True))
+                ]
+            )
         return self._pack([self.array(*pair) for pair in zip(p, self.how.argument_axes, strict=True)])
+
+    def _bits(self, weight: Tensor | None) -> np.ndarray:
+        """A view of a bfloat16 weight as the kernels take it: NumPy has no such numbers."""
+        assert weight is not None
+        return spread(weight.detach().view(torch.int16), 0, self.E).numpy().view(np.uint16)
 
     def _pack(self, arrays: list[Any]) -> Arguments:
         states = self.how.states
@@ -183,7 +204,9 @@ def _run_forward(call: Call, out: Results, tape: Tensor) -> None:
 
 def forward(how: How, lengths: Any, reset: Any, p: Tensors) -> tuple[Tensor, ...]:
     """The results and the tape (empty unless how.tape)."""
-    call = Call(how, p, (), (), lengths, reset)
+    assert p[0] is not None
+    half = p[0].dtype == torch.bfloat16 and not how.tape and backends.choose() is backends.load("native")
+    call = Call(how, p, (), (), lengths, reset, half)
     tensors, out = call.new_results()
     tape = _new_tape(call)
     _run_forward(call, out, tape)
