@@ -271,7 +271,7 @@ def mingru(
         clip_grad=clip_grad,
         recompute=recompute,
     )
-    return _forward(checked, x, training, return_cells, backend)
+    return _forward(checked, x, training, return_cells, backend, None)
 
 
 def minlstm(
@@ -324,7 +324,7 @@ def minlstm(
         clip_grad=clip_grad,
         recompute=recompute,
     )
-    return _forward(checked, x, training, return_cells, backend)
+    return _forward(checked, x, training, return_cells, backend, None)
 
 
 def lstm_backward(tape: Tape, dy: _Array | None = None, dstate: Any = None, dcells: _Array | None = None) -> Any:
