@@ -85,4 +85,19 @@ struct Results {
   Array<5> cells;   // (L,T,E,B,D*H): c of every layer (LSTM) or h (the others); zero past a row's length
 };
 
+// CTC: the loss of every row, and its gradient. Row b spells labels[first[b] .. first[b] + label_counts[b]).
+struct Ctc {
+  Dtype dtype = Dtype::f32;
+  int64_t T = 0, B = 0, C = 0, blank = 0;
+  bool zero_infinity = false;             // loss and gradient of a row that cannot be spelled: 0 instead of inf and NaN
+  Array<3> log_probs;                     // (T,B,C)
+  const int64_t* labels = nullptr;        // classes, none of them blank
+  const int64_t* first = nullptr;         // (B)
+  const int64_t* label_counts = nullptr;  // (B)
+  const int64_t* lengths = nullptr;       // (B): steps, 0..T
+  void* loss = nullptr;                   // (B) contiguous
+  const void* dloss = nullptr;            // (B) contiguous; null = 1
+  Array<3> dlog_probs;                    // (T,B,C), contiguous in C; null: not wanted
+};
+
 }  // namespace fusedrnn

@@ -12,5 +12,6 @@ PYBIND11_MODULE(_core, module) {
   fusedrnn::bindings::register_layer(module);
   fusedrnn::bindings::register_lane(module);
   fusedrnn::bindings::register_clip(module);
+  fusedrnn::bindings::register_ctc(module);
   fusedrnn::bindings::register_torch_lane(module);
 }

@@ -158,6 +158,20 @@ class Checked {
     return {lengths_.data(), {shape[1], 1}};
   }
 
+  // One dimension of int64, copied for the same reason.
+  std::vector<int64_t> integers(const py::object& object, const char* name) const {
+    PyArrayObject* array = ndarray(object, {"", name});
+    if (PyArray_TYPE(array) != NPY_INT64)
+      type_error(std::string(name) + " has dtype " + dtype_text(object) + "; expected int64");
+    if (PyArray_NDIM(array) != 1 || !PyArray_ISBEHAVED_RO(array))
+      value_error(std::string(name) + " must have one axis and be aligned, in native byte order");
+    const auto size = static_cast<size_t>(PyArray_DIM(array, 0));
+    std::vector<int64_t> out(size);
+    for (size_t i = 0; i < size; ++i)
+      out[i] = *static_cast<const int64_t*>(PyArray_GETPTR1(array, static_cast<npy_intp>(i)));
+    return out;
+  }
+
   Array<3> reset(py::object object, const int64_t (&shape)[3]) {
     const bool is_bool = PyArray_Check(object.ptr()) && PyArray_TYPE(as_array(object.ptr())) == NPY_BOOL;
     return read<3>(std::move(object), {"", "reset"}, "(T, E, B)", shape, Access::read, 0,

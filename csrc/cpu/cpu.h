@@ -48,4 +48,7 @@ double global_norm(const Span* spans, size_t count, double norm_type);  // float
 void scale(const Span* spans, size_t count, double factor);
 void clip_value(const Span* spans, size_t count, double limit);  // to [-limit, limit]; NaN stays NaN
 
+void ctc(const Ctc& call, int threads);
+double work(const Ctc& call);
+
 }  // namespace fusedrnn::cpu

@@ -3,7 +3,7 @@
 //
 // How csrc/cpu is compiled (-std=c++20 -O3 -fopenmp -fvisibility=hidden for all; OpenMP is needed by threads.cpp only):
 //   once:     dispatch.cpp rows.cpp threads.cpp
-//   per ISA:  forward.cpp backward.cpp clip.cpp and a file for each of CMake's CELLS, each with -DFUSEDRNN_ISA=<name>
+//   per ISA:  forward.cpp backward.cpp clip.cpp ctc.cpp and a file for each of CMake's CELLS, each with -DFUSEDRNN_ISA=<name>
 //             -ffp-contract=fast -fno-math-errno -fno-trapping-math and
 //     baseline  (nothing more)
 //     avx2      -mavx2 -mfma -mf16c
@@ -36,6 +36,7 @@ struct Table {
   double (*largest_size[2])(const void*, int64_t);
   void (*scale[2])(void*, int64_t, double);
   void (*clip_value[2])(void*, int64_t, double);
+  void (*ctc)(const Ctc&, int threads);
   bool (*found)();
 };
 
@@ -72,6 +73,7 @@ bool has_avx512() {
    {read<float, isa::largest_size>, read<double, isa::largest_size>},     \
    {change<float, isa::scale>, change<double, isa::scale>},               \
    {change<float, isa::clip_value>, change<double, isa::clip_value>},     \
+   isa::ctc,                                                              \
    found}
 
 // Weakest first.
@@ -212,6 +214,22 @@ void scale(const Span* spans, size_t count, double factor) {
 void clip_value(const Span* spans, size_t count, double limit) {
   for (size_t i = 0; i < count; ++i)
     table().clip_value[spans[i].dtype == Dtype::f64](spans[i].data, spans[i].size, limit);
+}
+
+double work(const Ctc& call) {
+  double labels = 0;
+  for (int64_t b = 0; b < call.B; ++b) labels += static_cast<double>(call.label_counts[b] + 1);
+  const double states = static_cast<double>(call.T) * labels;
+  if (!call.dlog_probs.data) return 40 * states;
+  return 120 * states + 20 * static_cast<double>(call.T) * static_cast<double>(call.B) * static_cast<double>(call.C);
+}
+
+void ctc(const Ctc& call, int threads) {
+  if (threads >= 0) {
+    const int64_t useful = call.dlog_probs.data || call.B < 1 ? threads : call.B;
+    threads = work(call) < 5e5 ? 1 : std::min({threads, processors(), static_cast<int>(useful)});
+  }
+  table().ctc(call, std::abs(threads));
 }
 
 }  // namespace fusedrnn::cpu

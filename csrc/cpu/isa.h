@@ -33,6 +33,7 @@ struct Call {
   void scale(double*, int64_t, double);          \
   void clip_value(float*, int64_t, float);       \
   void clip_value(double*, int64_t, double);     \
+  void ctc(const Ctc&, int threads);             \
   }
 FUSEDRNN_DECLARE(baseline)
 FUSEDRNN_DECLARE(avx2)

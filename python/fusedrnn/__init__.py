@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import backends, clip, ops, params, report, rtrl, tbptt
     from .config import get_num_threads, set_backend, set_num_threads
+    from .ctc import ctc_loss, ctc_loss_backward
     from .layers import GRU, LSTM, RNN, MinGRU, MinLSTM
     from .ops import (
         gru,
@@ -35,6 +36,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "ops": tuple(f"{op}{end}" for end in ("", "_backward") for op in ("lstm", "gru", "rnn", "mingru", "minlstm")),
+    "ctc": ("ctc_loss", "ctc_loss_backward"),
     "layers": ("LSTM", "GRU", "RNN", "MinGRU", "MinLSTM"),
     "config": ("set_backend", "set_num_threads", "get_num_threads"),
     "report": ("info",),
@@ -50,6 +52,8 @@ __all__ = [
     "MinLSTM",
     "backends",
     "clip",
+    "ctc_loss",
+    "ctc_loss_backward",
     "get_num_threads",
     "gru",
     "gru_backward",

@@ -15,6 +15,7 @@ Threads. Large calls release the GIL; arrays are kept alive meanwhile. Any numbe
 from collections.abc import Sequence
 from typing import Any, final
 
+import numpy as np
 from numpy.typing import NDArray
 
 from fusedrnn.backends import Arguments, Problem, Results
@@ -41,6 +42,21 @@ def hvp(problem: Problem, p: Arguments, v: Arguments, g: Results, t: Results, td
 def global_norm(arrays: Sequence[_Array], norm_type: float = 2.0) -> float: ...
 def scale_(arrays: Sequence[_Array], factor: float) -> None: ...  # factor is rounded to each array's dtype
 def clip_value_(arrays: Sequence[_Array], limit: float) -> None: ...  # clamp to [-limit, limit]; NaN stays NaN
+
+# CTC. log_probs (T,B,C), any strides; row b spells labels[first[b] : first[b] + label_counts[b]], classes but blank.
+# Written: loss (B) and, if given, dlog_probs (T,B,C), contiguous along C, for dloss (B; None = 1). See csrc/api.h.
+def ctc(
+    log_probs: _Array,
+    labels: NDArray[np.int64],
+    first: NDArray[np.int64],
+    label_counts: NDArray[np.int64],
+    lengths: NDArray[np.int64],
+    blank: int,
+    zero_infinity: bool,
+    loss: _Array,
+    dloss: _Array | None = None,
+    dlog_probs: _Array | None = None,
+) -> None: ...
 
 # The short way from torch's tensors to the kernels. torch_setup(torch.Tensor.__dlpack_c_exchange_api__, torch.Tensor,
 # torch.nn.Parameter) opens it once (False: this torch's interface is another). Then, with settings = (cell, num_layers,

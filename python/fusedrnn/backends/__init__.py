@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """The backends, what they all take (the mirror of csrc/api.h), and which one runs.
 
-Every backend is a module with the same five functions on canonical arrays of one dtype, any strides:
+Every backend is a module with the same functions on canonical arrays of one dtype, any strides:
 
     tape_elements(problem) -> int
     forward(problem, p, out, tape)            out  = F(p)
     backward(problem, p, tape, g, dp)         dp   = J(p)^T g
     jvp(problem, p, v, tout)                  tout = J(p) v
     hvp(problem, p, v, g, t, tdp)             tdp  = d/ds [J(p + s v)^T (g + s t)] at s = 0
+
+and, for CTC (log_probs and what is written as _core.pyi has them),
+
+    ctc(log_probs, labels, first, label_counts, lengths, blank, zero_infinity, loss, dloss, dlog_probs)
 
 Arrays are written, not added to. None means: not given (zero), or not wanted. Where an array that is written has
 stride 0 on an E axis longer than 1, the sum over E is written.
@@ -83,6 +87,10 @@ class Backend(Protocol):
     def backward(self, problem: Problem, p: Arguments, tape: Any, g: Results, dp: Arguments) -> None: ...
     def jvp(self, problem: Problem, p: Arguments, v: Arguments, tout: Results) -> None: ...
     def hvp(self, problem: Problem, p: Arguments, v: Arguments, g: Results, t: Results, tdp: Arguments) -> None: ...
+    def ctc(
+        self, log_probs: Any, labels: Any, first: Any, label_counts: Any, lengths: Any, blank: int, zero_infinity: bool,
+        loss: Any, dloss: Any = None, dlog_probs: Any = None,
+    ) -> None: ...  # fmt: skip
 
 
 _loaded: dict[str, Any] = {}

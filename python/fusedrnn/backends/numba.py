@@ -11,6 +11,7 @@ Tangents (jvp, hvp) are computed by the reference, in float64.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 import math
@@ -21,7 +22,7 @@ import numpy as np
 from numba import njit, types
 from numba.extending import intrinsic, overload
 
-from .. import cells
+from .. import cells, lattice
 from ..cells import CELLS, cifg, dropout, gru, lstm, mingru, minlstm, number, rnn
 from ..cells.cell import Cell
 from . import Arguments, Problem, Results, reference
@@ -878,3 +879,68 @@ def hvp(problem: Problem, p: Arguments, v: Arguments, g: Results, t: Results, td
     """Fill tdp's arrays with the tangents of the gradients."""
     _log.info("numba: hvp runs on the reference")
     reference.hvp(problem, p, v, g, t, tdp)
+
+
+# Sums over paths: lattice.py's functions as loops (its array expressions would take Numba a minute), compiled at the
+# first call.
+
+
+@functools.cache
+def _path_steps() -> dict[str, Any]:
+    options = {"cache": True, "nogil": True, "error_model": "numpy"}
+
+    @njit(inline="always")
+    def log_add(a: Any, b: Any) -> Any:
+        if a < b:
+            a, b = b, a
+        return a if b == -np.inf else a + math.log1p(math.exp(b - a))
+
+    @njit(**options)
+    def ctc_row(log_probs: Any, labels: Any, blank: Any, grad: Any) -> Any:
+        T, states = len(log_probs), 2 * len(labels) + 1
+        classes = np.full(states, blank)
+        classes[1::2] = labels
+        alpha = np.full((T + 1, states), -np.inf)
+        alpha[0, 0] = 0.0
+        for t in range(T):
+            for s in range(states):
+                a = alpha[t, s]
+                if s > 0:
+                    a = log_add(a, alpha[t, s - 1])
+                if s > 1 and s % 2 == 1 and classes[s] != classes[s - 2]:
+                    a = log_add(a, alpha[t, s - 2])
+                alpha[t + 1, s] = a + log_probs[t, classes[s]]
+        total = alpha[T, states - 1]
+        if states > 1:
+            total = log_add(total, alpha[T, states - 2])
+        if len(grad) == 0:
+            return -total
+        beta, after = np.full(states, -np.inf), np.empty(states)
+        beta[-2:] = 0.0
+        for t in range(T - 1, -1, -1):
+            for c in range(grad.shape[1]):
+                grad[t, c] = math.exp(log_probs[t, c])
+            for s in range(states):
+                grad[t, classes[s]] -= math.exp(alpha[t + 1, s] + beta[s] - total)
+                after[s] = beta[s] + log_probs[t, classes[s]]
+            for s in range(states):
+                b = after[s]
+                if s + 1 < states:
+                    b = log_add(b, after[s + 1])
+                if s + 2 < states and s % 2 == 1 and classes[s] != classes[s + 2]:
+                    b = log_add(b, after[s + 2])
+                beta[s] = b
+        return -total
+
+    return {"ctc_row": ctc_row}
+
+
+def ctc(
+    log_probs: Any, labels: Any, first: Any, label_counts: Any, lengths: Any, blank: int, zero_infinity: bool,
+    loss: Any, dloss: Any = None, dlog_probs: Any = None,
+) -> None:  # fmt: skip
+    """As _core.ctc, in float64 whatever the dtype."""
+    row = _path_steps()["ctc_row"]
+    lattice.ctc(
+        row, log_probs, labels, first, label_counts, lengths, blank, zero_infinity, loss, dloss, dlog_probs
+    )  # fmt: skip

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from .. import lattice
 from ..cells import CELLS, dropout
 from ..cells.cell import Cell
 from ..cells.number import clamp
@@ -314,3 +315,18 @@ def _backward(problem: Problem, p: Arguments, g: Results) -> Arguments:
         if layer > 0 and problem.dropout > 0:
             dy = dy * dropout.scale(dy.shape, problem.dropout, problem.seed, layer - 1)
     return Arguments(dy, dh0, dc0, params)
+
+
+# Sums over paths.
+
+
+def ctc(
+    log_probs: Any, labels: Any, first: Any, label_counts: Any, lengths: Any, blank: int, zero_infinity: bool,
+    loss: Any, dloss: Any = None, dlog_probs: Any = None,
+) -> None:  # fmt: skip
+    """As _core.ctc, in float64 whatever the dtype."""
+    with np.errstate(invalid="ignore"):
+        lattice.ctc(
+            lattice.ctc_row, log_probs, labels, first, label_counts, lengths, blank, zero_infinity, loss, dloss,
+            dlog_probs,
+        )  # fmt: skip

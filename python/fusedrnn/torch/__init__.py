@@ -9,6 +9,7 @@ or `fusedrnn.torch.replace(model)` for a model that is there already; or `lstm`,
 """
 
 from . import clip, tbptt
+from .ctc import ctc_loss
 from .functional import gru, lstm, rnn, route
 from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 from .replace import Report, replace, restore
@@ -22,6 +23,7 @@ __all__ = [
     "RNNCell",
     "Report",
     "clip",
+    "ctc_loss",
     "gru",
     "lstm",
     "replace",

@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Connectionist temporal classification (Graves, Fernández, Gomez, Schmidhuber, ICML 2006): training on sequences of
+labels whose places in time are not known.
+
+    loss = ctc_loss(log_probs, targets, input_lengths, target_lengths)                  one number for each row
+    loss, dlog_probs = ctc_loss_backward(log_probs, targets, input_lengths, target_lengths, dloss)
+
+log_probs is (T,B,C), what log_softmax over C classes gives; one class is the blank. Nothing is kept between the two
+calls: the second gives the loss as well, so a training loop needs only that one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from . import arrays, backends, check
+
+__all__ = ["ctc_loss", "ctc_loss_backward"]
+
+
+def ctc_loss(
+    log_probs: np.ndarray,
+    targets: Any,
+    input_lengths: Any,
+    target_lengths: Any,
+    blank: int = 0,
+    zero_infinity: bool = False,
+) -> Any:
+    """The negative logarithm of the probability of each row's labels, summed over all ways to place them in time.
+
+    log_probs       (T,B,C), float32 or float64, any strides; or (T,C) for one row
+    targets         integers: (B,S), of which row b's first target_lengths[b] count; or the labels of all rows one after
+                    the other, (sum of target_lengths,); for one row (S,). Classes in [0, C), not the blank
+    input_lengths   B integers in [0, T]: the steps that count; one integer for one row
+    target_lengths  B integers >= 0; one integer for one row
+    blank           the class that means "no label"
+    zero_infinity   0 instead of inf where the labels do not fit into the steps (a blank must part two equal labels)
+
+    Returns (B,) in the dtype of log_probs, or () for one row. As torch.nn.functional.ctc_loss with reduction="none".
+    Sums do not underflow, and rounding errors do not grow with the size of the loss. A log-probability below -1e37
+    counts as -inf. Raises TypeError or ValueError for wrong types, shapes, lengths and classes.
+
+    >>> log_probs = np.log(np.full((3, 1, 2), 0.5))           # 3 steps, 2 classes: blank and 1
+    >>> float(np.exp(-fusedrnn.ctc_loss(log_probs, [[1]], [3], [1])[0]).round(6))  # 6 of 8 paths spell [1]
+    0.75
+    """
+    call = checked("ctc_loss", log_probs, targets, input_lengths, target_lengths, blank, zero_infinity)
+    loss = np.empty(call.log_probs.shape[1], call.log_probs.dtype)
+    call.run(loss, None, None)
+    return loss.reshape(()) if call.single else loss
+
+
+def ctc_loss_backward(
+    log_probs: np.ndarray,
+    targets: Any,
+    input_lengths: Any,
+    target_lengths: Any,
+    dloss: Any = None,
+    blank: int = 0,
+    zero_infinity: bool = False,
+) -> tuple[Any, np.ndarray]:
+    """The loss and its gradient: (loss, dlog_probs), as ctc_loss gives the one and with log_probs' shape and dtype.
+
+    dloss  (B,) or one number for all rows: the gradient of the loss of each row; None: 1. Sums of losses need 1, means
+           over rows 1 / B. torch's reduction="mean" has 1 / (B * max(target_lengths[b], 1)).
+
+    dlog_probs[t,b,c] = dloss[b] * (exp(log_probs[t,b,c]) - share), where the share is that of the paths that are at
+    class c at step t (equation 16). This is torch's gradient: it takes log_probs to come from log_softmax, and is at
+    the same time the gradient with respect to what went into log_softmax. Past input_lengths it is 0. Where the labels
+    do not fit it is NaN, or 0 with zero_infinity.
+
+    >>> log_probs = np.log(np.full((2, 1, 2), 0.5))
+    >>> loss, dlog_probs = fusedrnn.ctc_loss_backward(log_probs, [[1]], [2], [1])  # paths 11, 01, 10
+    >>> dlog_probs[:, 0].round(3)
+    array([[ 0.167, -0.167],
+           [ 0.167, -0.167]])
+    """
+    op = "ctc_loss_backward"
+    call = checked(op, log_probs, targets, input_lengths, target_lengths, blank, zero_infinity)
+    B, dtype = call.log_probs.shape[1], call.log_probs.dtype
+    if dloss is not None:
+        given = np.asarray(dloss)
+        if given.dtype.kind not in "fiu":
+            check.fail(op, "dloss", f"is {arrays.kind(dloss)}", f"a number, or {B} = B numbers", error=TypeError)
+        if given.shape not in ((), (B,)):
+            check.fail(op, "dloss", f"has shape {given.shape}", f"({B},) = (B,), or one number")
+        dloss = np.ascontiguousarray(np.broadcast_to(given, (B,)), dtype)
+    loss, dlog_probs = np.empty(B, dtype), np.empty(call.log_probs.shape, dtype)
+    call.run(loss, dloss, dlog_probs)
+    return (loss.reshape(()), dlog_probs[:, 0]) if call.single else (loss, dlog_probs)
+
+
+@dataclass(slots=True)
+class Call:
+    """Checked arguments, as backends take them."""
+
+    log_probs: np.ndarray  # (T,B,C)
+    labels: np.ndarray  # int64, of all rows
+    first: np.ndarray  # (B) int64: where a row's labels begin
+    label_counts: np.ndarray  # (B) int64
+    lengths: np.ndarray  # (B) int64
+    blank: int
+    zero_infinity: bool
+    single: bool  # one row without B
+
+    def run(self, loss: np.ndarray, dloss: np.ndarray | None, dlog_probs: np.ndarray | None) -> None:
+        backends.choose().ctc(
+            self.log_probs, self.labels, self.first, self.label_counts, self.lengths, self.blank, self.zero_infinity,
+            loss, dloss, dlog_probs,
+        )  # fmt: skip
+
+
+def _integers(op: str, name: str, value: Any, expected: str) -> np.ndarray:
+    array = np.asarray(value)
+    if array.dtype.kind not in "iu" and array.size:
+        check.fail(op, name, f"is {arrays.kind(value)}", expected, error=TypeError)
+    return array.astype(np.int64)
+
+
+def lengths_of(op: str, name: str, value: Any, B: int, most: int, axis: str, single: bool) -> np.ndarray:
+    """B integers in [0, most]; one integer will do for one row."""
+    words = "one integer" if single else f"{B} integers, one for each of B rows"
+    array = _integers(op, name, value, words)
+    if array.shape != (B,) and not (single and array.shape == ()):
+        check.fail(op, name, f"has shape {array.shape}", words)
+    array = array.reshape(B)
+    bad = (array < 0) | (array > most)
+    if bad.any():
+        b = int(bad.argmax())
+        check.fail(op, f"{name}[{b}]", f"is {array[b]}", f"0 <= length <= {axis} = {most}")
+    return array
+
+
+def scores_of(op: str, name: str, value: Any, axes: str) -> tuple[np.ndarray, bool]:
+    """(T,B,C), and whether it came as one row (T,C)."""
+    array = check.is_float(op, name, value)
+    if array.ndim not in (2, 3):
+        one = axes.replace("B, ", "")
+        check.fail(op, name, f"has shape {array.shape}", f"three axes {axes}, or {one} for one row")
+    return (array[:, None], True) if array.ndim == 2 else (array, False)
+
+
+def blank_of(op: str, blank: Any, C: int) -> int:
+    """The blank's class."""
+    if C == 0:
+        check.fail(op, "log_probs", "has no classes", "C >= 1, as the blank is one")
+    return check.integer(op, "blank", blank, 0, C - 1)
+
+
+def checked(
+    op: str, log_probs: Any, targets: Any, input_lengths: Any, target_lengths: Any, blank: Any, zero_infinity: Any
+) -> Call:
+    log_probs, single = scores_of(op, "log_probs", log_probs, "(T, B, C)")
+    T, B, C = log_probs.shape
+    blank = blank_of(op, blank, C)
+    lengths = lengths_of(op, "input_lengths", input_lengths, B, T, "T", single)
+    labels = _integers(op, "targets", targets, "integers: classes of log_probs")
+    if labels.ndim == 2 or single:
+        if labels.ndim == 2 and single or labels.ndim not in (1, 2):
+            check.fail(op, "targets", f"has shape {labels.shape}", "(S,), as log_probs is one row (T, C)")
+        S = labels.shape[-1]
+        if labels.ndim == 2 and len(labels) != B:
+            check.fail(op, "targets", f"has shape {labels.shape}", f"({B}, S) = (B, S), or all labels in one axis")
+        counts = lengths_of(op, "target_lengths", target_lengths, B, S, "S", single)
+        first = np.arange(B, dtype=np.int64) * S
+    else:
+        if labels.ndim != 1:
+            check.fail(op, "targets", f"has shape {labels.shape}", f"({B}, S) = (B, S), or all labels in one axis")
+        counts = lengths_of(op, "target_lengths", target_lengths, B, labels.size, "the number of targets", single)
+        if counts.sum() != labels.size:
+            fix = "Padded targets need two axes (B, S)."
+            check.fail(op, "targets", f"has {labels.size} labels", f"{counts.sum()} = sum of target_lengths", fix)
+        first = np.cumsum(counts) - counts
+    labels = labels.ravel()
+    rows = np.repeat(np.arange(B), counts)  # of every label that counts
+    places = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
+    used = labels[np.repeat(first, counts) + places]
+    bad = (used < 0) | (used >= C) | (used == blank)
+    if bad.any():
+        n = int(bad.argmax())
+        expected = f"a class in [0, {C}) = [0, C) that is not blank = {blank}"
+        fix = "Entries past target_lengths are not read."
+        check.fail(op, "targets", f"has {used[n]} as label {places[n]} of row {rows[n]}", expected, fix)
+    return Call(log_probs, labels, first, counts, lengths, blank, bool(zero_infinity), single)

@@ -1,0 +1,376 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CTC against torch in float64, against the sum over all paths, and against finite differences."""
+
+import doctest
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+import close
+import fusedrnn
+from fusedrnn import config, ctc
+
+torch = pytest.importorskip("torch")
+
+# T, B, C, S, blank: one step, primes, a register of 4, 8, 16 labels and one more or less, more than a renewal of steps
+SIZES = [
+    (1, 1, 2, 1, 0),
+    (1, 2, 1, 0, 0),
+    (7, 5, 4, 3, 3),
+    (16, 3, 5, 7, 1),
+    (17, 2, 37, 8, 36),
+    (33, 3, 11, 15, 0),
+    (40, 2, 16, 16, 5),
+    (70, 2, 100, 17, 0),
+    (90, 1, 6, 33, 2),
+]
+
+
+@pytest.fixture
+def on(route):
+    """Every call runs on the route's backend."""
+    before = config.backend
+    fusedrnn.set_backend(route.__name__.rpartition(".")[2])
+    yield route
+    config.backend = before
+
+
+class Case:
+    """Random log-probabilities and labels, with lengths of every kind."""
+
+    def __init__(self, T, B, C, S, blank=0, dtype=np.float64, seed=0, sharp=1.0, few=False):
+        rng = np.random.default_rng(seed)
+        logits = torch.tensor(rng.standard_normal((T, B, C)) * sharp)
+        self.log_probs = logits.log_softmax(2).numpy().astype(dtype)
+        self.targets = rng.integers(0, max(C - 1, 1), (B, S))
+        if few:
+            self.targets = np.minimum(self.targets, 1)  # many repeats
+        self.targets = self.targets + (self.targets >= blank)
+        self.input_lengths = rng.integers(0, T + 1, B)
+        self.target_lengths = rng.integers(0, S + 1, B)
+        self.input_lengths[0], self.target_lengths[0] = T, S
+        self.dloss = rng.standard_normal(B).astype(dtype)
+        self.blank, self.dtype = blank, dtype
+
+    @property
+    def arguments(self):
+        return self.log_probs, self.targets, self.input_lengths, self.target_lengths
+
+    def torch(self, zero_infinity=True):
+        """Loss and gradient in float64."""
+        x = torch.tensor(self.log_probs.astype(np.float64), requires_grad=True)
+        given = [torch.tensor(a) for a in self.arguments[1:]]
+        loss = torch.nn.functional.ctc_loss(x, *given, blank=self.blank, reduction="none", zero_infinity=zero_infinity)
+        loss.backward(torch.tensor(self.dloss.astype(np.float64)))
+        return loss.detach().numpy(), x.grad.numpy()
+
+    def check(self, label, zero_infinity=True):
+        options = {"blank": self.blank, "zero_infinity": zero_infinity}
+        loss = fusedrnn.ctc_loss(*self.arguments, **options)
+        again, dlog_probs = fusedrnn.ctc_loss_backward(*self.arguments, self.dloss, **options)
+        np.testing.assert_array_equal(loss, again)
+        assert loss.dtype == dlog_probs.dtype == self.dtype
+        expected, gradient = self.torch(zero_infinity)
+        f32 = self.dtype == np.float32
+        close.check(f"{label}: loss", loss, expected, 3e-7 if f32 else 1e-14)
+        close.check(f"{label}: dlog_probs", dlog_probs, gradient, 5e-6 if f32 else 2e-11)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_equals_torch(on, dtype):
+    for seed, size in enumerate(SIZES):
+        Case(*size, dtype=dtype, seed=seed).check(f"{size}")
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_repeated_labels_and_steep_scores_equal_torch(on, dtype):
+    Case(60, 4, 5, 12, 1, dtype, few=True).check("repeats")
+    Case(50, 3, 9, 16, 0, dtype, sharp=300).check("steep")  # a step's odds reach e^1000: far below the smallest number
+
+
+def test_labels_that_do_not_fit(on):
+    case = Case(5, 6, 4, 3)
+    case.targets = np.array([[1, 1, 2], [1, 1, 1], [1, 2, 3], [1, 2, 3], [2, 2, 2], [3, 3, 3]])
+    case.input_lengths = np.array([3, 4, 2, 0, 0, 5])
+    case.target_lengths = np.array([3, 3, 3, 1, 0, 3])
+    case.check("inf", zero_infinity=False)
+    case.check("zero", zero_infinity=True)
+    loss = fusedrnn.ctc_loss(*case.arguments)
+    np.testing.assert_array_equal(np.isinf(loss), [True, True, True, True, False, False])
+    assert loss[4] == 0
+
+
+def test_losses_in_float32_are_as_good_as_their_type(judged):
+    # log(p) in float32 would be rounded at 1000 steps near e^-4600
+    case = Case(1000, 1, 100, 60, dtype=np.float32, seed=3)
+    loss, dlog_probs = fusedrnn.ctc_loss_backward(*case.arguments, case.dloss)
+    expected, gradient = case.torch()
+    assert abs(expected[0]) > 3000
+    assert loss[0] == pytest.approx(expected[0], rel=1.2e-7)
+    close.check("dlog_probs", dlog_probs, gradient, 5e-6)
+
+
+def collapse(path, blank):
+    """What a path spells."""
+    return tuple(label for label, _ in itertools.groupby(path) if label != blank)
+
+
+def spellings(log_probs, blank):
+    """All that can be spelled, with its probability: the definition."""
+    found: dict[tuple[int, ...], float] = {}
+    for path in itertools.product(range(log_probs.shape[1]), repeat=len(log_probs)):
+        word = collapse(path, blank)
+        found[word] = found.get(word, 0.0) + math.exp(sum(log_probs[t, c] for t, c in enumerate(path)))
+    return found
+
+
+@pytest.mark.parametrize("blank", [0, 2])
+def test_equals_the_sum_over_all_paths(on, blank):
+    log_probs = Case(5, 1, 3, 1, seed=4).log_probs[:, 0]
+    found = spellings(log_probs, blank)
+    words = list(itertools.chain(*(itertools.product(range(3), repeat=n) for n in range(5))))
+    words = [word for word in words if blank not in word]
+    assert sum(math.exp(-fusedrnn.ctc_loss(log_probs, list(w), 5, len(w), blank)) for w in words) <= 1 + 1e-12
+    for word in words:
+        got = math.exp(-float(fusedrnn.ctc_loss(log_probs, list(word), 5, len(word), blank)))
+        assert got == pytest.approx(found.get(word, 0.0), rel=1e-12), word
+
+
+def test_gradient_is_that_of_what_went_into_log_softmax(on):
+    rng = np.random.default_rng(5)
+    logits = rng.standard_normal((6, 2, 4))
+    targets, T, S = [[1, 1, 3], [2, 0, 0]], [6, 4], [3, 1]
+
+    def log_softmax(x):
+        return x - np.log(np.exp(x).sum(2, keepdims=True))
+
+    gradient = fusedrnn.ctc_loss_backward(log_softmax(logits), targets, T, S, 1.0)[1]
+    expected = np.empty_like(logits)
+    for index in np.ndindex(logits.shape):
+        ends = []
+        for step in (1e-5, -1e-5):
+            moved = logits.copy()
+            moved[index] += step
+            ends.append(fusedrnn.ctc_loss(log_softmax(moved), targets, T, S).sum())
+        expected[index] = (ends[0] - ends[1]) / 2e-5
+    close.check("dlog_probs", gradient, expected, 1e-9)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_impossible_classes_have_no_gradient(on, dtype):
+    case = Case(9, 2, 5, 2, dtype=dtype)
+    case.log_probs[:, :, 4] = -np.inf
+    case.targets[:] = [[1, 2], [3, 1]]
+    case.log_probs[2:4, 0, 1] = -np.inf
+    case.log_probs[5, 1, 0] = -1e30  # finite, and never taken
+    loss, dlog_probs = fusedrnn.ctc_loss_backward(*case.arguments, case.dloss)
+    expected, gradient = case.torch()  # NaN at -inf
+    close.check("loss", loss, expected, 3e-7)
+    assert not dlog_probs[:, :, 4].any()
+    possible = np.isfinite(case.log_probs) & np.isfinite(gradient)
+    assert possible.sum() > 20
+    close.check("dlog_probs", dlog_probs[possible], gradient[possible], 5e-6)
+    # the only way is very improbable
+    case.log_probs[:, :, :3] = -1e9
+    close.check("far", fusedrnn.ctc_loss(*case.arguments), case.torch()[0], 1e-6)
+    case.log_probs[:] = -np.inf
+    assert np.isinf(fusedrnn.ctc_loss(*case.arguments)).all()
+
+
+def test_nan_stays_in_its_row(on):
+    case = Case(20, 3, 5, 4)
+    case.input_lengths[:] = 20
+    case.target_lengths[:] = 2
+    clean = fusedrnn.ctc_loss_backward(*case.arguments)
+    case.log_probs[7, 1, case.blank] = np.nan
+    loss, dlog_probs = fusedrnn.ctc_loss_backward(*case.arguments, zero_infinity=True)
+    np.testing.assert_array_equal(np.isnan(loss), [False, True, False])
+    assert np.isnan(dlog_probs[:, 1]).all()
+    for b in (0, 2):
+        np.testing.assert_array_equal(dlog_probs[:, b], clean[1][:, b])
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_every_way_to_pass_the_same(on, dtype):
+    case = Case(21, 4, 7, 5, blank=3, dtype=dtype)
+    expected = fusedrnn.ctc_loss_backward(*case.arguments, case.dloss, blank=3)
+
+    def same(label, got):
+        for a, b in zip(got, expected, strict=True):
+            np.testing.assert_array_equal(a, b, err_msg=label)
+
+    rows = zip(case.targets, case.target_lengths, strict=True)
+    joined = [int(label) for row, n in rows for label in row[:n]]
+    lists = case.input_lengths.tolist(), tuple(case.target_lengths)
+    same("concatenated", fusedrnn.ctc_loss_backward(case.log_probs, joined, *lists, case.dloss, 3))
+    padded = case.targets.astype(np.int32)
+    for row, n in zip(padded, case.target_lengths, strict=True):
+        row[n:] = -7  # not read
+    same("padding", fusedrnn.ctc_loss_backward(case.log_probs, padded, *lists, case.dloss, 3))
+    wide = np.full((4, 21 * 2, 7 * 3), np.nan, dtype)
+    wide[:, ::2, ::-3] = case.log_probs.transpose(1, 0, 2)
+    strided = wide[:, ::2, ::-3].transpose(1, 0, 2)
+    same("strided", fusedrnn.ctc_loss_backward(strided, padded, *lists, case.dloss, 3))
+    for b in range(4):
+        word = case.targets[b, : case.target_lengths[b]]
+        loss, gradient = fusedrnn.ctc_loss_backward(
+            case.log_probs[:, b], word, lists[0][b], len(word), case.dloss[b], 3
+        )
+        assert loss.shape == () and loss == expected[0][b]
+        np.testing.assert_array_equal(gradient, expected[1][:, b])
+
+
+def test_empty_batches_and_no_steps(on):
+    loss, gradient = fusedrnn.ctc_loss_backward(np.zeros((4, 0, 3)), np.zeros((0, 2), int), [], [])
+    assert loss.shape == (0,) and gradient.shape == (4, 0, 3)
+    loss, gradient = fusedrnn.ctc_loss_backward(np.zeros((0, 2, 3)), [[1], [1]], [0, 0], [0, 1])
+    np.testing.assert_array_equal(loss, [0, np.inf])
+    assert gradient.shape == (0, 2, 3)
+
+
+def test_same_bits_for_any_number_of_threads(kernels):
+    before = fusedrnn.get_num_threads()
+    try:
+        for B in (1, 7):
+            case = Case(300, B, 90, 30, dtype=np.float32)
+            results = []
+            for threads in (1, 2, 3):
+                fusedrnn.set_num_threads(threads)
+                results.append(fusedrnn.ctc_loss_backward(*case.arguments, case.dloss))
+            for other in results[1:]:
+                for a, b in zip(results[0], other, strict=True):
+                    assert a.tobytes() == b.tobytes()
+    finally:
+        fusedrnn.set_num_threads(before)
+
+
+BAD = [
+    ({"log_probs": np.zeros((5, 2, 4), int)}, TypeError, "dtype int64"),
+    ({"log_probs": [[0.0]]}, TypeError, "expected a NumPy array"),
+    ({"log_probs": np.zeros((5, 2, 4, 1))}, ValueError, "three axes"),
+    ({"log_probs": np.zeros((5, 2, 0))}, ValueError, "no classes"),
+    ({"blank": 4}, ValueError, "blank is 4"),
+    ({"blank": True}, TypeError, "blank is True"),
+    ({"blank": 3}, ValueError, "targets has 3 as label 1 of row 1.*not blank = 3"),
+    ({"targets": [[1, 2], [1, 4]]}, ValueError, r"targets has 4 as label 1 of row 1; expected a class in \[0, 4\)"),
+    ({"targets": [[1, 2], [-1, 2]]}, ValueError, "targets has -1 as label 0 of row 1"),
+    ({"targets": [[1.0, 2.0], [1.0, 2.0]]}, TypeError, "targets is a list"),
+    ({"targets": [[1, 2]]}, ValueError, r"targets has shape \(1, 2\)"),
+    ({"targets": [1, 2, 3]}, ValueError, "4 = sum of target_lengths"),
+    ({"targets": [[[1]]]}, ValueError, r"targets has shape \(1, 1, 1\)"),
+    ({"input_lengths": [5, 6]}, ValueError, r"input_lengths\[1\] is 6; expected 0 <= length <= T = 5"),
+    ({"input_lengths": [5]}, ValueError, r"input_lengths has shape \(1,\); expected 2 integers"),
+    ({"input_lengths": [5.0, 5.0]}, TypeError, "input_lengths is a list"),
+    ({"target_lengths": [2, -1]}, ValueError, r"target_lengths\[1\] is -1"),
+    ({"target_lengths": [2, 3]}, ValueError, r"target_lengths\[1\] is 3; expected 0 <= length <= S = 2"),
+    ({"dloss": [1.0, 2.0, 3.0]}, ValueError, r"dloss has shape \(3,\)"),
+    ({"dloss": "a"}, TypeError, "dloss is a str"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), BAD, ids=[f"{n}" for n in range(len(BAD))])
+def test_errors_name_what_is_wrong(change, error, message):
+    given = {
+        "log_probs": np.zeros((5, 2, 4)),
+        "targets": [[1, 2], [1, 3]],
+        "input_lengths": [5, 5],
+        "target_lengths": [2, 2],
+        **change,
+    }
+    with pytest.raises(error, match=message):
+        fusedrnn.ctc_loss_backward(**given)
+
+
+def test_the_extension_trusts_nobody():
+    core = pytest.importorskip("fusedrnn._core", exc_type=ImportError)
+    good = {
+        "log_probs": np.zeros((4, 2, 3)),
+        "labels": np.array([1, 2, 1]),
+        "first": np.array([0, 2]),
+        "label_counts": np.array([2, 1]),
+        "lengths": np.array([4, 3]),
+        "blank": 0,
+        "zero_infinity": False,
+        "loss": np.full(2, np.nan),
+        "dloss": np.ones(2),
+        "dlog_probs": np.full((4, 2, 3), np.nan),
+    }
+    readonly = np.zeros(2)
+    readonly.flags.writeable = False
+    for name, value in (
+        ("log_probs", np.zeros((4, 2))),
+        ("log_probs", np.zeros((4, 2, 3), np.float16)),
+        ("labels", np.array([1, 0, 1])),
+        ("labels", np.array([1, 3, 1])),
+        ("labels", np.array([1, 2, 1], np.int32)),
+        ("labels", np.array([1, 2])),
+        ("first", np.array([0, -1])),
+        ("first", np.array([0, 2**62])),
+        ("label_counts", np.array([2, 2])),
+        ("label_counts", np.array([-1, 1])),
+        ("lengths", np.array([4, 5])),
+        ("lengths", np.array([4])),
+        ("blank", 3),
+        ("blank", -1),
+        ("loss", readonly),
+        ("loss", np.zeros(2, np.float32)),
+        ("loss", np.zeros(4)[::2]),
+        ("dloss", np.zeros(3)),
+        ("dlog_probs", np.zeros((4, 2, 6))[:, :, ::2]),
+        ("dlog_probs", np.broadcast_to(np.zeros(3), (4, 2, 3))),
+    ):
+        with pytest.raises((TypeError, ValueError)):
+            core.ctc(**{**good, name: value})
+    assert np.isnan(good["loss"]).all() and np.isnan(good["dlog_probs"]).all()
+    core.ctc(**good)
+    assert np.isfinite(good["loss"]).all() and np.isfinite(good["dlog_probs"]).all()
+
+
+# ---- torch ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("single", [False, True])
+def test_adapter_equals_torch(reduction, single):
+    import fusedrnn.torch
+
+    case = Case(13, 3, 6, 4, dtype=np.float32)
+    given = [torch.tensor(case.targets), torch.tensor(case.input_lengths), torch.tensor(case.target_lengths)]
+    if single:
+        given = [given[0][0], given[1][0], given[2][0]]
+    results = []
+    for function in (fusedrnn.torch.ctc_loss, torch.nn.functional.ctc_loss):
+        x = torch.tensor(case.log_probs[:, 0] if single else case.log_probs, requires_grad=True)
+        loss = function(x.log_softmax(-1), *given, reduction=reduction, zero_infinity=True)
+        (loss * torch.arange(1, 1 + loss.numel()).reshape(loss.shape)).sum().backward()
+        results.append((loss.detach(), x.grad))
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=3e-6, atol=3e-6)
+
+
+def test_adapter_refuses_what_it_cannot_do():
+    import fusedrnn.torch
+
+    x = torch.randn(5, 1, 3, dtype=torch.float64).log_softmax(2).requires_grad_()
+    loss = fusedrnn.torch.ctc_loss(x, torch.tensor([[1, 2]]), [5], [2])
+    (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="second derivatives"):
+        gradient.sum().backward()
+    with pytest.raises(ValueError, match="reduction is 'max'"):
+        fusedrnn.torch.ctc_loss(x, torch.tensor([[1, 2]]), [5], [2], reduction="max")
+    loss = fusedrnn.torch.ctc_loss(x, torch.tensor([[1, 2]]), [5], [2])
+    with torch.no_grad():
+        x.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_docstrings_run():
+    import fusedrnn.torch.ctc
+
+    names = {"fusedrnn": fusedrnn, "np": np, "torch": torch}
+    for module in (ctc, fusedrnn.torch.ctc):
+        result = doctest.testmod(module, extraglobs=names)
+        assert result.attempted and not result.failed
