@@ -101,7 +101,7 @@ def run(trainer: Trainer, checkpoint: Path) -> int:
     saved = time.monotonic()
     with interrupts() as interrupted:
         for _ in trainer.steps():
-            display.update()
+            display.show()
             if trainer.evaluation_due():
                 bits = trainer.evaluate()
                 line = " ".join(trainer.sample(70).split())

@@ -3,6 +3,7 @@
 
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,44 +14,39 @@ from .train import BITS, Progress
 PLAIN_SECONDS = 5.0  # between two plain lines
 
 
-class Display:
+class Bar:
     """A tqdm bar on a terminal; one plain line every few seconds where there is no terminal or no tqdm."""
 
-    def __init__(self, progress: Progress) -> None:
-        self.progress = progress
+    def __init__(self, step: int = 0) -> None:
         self.bar: Any = None
-        self.last = time.monotonic()
-        self.mark = (progress.seconds, progress.characters)
-        self.speed = 0.0
+        self.first, self.begun = step, time.monotonic()
+        self.last = self.begun
         if sys.stderr.isatty():
             try:
                 from tqdm import tqdm
             except ImportError:
-                print("(pip install 'fusedrnn[demo]' for a progress bar)")
+                print("(pip install tqdm for a progress bar)")
             else:
                 layout = "{percentage:3.0f}%|{bar:24}| {n_fmt}/{total_fmt} [{remaining} left{postfix}]"
-                self.bar = tqdm(initial=progress.step, bar_format=layout, dynamic_ncols=True)
+                self.bar = tqdm(initial=step, bar_format=layout, dynamic_ncols=True)
 
-    def update(self) -> None:
-        progress, now = self.progress, time.monotonic()
+    def update(self, step: int, total: int | None, text: Callable[[], str]) -> None:
+        """`step` of `total` is done; `text` is asked only when it is shown."""
+        now = time.monotonic()
         if now - self.last >= (0.2 if self.bar is not None else PLAIN_SECONDS):
             self.last = now
-            seconds, characters = progress.seconds - self.mark[0], progress.characters - self.mark[1]
-            self.mark = (progress.seconds, progress.characters)
-            self.speed = characters / seconds if seconds else 0.0
-            loss = f"loss {np.mean(progress.losses[-20:]) * BITS:.3f} bits/char"
             if self.bar is not None:
-                self.bar.set_postfix_str(f"{loss}, {self.speed:,.0f} chars/s", refresh=False)
+                self.bar.set_postfix_str(text(), refresh=False)
             else:
-                print(f"step {progress.step}/{progress.total or '?'}  {loss}  {self.speed:,.0f} chars/s  {self.left()}")
+                print(f"step {step}/{total or '?'}  {text()}  {self.left(step, total)}", flush=True)
         if self.bar is not None:
-            self.bar.total = progress.total
-            self.bar.update(progress.step - self.bar.n)
+            self.bar.total = total
+            self.bar.update(step - self.bar.n)
 
-    def left(self) -> str:
-        if self.progress.total is None:
+    def left(self, step: int, total: int | None) -> str:
+        if total is None:
             return "measuring the speed"
-        seconds = (self.progress.total - self.progress.step) * self.progress.seconds / self.progress.step
+        seconds = (total - step) * (time.monotonic() - self.begun) / max(step - self.first, 1)
         return f"{seconds // 60:.0f}m{seconds % 60:02.0f}s left"
 
     def line(self, text: str) -> None:
@@ -64,6 +60,25 @@ class Display:
         if self.bar is not None:
             self.bar.refresh()
             self.bar.close()
+
+
+class Display(Bar):
+    """The demo's bar: loss and speed."""
+
+    def __init__(self, progress: Progress) -> None:
+        super().__init__(progress.step)
+        self.progress = progress
+        self.mark = (progress.seconds, progress.characters)
+
+    def show(self) -> None:
+        self.update(self.progress.step, self.progress.total, self.text)
+
+    def text(self) -> str:
+        progress = self.progress
+        seconds, characters = progress.seconds - self.mark[0], progress.characters - self.mark[1]
+        self.mark = (progress.seconds, progress.characters)
+        speed = characters / seconds if seconds else 0.0
+        return f"loss {np.mean(progress.losses[-20:]) * BITS:.3f} bits/char  {speed:,.0f} chars/s"
 
 
 def picture(progress: Progress, path: Path, title: str) -> bool:

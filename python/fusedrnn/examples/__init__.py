@@ -1,0 +1,14 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Examples: what recurrent networks are used for, each with its data, in a minute, with a figure and a picture.
+
+Run one with `python -m fusedrnn.examples.NAME`; `--help` says what it does, `--quick` is a smoke run of seconds.
+`pip install "fusedrnn[examples]"` brings what they need: matplotlib, scikit-learn, statsmodels.
+
+NAME              kind                      what it learns
+forecast          many-to-one               the CO2 in the air in the next year, from the three before
+digits            many-to-one               handwritten digits, read row by row
+
+Many-to-many, with truncated backpropagation and checkpoints: `python -m fusedrnn demo`, a character language model.
+"""
+
+NAMES = ("forecast", "digits")
