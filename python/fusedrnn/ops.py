@@ -241,6 +241,7 @@ def mingru(
     recompute: bool = False,
     return_cells: bool = False,
     backend: str | None = None,
+    reuse: Tape | None = None,
 ) -> Any:
     """Run a minGRU (Feng et al. 2024): z = sigmoid(x Wz^T + bz), n = x Wn^T + bn, h = (1 - z) h' + z n.
 
@@ -271,7 +272,7 @@ def mingru(
         clip_grad=clip_grad,
         recompute=recompute,
     )
-    return _forward(checked, x, training, return_cells, backend, None)
+    return _forward(checked, x, training, return_cells, backend, reuse)
 
 
 def minlstm(
@@ -293,6 +294,7 @@ def minlstm(
     recompute: bool = False,
     return_cells: bool = False,
     backend: str | None = None,
+    reuse: Tape | None = None,
 ) -> Any:
     """Run a minLSTM (Feng et al. 2024): i, f = sigmoid(x Wi^T + bi, x Wf^T + bf), g = x Wg^T + bg,
     h = (f h' + i g) / (f + i).
@@ -324,7 +326,7 @@ def minlstm(
         clip_grad=clip_grad,
         recompute=recompute,
     )
-    return _forward(checked, x, training, return_cells, backend, None)
+    return _forward(checked, x, training, return_cells, backend, reuse)
 
 
 def lstm_backward(tape: Tape, dy: _Array | None = None, dstate: Any = None, dcells: _Array | None = None) -> Any:

@@ -44,24 +44,27 @@ from . import check, tbptt
 from . import params as parameters
 from .cells import CELLS, dropout
 from .cells.cell import Cell
-from .layers import GRU, LSTM, RNN
+from .layers import GRU, LSTM, RNN, MinGRU, MinLSTM
 
 __all__ = ["RTRL", "Chunk", "chunks"]
 
 _Array = np.ndarray
 
+LAYERS = (RNN, LSTM, GRU, MinGRU, MinLSTM)
+OPTIONS = ("nonlinearity", "clip_cell", "coupled", "reset_after")  # of layers, beside those that all have
 BLOCK = 1 << 17  # bytes of sensitivities that one product takes at a time: they stay in the second-level cache
 
 
 class RTRL:
     """A layer that learns while it runs: `step` goes one step on, `gradient` tells the gradient of that step's loss.
 
-    layer          an RNN, LSTM or GRU (both forms) of one direction, any number of layers. Its `parameters` are read
-                   anew at every step; change them in place whenever you like
+    layer          an RNN, LSTM, GRU (both forms), MinGRU or MinLSTM of one direction, any number of layers. Its
+                   `parameters` are read anew at every step; change them in place whenever you like
     state          the state before the first step, as the layer takes it: h (L,B,H), or (h, c); None: zeros
     approximation  None: exact. "diagonal": keep only what a unit's own weights do to that unit's own state (SnAp-1 of
                    Menick et al. 2021); layers beneath learn from what reaches them within the step. Exact for one layer
-                   whose recurrent weights connect no unit with another
+                   whose recurrent weights connect no unit with another; one layer of MinGRU or MinLSTM, which have
+                   none, is always kept so
 
     With n states a unit (2 for the LSTM, else 1) and P weights a layer (G*H*(I+H+1); the GRU keeps H more):
 
@@ -85,9 +88,13 @@ class RTRL:
     """
 
     def __init__(self, layer: Any, state: Any = None, *, approximation: str | None = None) -> None:
-        if not isinstance(layer, RNN | LSTM | GRU):
-            fix = "PyTorch modules: make one with fusedrnn's constructor and load_state_dict."
-            check.fail("RTRL", "layer", f"is a {type(layer).__name__}", "a fusedrnn RNN, LSTM or GRU", fix, TypeError)
+        if not isinstance(layer, LAYERS):
+            expected = f"a fusedrnn {', '.join(one.__name__ for one in LAYERS)}"
+            fix = "For a PyTorch module, make one of these and call its load_state_dict."
+            check.fail("RTRL", "layer", f"is a {type(layer).__name__}", expected, fix, TypeError)
+        for name, value in layer._options().items():
+            if value and name not in OPTIONS:
+                check.fail("RTRL", "layer", f"has {name}={value!r}", f"no {name}", "RTRL does not know that option.")
         if layer.bidirectional:
             why = "The other begins at the end of the sequence, which an online method never sees."
             check.fail("RTRL", "layer", "is bidirectional", "one direction", why)
@@ -104,6 +111,7 @@ class RTRL:
         )
         sizes = [layer.input_size] + [layer.hidden_size] * (layer.num_layers - 1)
         self._columns = [Columns.of(self._cell, I, layer.hidden_size, layer.bias) for I in sizes]
+        self._diagonal = approximation == "diagonal" or (layer.num_layers == 1 and not self._cell.state_product)
         self._weights()  # refuses what does not fit now, not at the first step
         self._given = self._initial(state)
         self._states: list[list[_Array]] = []  # per layer: h, and c for the LSTM, (B,H); made by the first step
@@ -154,7 +162,7 @@ class RTRL:
             expected = f"{(*given[0].shape[1:-1], layer.input_size)} from the state {given[0].shape}"
             check.fail("RTRL.step", "x_t", got, expected)
         self._states = [[part[n].reshape(B, H).copy() for part in given] for n in range(layer.num_layers)]
-        kind = Diagonal if self.approximation else Exact
+        kind = Diagonal if self._diagonal else Exact
         self._sensitivities = kind(self._columns, count, B, H, layer.dtype)
         self._given = None
 
@@ -261,7 +269,7 @@ class RTRL:
         found, state = self._sensitivities.gradient(errors)
         grads: dict[str, Any] = {}
         for n, (columns, blocks) in enumerate(zip(self._columns, found, strict=True)):
-            for kind, array in zip(parameters.KINDS, columns.parameters(blocks), strict=False):
+            for kind, array in columns.parameters(blocks).items():
                 grads[f"{kind}_l{n}"] = array
         starts = [np.stack([own[q] for own in state]) for q in range(count)]
         if self._unbatched:
@@ -309,15 +317,15 @@ class Columns:
             for s in range(self.cell.sums)
         ]
 
-    def parameters(self, blocks: list[_Array]) -> list[_Array]:
-        """The gradients dW, dR, dbW, dbR from those of each sum's weights, (H,w) per sum."""
+    def parameters(self, blocks: list[_Array]) -> dict[str, _Array]:
+        """The gradients of a layer's parameters, by kind, from those of each sum's weights, (H,w) per sum."""
         of_x = [blocks[s] for s in self.cell.x_sum]
         of_h = [blocks[s] for s in self.cell.h_sum]
-        result = [np.concatenate([block[:, : self.I] for block in of_x])]
-        result.append(np.concatenate([block[:, block.shape[1] - self.H - self.bias :][:, : self.H] for block in of_h]))
-        if self.bias:
-            result += [np.concatenate([block[:, -1] for block in of]) for of in (of_x, of_h)]
-        return result
+        parts = {"weight_ih": [block[:, : self.I] for block in of_x]}
+        parts["weight_hh"] = [block[:, block.shape[1] - self.H - self.bias :][:, : self.H] for block in of_h]
+        parts["bias_ih"] = [block[:, -1] for block in of_x]
+        parts["bias_hh"] = [block[:, -1] for block in of_h]
+        return {kind: np.concatenate(parts[kind]) for kind in parameters.kinds(self.cell.name, self.bias)}
 
 
 @dataclass(slots=True)
@@ -330,7 +338,7 @@ class Linear:
 
     columns: Columns
     W: _Array  # (G,H,I)
-    R: _Array  # (G,H,H)
+    R: _Array  # (G,H,H), or (0,H,H) without a product of states
     state: list[_Array]  # n of (B,H)
     own: _Array  # (B,n,S,H): of a unit's states to its sums
     past: _Array  # (B,n,n,H): of a unit's states to those before, past the products
@@ -406,9 +414,10 @@ def linearise(
         mixed = np.where(alive, to_h, 0), np.where(alive, to_sum, 0)
         multiplied[2] = rh
     else:
-        of_h = h_prev @ R.T if bR is None else h_prev @ R.T + bR
-        for s, part in zip(cell.h_sum, np.split(of_h, cell.gates, axis=1), strict=True):
-            a[s] = a[s] + part
+        if cell.state_product:
+            of_h = h_prev @ R.T if bR is None else h_prev @ R.T + bR
+            for s, part in zip(cell.h_sum, np.split(of_h, cell.gates, axis=1), strict=True):
+                a[s] = a[s] + part
         kept, h, c = cell.forward(a, h_prev, c_prev, clip)
         after = [h, c][:n]
         da, dh_prev, dc_prev = cell.backward(kept, h_prev, h, c_prev, c, clip, dh, dc)
@@ -421,7 +430,7 @@ def linearise(
     return Linear(
         columns,
         W.reshape(cell.gates, H, columns.I),
-        R.reshape(cell.gates, H, H),
+        np.zeros((0, H, H), dtype) if R is None else R.reshape(cell.gates, H, H),
         [np.where(alive, new, old) for new, old in zip(after, before, strict=True)],
         np.where(alive, own, 0).transpose(2, 0, 1, 3),
         np.where(alive, past, unmoved).transpose(2, 0, 1, 3),
