@@ -13,5 +13,6 @@ PYBIND11_MODULE(_core, module) {
   fusedrnn::bindings::register_lane(module);
   fusedrnn::bindings::register_clip(module);
   fusedrnn::bindings::register_ctc(module);
+  fusedrnn::bindings::register_cuda(module);
   fusedrnn::bindings::register_torch_lane(module);
 }

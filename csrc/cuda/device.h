@@ -54,10 +54,14 @@ struct TF32 {  // float32 in memory, 10 bits of fraction inside a product
   static constexpr int kPer = 4;
   static FUSEDRNN_DEVICE float load(Storage v) { return v; }
   static FUSEDRNN_DEVICE Storage store(float v) { return v != v ? __uint_as_float(0x7FC00000u) : v; }
-  static FUSEDRNN_DEVICE Storage operand(Storage v) {
+  static FUSEDRNN_DEVICE Storage operand(Storage v) {  // to nearest, ties away from zero
+#if __CUDA_ARCH__ >= 800
     u32 r;
     asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(r) : "f"(v));
     return store(__uint_as_float(r));
+#else
+    return v - v == 0 ? __uint_as_float((__float_as_uint(v) + 0x1000u) & ~0x1FFFu) : store(v);
+#endif
   }
 };
 

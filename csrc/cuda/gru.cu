@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "call.h"
+#include "gpu.h"
 
 namespace fusedrnn::cuda {
-Status run_gru(const Call& call) { return run_cell<cells::Gru>(call); }
-Status run_gru_reset_before(const Call& call) { return run_cell<cells::GruResetBefore>(call); }
+Status run_gru(const Call& call) { return run_cell<cells::Gru, Gpu>(call); }
+Status run_gru_reset_before(const Call& call) { return run_cell<cells::GruResetBefore, Gpu>(call); }
 }  // namespace fusedrnn::cuda

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "call.h"
+#include "gpu.h"
 
 namespace fusedrnn::cuda {
-Status run_lstm(const Call& call) { return run_cell<cells::Lstm>(call); }
+Status run_lstm(const Call& call) { return run_cell<cells::Lstm, Gpu>(call); }
 }  // namespace fusedrnn::cuda

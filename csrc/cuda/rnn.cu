@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "call.h"
+#include "gpu.h"
 
 namespace fusedrnn::cuda {
-Status run_rnn_tanh(const Call& call) { return run_cell<cells::Rnn<false>>(call); }
-Status run_rnn_relu(const Call& call) { return run_cell<cells::Rnn<true>>(call); }
+Status run_rnn_tanh(const Call& call) { return run_cell<cells::Rnn<false>, Gpu>(call); }
+Status run_rnn_relu(const Call& call) { return run_cell<cells::Rnn<true>, Gpu>(call); }
 }  // namespace fusedrnn::cuda

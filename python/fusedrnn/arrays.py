@@ -3,11 +3,15 @@
 
 Axes are written as letters: T steps, E weight sets, B rows, I inputs, H units, G gate rows (gates * H), J outputs
 (directions * H), S state rows (layers * directions), L layers. Every function makes views; nothing large is copied.
+
+Arrays on a CUDA device come from any library that speaks `__cuda_array_interface__` (CuPy, Numba, ...); inside they are
+`DeviceArray`s, and results are made by the user's library: see MAKERS.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -28,6 +32,8 @@ def kind(value: Any) -> str:
         return f"a NumPy {value.dtype} array of shape {value.shape}"
     if value is None:
         return "None"
+    if isinstance(value, DeviceArray):
+        value = value.owner
     module = type(value).__module__.partition(".")[0]
     name = type(value).__name__
     return f"a {name}" if module == "builtins" else f"a {module}.{name}"
@@ -65,7 +71,151 @@ def view(array: Any, axes: str, target: str, sets: int = 1, *, write: bool = Fal
     order, index = _plan(axes, target)
     result = (array if order is None else array.transpose(order))[index]
     if sets != 1 and "E" in target and "E" not in axes:
+        if isinstance(result, DeviceArray):
+            return result.spread(target.index("E"), sets)
         shape = tuple(sets if a == "E" else n for a, n in zip(target, result.shape, strict=True))
         strides = tuple(0 if a == "E" else s for a, s in zip(target, result.strides, strict=True))
         result = np.lib.stride_tricks.as_strided(result, shape, strides, writeable=write)
     return result
+
+
+# Arrays on a CUDA device.
+
+
+class DeviceArray:
+    """Where an array lies on a CUDA device, as kernels see it, and whose it is. Indexing and transposing make views.
+
+    pointer, shape, strides (bytes), kind (the dtype's name; "bfloat16" too), stream (that its library works on), owner
+    (the array of the user's library that keeps the memory).
+    """
+
+    __slots__ = ("kind", "itemsize", "owner", "pointer", "shape", "stream", "strides")
+
+    def __init__(
+        self, owner: Any, pointer: int, shape: tuple[int, ...], strides: tuple[int, ...], kind: str, size: int, stream: int
+    ) -> None:
+        self.owner, self.pointer, self.shape, self.strides = owner, pointer, shape, strides
+        self.kind, self.itemsize, self.stream = kind, size, stream
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return np.dtype(self.kind)
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64))
+
+    def _view(self, shape: Any, strides: Any) -> DeviceArray:
+        return DeviceArray(
+            self.owner, self.pointer, tuple(shape), tuple(strides), self.kind, self.itemsize, self.stream
+        )
+
+    def transpose(self, order: Any) -> DeviceArray:
+        return self._view((self.shape[n] for n in order), (self.strides[n] for n in order))
+
+    def __getitem__(self, index: tuple[Any, ...]) -> DeviceArray:
+        """As `view` indexes: slice(None) keeps an axis, None makes one."""
+        shape, strides, axis = [], [], 0
+        for part in index:
+            shape.append(1 if part is None else self.shape[axis])
+            strides.append(0 if part is None else self.strides[axis])
+            axis += part is not None
+        return self._view(shape, strides)
+
+    def spread(self, axis: int, sets: int) -> DeviceArray:
+        """With stride 0 on an axis of so many weight sets."""
+        shape, strides = list(self.shape), list(self.strides)
+        shape[axis], strides[axis] = sets, 0
+        return self._view(shape, strides)
+
+    def new(self, shape: tuple[int, ...], dtype: Any) -> DeviceArray:
+        """A new array of the same library on the same device, with undefined contents."""
+        made = _maker(self.owner)(tuple(shape), np.dtype(dtype), self.owner)
+        result = device_array(made)
+        assert result is not None
+        return result
+
+
+def _cupy(shape: tuple[int, ...], dtype: Any, like: Any) -> Any:
+    import cupy
+
+    with like.device:
+        return cupy.empty(shape, dtype)
+
+
+def _numba(shape: tuple[int, ...], dtype: Any, like: Any) -> Any:
+    from numba import cuda
+
+    return cuda.device_array(shape, dtype)
+
+
+# Library (the package that a type comes from) -> what makes an array of it: f(shape, dtype, like). More may be added.
+MAKERS: dict[str, Callable[[tuple[int, ...], Any, Any], Any]] = {"cupy": _cupy, "numba": _numba}
+
+
+def _maker(value: Any) -> Callable[[tuple[int, ...], Any, Any], Any]:
+    for base in type(value).__mro__:
+        if maker := MAKERS.get(base.__module__.partition(".")[0]):
+            return maker
+    raise TypeError(
+        f"fusedrnn: x is {kind(value)} on a CUDA device; expected one of {', '.join(sorted(MAKERS))}: nothing is known "
+        "that makes results of its library. Pass cupy.asarray(x), or add the library to fusedrnn.arrays.MAKERS."
+    )
+
+
+def device_array(value: Any) -> DeviceArray | None:
+    """What lies on a CUDA device, as kernels see it; None for everything else.
+
+    >>> device_array(np.zeros(3)) is None
+    True
+    """
+    if isinstance(value, DeviceArray):
+        return value
+    if isinstance(value, np.ndarray) or not hasattr(type(value), "__cuda_array_interface__"):
+        return None
+    if type(value).__module__.partition(".")[0] == "torch":
+        return None  # has gradients and a way of its own: fusedrnn.torch
+    face = value.__cuda_array_interface__
+    dtype = np.dtype(face["typestr"])
+    if face.get("mask") is not None:
+        raise TypeError("fusedrnn: an array on a CUDA device has a mask; expected plain values. Pass lengths for padding.")
+    shape = tuple(face["shape"])
+    strides = face.get("strides")
+    if strides is None:
+        strides, step = [], dtype.itemsize
+        for n in reversed(shape):
+            strides.insert(0, step)
+            step *= n
+    return DeviceArray(
+        value, int(face["data"][0] or 0), shape, tuple(strides), dtype.name, dtype.itemsize, face.get("stream") or 0
+    )
+
+
+def on_device(value: Any) -> Any:
+    """A nesting of dicts, lists and tuples with its arrays on CUDA devices as `DeviceArray`s, the rest as it is."""
+    if isinstance(value, dict):
+        return {key: on_device(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(on_device, value)) if type(value) in (list, tuple) else [on_device(v) for v in value]
+    found = device_array(value)
+    return value if found is None else found
+
+
+def users(value: Any) -> Any:
+    """The inverse, for results."""
+    if isinstance(value, DeviceArray):
+        return value.owner
+    if isinstance(value, dict):
+        return {key: users(item) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return tuple(map(users, value))
+    return value
+
+
+def empty(shape: tuple[int, ...], dtype: Any, like: Any) -> Any:
+    """A new array with undefined contents where `like` is."""
+    return like.new(shape, dtype) if isinstance(like, DeviceArray) else np.empty(shape, dtype)

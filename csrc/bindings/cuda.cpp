@@ -1,0 +1,380 @@
+// SPDX-License-Identifier: Apache-2.0
+// The CUDA backend for backends/cuda.py: the submodule _core.cuda, or None in a build without CUDA.
+//
+// An array is any object with `pointer` (int), `shape` and `strides` (tuples; bytes) and `kind` (its dtype's name). Its
+// shape, type and strides are checked here; whose memory the pointer is, nobody can check. Streams are integers. No
+// memory is taken: `Forward` and `Backward` say how much a call needs, and `run` gets it.
+#include "bindings/bindings.h"
+
+#ifdef FUSEDRNN_HAVE_CUDA
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "cuda/cuda.h"
+#endif
+
+namespace fusedrnn::bindings {
+
+namespace py = pybind11;
+
+#ifndef FUSEDRNN_HAVE_CUDA
+
+void register_cuda(py::module_& module) { module.attr("cuda") = py::none(); }
+
+#else
+
+namespace {
+
+constexpr const char* kDtypes[] = {"float32", "float64", "bfloat16", "float16"};  // in the order of Dtype
+constexpr int64_t kSizes[] = {4, 8, 2, 2};
+
+// RuntimeError: what CUDA, or a library, or a kernel says. Python makes its own exception of it.
+void raise(const cuda::Status& status) {
+  if (!status.empty()) throw std::runtime_error(status);
+}
+
+[[noreturn]] void fail(const std::string& text) { throw py::value_error("cuda: " + text); }
+
+Dtype dtype_of(const std::string& kind, const std::string& name) {
+  for (int i = 0; i < 4; ++i)
+    if (kind == kDtypes[i]) return static_cast<Dtype>(i);
+  throw py::type_error("cuda: " + name + " has dtype " + kind + "; expected float16, bfloat16, float32 or float64");
+}
+
+std::string shape_text(const int64_t* shape, int rank) {
+  std::string text = "(";
+  for (int i = 0; i < rank; ++i) text += (i ? ", " : "") + std::to_string(shape[i]);
+  return text + (rank == 1 ? ",)" : ")");
+}
+
+void* pointer_of(py::handle object) { return reinterpret_cast<void*>(object.attr("pointer").cast<uintptr_t>()); }
+
+// Null for None.
+template <int Rank>
+Array<Rank> array(py::handle object, const std::string& name, const int64_t (&shape)[Rank], const std::string& kind,
+                  int64_t size) {
+  Array<Rank> out;
+  if (object.is_none()) return out;
+  const auto got = object.attr("shape").cast<std::vector<int64_t>>();
+  const auto strides = object.attr("strides").cast<std::vector<int64_t>>();
+  if (const auto own = object.attr("kind").cast<std::string>(); own != kind)
+    throw py::type_error("cuda: " + name + " has dtype " + own + "; expected " + kind);
+  bool fits = got.size() == Rank && strides.size() == Rank;
+  int64_t elements = 1;
+  for (int i = 0; fits && i < Rank; ++i) fits = got[static_cast<size_t>(i)] == shape[i], elements *= shape[i];
+  if (!fits)
+    fail(name + " has shape " + shape_text(got.data(), static_cast<int>(got.size())) + "; expected " +
+         shape_text(shape, Rank));
+  for (int i = 0; i < Rank; ++i) {
+    const int64_t stride = strides[static_cast<size_t>(i)];
+    if (stride % size != 0 && shape[i] > 1) fail(name + " has strides that are no whole elements");
+    out.stride[i] = stride / size;
+  }
+  out.data = pointer_of(object);
+  if (elements == 0) out.data = reinterpret_cast<void*>(uintptr_t{256});  // there, though nothing is in it
+  if (!out.data) fail(name + " has no memory");
+  return out;
+}
+
+// One call: what goes in and out, kept as pointers. Python keeps the arrays.
+class Call {
+ public:
+  Call(py::handle given, py::handle p, int route, bool tf32) {
+    settings_.route = route;
+    settings_.f32 = tf32 ? cuda::Precision::tf32 : cuda::Precision::strict;
+    if (route < -1 || route > 3) fail("route is " + std::to_string(route) + "; expected -1..3");
+    Sizes& s = problem_.sizes;
+    const auto cell = given.attr("cell").cast<std::string>();
+    if (!find_cell(cell.c_str(), &problem_.cell)) fail("cell is '" + cell + "'; the kernels know no such cell");
+    s.T = size(given, "T", 0), s.E = size(given, "E", 1), s.B = size(given, "B", 0);
+    s.I = size(given, "I", 0), s.H = size(given, "H", 1);
+    s.L = static_cast<int32_t>(size(given, "L", 1)), s.D = static_cast<int32_t>(size(given, "D", 1));
+    if (s.D > 2) fail("D is " + std::to_string(s.D) + "; expected 1 or 2");
+    // what kernels and products count with 32 bits
+    const double rows = static_cast<double>(s.T) * static_cast<double>(s.B);
+    if (rows > 2e9 || static_cast<double>(s.E) * s.D * s.B * 4 * (s.H + 8) > 2e9 || 4.0 * (s.H + 8) * (s.H + 8) > 2e9)
+      fail("T=" + std::to_string(s.T) + " E=" + std::to_string(s.E) + " B=" + std::to_string(s.B) + " H=" +
+           std::to_string(s.H) + " are too large: a product has at most 2e9 rows, and a step 2e9 pre-activations");
+    problem_.reverse = given.attr("reverse").cast<bool>();
+    problem_.reset_to_initial = given.attr("reset_to_initial").cast<bool>();
+    problem_.recompute = given.attr("recompute").cast<bool>();
+    problem_.clip_cell = given.attr("clip_cell").cast<double>();
+    problem_.clip_grad = given.attr("clip_grad").cast<double>();
+    problem_.dropout = given.attr("dropout").cast<double>();
+    problem_.seed = given.attr("seed").cast<uint64_t>();
+    if (given.attr("bf16_weights").cast<bool>()) fail("bf16_weights is set; expected weights of x's dtype");
+    if (problem_.reverse && s.D == 2) fail("reverse is set; expected one direction with it, but D is 2");
+    kind_ = p.attr("x").attr("kind").cast<std::string>();
+    problem_.dtype = dtype_of(kind_, "x");
+    problem_.lengths = array<2>(given.attr("lengths"), "lengths", {s.E, s.B}, "int64", 8);
+    problem_.reset = array<3>(given.attr("reset"), "reset", {s.T, s.E, s.B}, "uint8", 1);
+    p_ = arguments(p, "", p_params_);
+    for (const Params& w : p_params_)
+      if (!w.W.data || !w.R.data) fail("params lack W or R");
+    if (static_cast<int64_t>(p_params_.size()) != s.L * s.D || !p_.x.data) fail("x or params are missing");
+  }
+
+  size_t workspace_bytes() const { return workspace_; }
+  size_t tape_bytes() const { return tape_; }
+  const char* route() const { return route_; }
+
+ protected:
+  void find_route(bool backward) {
+    const char *forward_route = "", *backward_route = "";
+    raise(cuda::routes(problem_, settings_, &forward_route, &backward_route));
+    route_ = backward ? backward_route : forward_route;
+  }
+
+  static int64_t size(py::handle given, const char* name, int64_t least) {
+    const auto n = given.attr(name).cast<int64_t>();
+    if (n < least || n > (int64_t{1} << 31) - 1) fail(std::string(name) + " is " + std::to_string(n));
+    return n;
+  }
+
+  template <int Rank>
+  Array<Rank> read(py::handle object, const std::string& name, const int64_t (&shape)[Rank]) const {
+    return array<Rank>(object, name, shape, kind_, kSizes[static_cast<int>(problem_.dtype)]);
+  }
+
+  Arguments arguments(py::handle given, const std::string& role, std::vector<Params>& params) const {
+    const Sizes& s = problem_.sizes;
+    Arguments out;
+    const int64_t state[4] = {s.L * s.D, s.E, s.B, s.H};
+    out.x = read<4>(given.attr("x"), role + "x", {s.T, s.E, s.B, s.I});
+    out.h0 = read<4>(given.attr("h0"), role + "h0", state);
+    out.c0 = read<4>(given.attr("c0"), role + "c0", state);
+    if (problem_.cell != CellKind::lstm && out.c0.data) fail(role + "c0 is given; only lstm has it");
+    const int64_t rows = facts_of(problem_.cell).gates * s.H;
+    for (const py::handle entry : given.attr("params")) {
+      const int64_t index = static_cast<int64_t>(params.size());
+      const std::string name = role + "params[" + std::to_string(index) + "].";
+      const auto tuple = py::reinterpret_borrow<py::sequence>(entry);
+      Params w;
+      w.W = read<3>(py::object(tuple[0]), name + "W", {s.E, rows, index < s.D ? s.I : s.D * s.H});
+      w.R = read<3>(py::object(tuple[1]), name + "R", {s.E, rows, s.H});
+      w.bW = read<2>(py::object(tuple[2]), name + "bW", {s.E, rows});
+      w.bR = read<2>(py::object(tuple[3]), name + "bR", {s.E, rows});
+      params.push_back(w);
+    }
+    if (!params.empty() && static_cast<int64_t>(params.size()) != s.L * s.D)
+      fail(role + "params has " + std::to_string(params.size()) + " entries; expected " + std::to_string(s.L * s.D));
+    out.params = params.empty() ? nullptr : params.data();
+    return out;
+  }
+
+  Results results(py::handle given, const std::string& role) const {
+    const Sizes& s = problem_.sizes;
+    Results out;
+    const int64_t state[4] = {s.L * s.D, s.E, s.B, s.H};
+    out.y = read<4>(given.attr("y"), role + "y", {s.T, s.E, s.B, s.D * s.H});
+    out.hn = read<4>(given.attr("hn"), role + "hn", state);
+    out.cn = read<4>(given.attr("cn"), role + "cn", state);
+    if (problem_.cell != CellKind::lstm && out.cn.data) fail(role + "cn is given; only lstm has it");
+    out.cells = read<5>(given.attr("cells"), role + "cells", {s.L, s.T, s.E, s.B, s.D * s.H});
+    return out;
+  }
+
+  Problem problem_;
+  cuda::Settings settings_;
+  std::string kind_;
+  std::vector<Params> p_params_, dp_params_;
+  Arguments p_, dp_;
+  size_t workspace_ = 0, tape_ = 0;
+  const char* route_ = "";
+};
+
+class Forward : public Call {
+ public:
+  Forward(py::handle problem, py::handle p, py::handle out, bool keep, int route, bool tf32)
+      : Call(problem, p, route, tf32), keep_(keep), out_(results(out, "out.")) {
+    cuda::Status status;
+    const cuda::OnDevice device(p_.params[0].W.data, &status);
+    raise(status);
+    find_route(false);
+    if (keep) raise(cuda::tape_bytes(problem_, settings_, &tape_));
+    raise(cuda::forward_workspace_bytes(problem_, p_, out_, keep, settings_, &workspace_));
+  }
+  void run(uintptr_t tape, uintptr_t workspace, uintptr_t stream) {
+    cuda::Status status;
+    {
+      const py::gil_scoped_release release;
+      const cuda::OnDevice device(p_.params[0].W.data, &status);
+      if (status.empty())
+        status = cuda::forward(problem_, p_, out_, reinterpret_cast<void*>(tape), keep_,
+                               reinterpret_cast<void*>(workspace), settings_, reinterpret_cast<void*>(stream));
+    }
+    raise(status);
+  }
+
+ private:
+  bool keep_;
+  Results out_;
+};
+
+class Backward : public Call {
+ public:
+  Backward(py::handle problem, py::handle p, py::handle g, py::handle dp, int route, bool tf32)
+      : Call(problem, p, route, tf32), g_(results(g, "g.")) {
+    dp_ = arguments(dp, "dp.", dp_params_);
+    cuda::Status status;
+    const cuda::OnDevice device(p_.params[0].W.data, &status);
+    raise(status);
+    find_route(true);
+    raise(cuda::tape_bytes(problem_, settings_, &tape_));
+    raise(cuda::backward_workspace_bytes(problem_, p_, g_, dp_, settings_, &workspace_));
+  }
+  void run(uintptr_t tape, uintptr_t workspace, uintptr_t stream) {
+    cuda::Status status;
+    {
+      const py::gil_scoped_release release;
+      const cuda::OnDevice device(p_.params[0].W.data, &status);
+      if (status.empty())
+        status = cuda::backward(problem_, p_, reinterpret_cast<const void*>(tape), g_, dp_,
+                                reinterpret_cast<void*>(workspace), settings_, reinterpret_cast<void*>(stream));
+    }
+    raise(status);
+  }
+
+ private:
+  Results g_;
+};
+
+// Arrays of any rank as runs without gaps: axes by growing stride, the innermost ones joined.
+std::vector<cuda::Span> spans_of(const py::sequence& arrays) {
+  std::vector<cuda::Span> spans;
+  for (size_t i = 0; i < arrays.size(); ++i) {
+    const py::object object = arrays[i];
+    const std::string name = "arrays[" + std::to_string(i) + "]";
+    const Dtype dtype = dtype_of(object.attr("kind").cast<std::string>(), name);
+    const int64_t bytes = kSizes[static_cast<int>(dtype)];
+    const auto shape = object.attr("shape").cast<std::vector<int64_t>>();
+    const auto strides = object.attr("strides").cast<std::vector<int64_t>>();
+    auto* start = static_cast<char*>(pointer_of(object));
+    std::vector<std::pair<int64_t, int64_t>> axes;  // stride, extent
+    int64_t elements = 1;
+    for (size_t k = 0; k < shape.size(); ++k) {
+      elements *= shape[k];
+      if (shape[k] <= 1) continue;
+      if (strides[k] < 0) start += strides[k] * (shape[k] - 1);
+      axes.emplace_back(std::llabs(strides[k]), shape[k]);
+    }
+    if (elements == 0) continue;
+    std::sort(axes.begin(), axes.end());
+    int64_t covered = bytes;
+    size_t inner = 0;
+    while (inner < axes.size() && axes[inner].first == covered) covered *= axes[inner++].second;
+    int64_t reach = covered;
+    for (size_t k = inner; k < axes.size(); ++k) {
+      if (axes[k].first < reach || axes[k].first % bytes != 0) fail(name + " has elements that share memory");
+      reach += axes[k].first * (axes[k].second - 1);
+    }
+    std::vector<int64_t> index(axes.size(), 0);
+    for (;;) {
+      spans.push_back({start, covered / bytes, dtype});
+      size_t k = inner;
+      for (; k < axes.size(); ++k) {
+        start += axes[k].first;
+        if (++index[k] < axes[k].second) break;
+        start -= axes[k].first * axes[k].second;
+        index[k] = 0;
+      }
+      if (k == axes.size()) break;
+    }
+  }
+  return spans;
+}
+
+size_t clip_workspace_bytes(const py::sequence& arrays) {
+  const std::vector<cuda::Span> spans = spans_of(arrays);
+  return cuda::clip_workspace_bytes(spans.data(), spans.size());
+}
+
+void clip_norm(const py::sequence& arrays, double order, double max_norm, uintptr_t norm, uintptr_t workspace,
+               uintptr_t stream) {
+  if (order != 1 && order != 2 && order != HUGE_VAL)
+    fail("norm_type is " + std::to_string(order) + "; expected 1, 2 or inf");
+  const std::vector<cuda::Span> spans = spans_of(arrays);
+  cuda::Status status;
+  const cuda::OnDevice device(reinterpret_cast<void*>(norm), &status);
+  raise(status);
+  raise(cuda::clip_norm(spans.data(), spans.size(), order, max_norm, reinterpret_cast<double*>(norm),
+                        reinterpret_cast<void*>(workspace), reinterpret_cast<void*>(stream)));
+}
+
+void clip_value(const py::sequence& arrays, double limit, uintptr_t stream) {
+  const std::vector<cuda::Span> spans = spans_of(arrays);
+  if (spans.empty()) return;
+  cuda::Status status;
+  const cuda::OnDevice device(spans[0].data, &status);
+  raise(status);
+  raise(cuda::clip_value(spans.data(), spans.size(), limit, reinterpret_cast<void*>(stream)));
+}
+
+py::tuple devices() {
+  std::vector<cuda::Found> found;
+  const cuda::Status why = cuda::devices(&found);
+  py::list list;
+  for (const cuda::Found& d : found) list.append(py::make_tuple(d.name, d.compute, d.multiprocessors, d.bytes));
+  return py::make_tuple(list, why);
+}
+
+void upload(uintptr_t to, const py::buffer& from, uintptr_t stream) {
+  const py::buffer_info info = from.request();
+  cuda::Status status;
+  const cuda::OnDevice device(reinterpret_cast<void*>(to), &status);
+  raise(status);
+  raise(cuda::upload(reinterpret_cast<void*>(to), info.ptr, static_cast<size_t>(info.size * info.itemsize),
+                     reinterpret_cast<void*>(stream)));
+}
+
+void download(const py::buffer& to, uintptr_t from, uintptr_t stream) {
+  const py::buffer_info info = to.request(true);
+  cuda::Status status;
+  const cuda::OnDevice device(reinterpret_cast<void*>(from), &status);
+  raise(status);
+  {
+    const py::gil_scoped_release release;
+    status = cuda::download(info.ptr, reinterpret_cast<void*>(from), static_cast<size_t>(info.size * info.itemsize),
+                            reinterpret_cast<void*>(stream));
+  }
+  raise(status);
+}
+
+}  // namespace
+
+void register_cuda(py::module_& module) {
+  py::module_ m = module.def_submodule("cuda");
+  m.attr("architectures") = std::string(cuda::built_for());
+  m.def("devices", &devices);
+  py::class_<Forward>(m, "Forward")
+      .def(py::init<py::handle, py::handle, py::handle, bool, int, bool>(), py::arg("problem"), py::arg("p"),
+           py::arg("out"), py::arg("keep"), py::arg("route"), py::arg("tf32"))
+      .def_property_readonly("route", &Forward::route)
+      .def_property_readonly("tape_bytes", &Forward::tape_bytes)
+      .def_property_readonly("workspace_bytes", &Forward::workspace_bytes)
+      .def("run", &Forward::run, py::arg("tape"), py::arg("workspace"), py::arg("stream"));
+  py::class_<Backward>(m, "Backward")
+      .def(py::init<py::handle, py::handle, py::handle, py::handle, int, bool>(), py::arg("problem"), py::arg("p"),
+           py::arg("g"), py::arg("dp"), py::arg("route"), py::arg("tf32"))
+      .def_property_readonly("route", &Backward::route)
+      .def_property_readonly("tape_bytes", &Backward::tape_bytes)
+      .def_property_readonly("workspace_bytes", &Backward::workspace_bytes)
+      .def("run", &Backward::run, py::arg("tape"), py::arg("workspace"), py::arg("stream"));
+  m.def("clip_workspace_bytes", &clip_workspace_bytes, py::arg("arrays"));
+  m.def("clip_norm", &clip_norm, py::arg("arrays"), py::arg("norm_type"), py::arg("max_norm"), py::arg("norm"),
+        py::arg("workspace"), py::arg("stream"));
+  m.def("clip_value", &clip_value, py::arg("arrays"), py::arg("limit"), py::arg("stream"));
+  m.def("upload", &upload, py::arg("to"), py::arg("buffer"), py::arg("stream"));
+  m.def("download", &download, py::arg("buffer"), py::arg("from_"), py::arg("stream"));
+}
+
+#endif
+
+}  // namespace fusedrnn::bindings

@@ -1,0 +1,91 @@
+// SPDX-License-Identifier: Apache-2.0
+// cuda.h: from the entry points to the cell.
+#include "call.h"
+
+namespace fusedrnn::cuda {
+
+namespace {
+
+Status run_any(const Call& call) {
+  if (call.problem->recompute) return "recompute is not built into the CUDA kernels yet; expected recompute = false";
+  switch (call.problem->cell) {
+    case CellKind::rnn_tanh:
+      return run_rnn_tanh(call);
+    case CellKind::rnn_relu:
+      return run_rnn_relu(call);
+    case CellKind::lstm:
+      return run_lstm(call);
+    case CellKind::gru:
+      return run_gru(call);
+    case CellKind::gru_reset_before:
+      return run_gru_reset_before(call);
+    default:
+      break;
+  }
+  return std::string("cell ") + facts_of(call.problem->cell).name + " is none that the CUDA kernels know";
+}
+
+}  // namespace
+
+Status tape_bytes(const Problem& problem, const Settings& settings, size_t* bytes) {
+  return run_any({.kind = Call::Kind::tape_bytes, .problem = &problem, .settings = &settings, .bytes = bytes});
+}
+
+Status forward_workspace_bytes(const Problem& problem, const Arguments& p, const Results& out, bool keep,
+                               const Settings& settings, size_t* bytes) {
+  return run_any({.kind = Call::Kind::forward_bytes,
+                  .problem = &problem,
+                  .p = &p,
+                  .out = &out,
+                  .keep = keep,
+                  .settings = &settings,
+                  .bytes = bytes});
+}
+
+Status backward_workspace_bytes(const Problem& problem, const Arguments& p, const Results& g, const Arguments& dp,
+                                const Settings& settings, size_t* bytes) {
+  return run_any({.kind = Call::Kind::backward_bytes,
+                  .problem = &problem,
+                  .p = &p,
+                  .out = &g,
+                  .dp = &dp,
+                  .settings = &settings,
+                  .bytes = bytes});
+}
+
+Status forward(const Problem& problem, const Arguments& p, const Results& out, void* tape, bool keep, void* workspace,
+               const Settings& settings, void* stream) {
+  return run_any({.kind = Call::Kind::forward,
+                  .problem = &problem,
+                  .p = &p,
+                  .out = &out,
+                  .tape = tape,
+                  .keep = keep,
+                  .workspace = workspace,
+                  .settings = &settings,
+                  .stream = stream});
+}
+
+Status backward(const Problem& problem, const Arguments& p, const void* tape, const Results& g, const Arguments& dp,
+                void* workspace, const Settings& settings, void* stream) {
+  return run_any({.kind = Call::Kind::backward,
+                  .problem = &problem,
+                  .p = &p,
+                  .out = &g,
+                  .dp = &dp,
+                  .tape = const_cast<void*>(tape),
+                  .workspace = workspace,
+                  .settings = &settings,
+                  .stream = stream});
+}
+
+Status routes(const Problem& problem, const Settings& settings, const char** forward_route,
+              const char** backward_route) {
+  return run_any({.kind = Call::Kind::routes,
+                  .problem = &problem,
+                  .settings = &settings,
+                  .forward_route = forward_route,
+                  .backward_route = backward_route});
+}
+
+}  // namespace fusedrnn::cuda

@@ -1,0 +1,86 @@
+// SPDX-License-Identifier: Apache-2.0
+// What a cell's translation unit does with a call, on a machine: the GPU (gpu.h), or in the tests its CPU twin.
+//
+// A machine has: device(), which describes it; Queue, on which the engine runs, from open() (with products) or simple()
+// (kernels alone); kInFront, the bytes of a workspace that open() wants for itself; Shapes<Cell, T>, the persistent
+// kernels that are built; late(), the word that a kernel sets when it gives up a wait, which outlives the call, and
+// gave_up(), which tells of it and forgets it.
+#pragma once
+
+#include <optional>
+
+#include "call.h"
+#include "engine.h"
+
+namespace fusedrnn::cuda {
+
+template <class Cell, class T, class Machine>
+Status run(const Call& call) {
+  using Shapes = typename Machine::template Shapes<Cell, T>;
+  using Forwards = typename Shapes::Forward;
+  using Backwards = typename Shapes::Backward;
+  std::string why;
+  const Device* device = Machine::device(&why);
+  if (!device) return why;
+  const Options options{call.settings->route};
+  const auto count = [&](auto&& body) {
+    Counting queue;
+    Engine<Cell, T, Forwards, Backwards, Counting> engine(queue, *device, options, *call.problem, nullptr);
+    Arena arena(nullptr);
+    body(engine, arena);
+    return arena.most();
+  };
+  switch (call.kind) {
+    case Call::Kind::tape_bytes:
+      count([&](auto& engine, Arena&) { *call.bytes = engine.tape_bytes(); });
+      return {};
+    case Call::Kind::forward_bytes:
+      *call.bytes = Machine::kInFront + count([&](auto& engine, Arena& arena) {
+                      engine.forward(*call.p, *call.out, nullptr, call.keep, arena);
+                    });
+      return {};
+    case Call::Kind::backward_bytes:
+      *call.bytes = Machine::kInFront + count([&](auto& engine, Arena& arena) {
+                      engine.backward(*call.p, nullptr, *call.out, *call.dp, arena);
+                    });
+      return {};
+    case Call::Kind::routes:
+      count([&](auto& engine, Arena&) {
+        constexpr const char* names[] = {"single", "cluster", "grid", "stepwise"};
+        *call.forward_route = names[static_cast<int>(engine.forward_route())];
+        *call.backward_route = names[static_cast<int>(engine.backward_route())];
+      });
+      return {};
+    default:
+      break;
+  }
+  if (Status status = Machine::gave_up(); !status.empty()) return status;
+  std::optional<typename Machine::Queue> queue;
+  if (Status status = Machine::open(call.stream, call.workspace, &queue); !status.empty()) return status;
+  Engine<Cell, T, Forwards, Backwards, typename Machine::Queue> engine(*queue, *device, options, *call.problem,
+                                                                       Machine::late());
+  Arena arena(static_cast<char*>(call.workspace) + Machine::kInFront);
+  if (call.kind == Call::Kind::forward)
+    engine.forward(*call.p, *call.out, call.tape, call.keep, arena);
+  else
+    engine.backward(*call.p, call.tape, *call.out, *call.dp, arena);
+  return queue->failure();
+}
+
+template <class Cell, class Machine>
+Status run_cell(const Call& call) {
+  switch (call.problem->dtype) {
+    case Dtype::f16:
+      return run<Cell, dev::F16, Machine>(call);
+    case Dtype::bf16:
+      return run<Cell, dev::BF16, Machine>(call);
+    case Dtype::f32:
+      return call.settings->f32 == Precision::tf32 ? run<Cell, dev::TF32, Machine>(call)
+                                                   : run<Cell, F32, Machine>(call);
+    case Dtype::f64:
+      return run<Cell, F64, Machine>(call);
+  }
+  return "dtype " + std::to_string(static_cast<int>(call.problem->dtype)) + " is none that the CUDA kernels know";
+}
+
+}  // namespace fusedrnn::cuda

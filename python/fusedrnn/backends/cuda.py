@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CUDA backend: checked calls on arrays.DeviceArray, for `ops`, `clip` and the PyTorch adapter.
+
+Everything is put on the stream that the arrays' library works on, and nothing waits for it. Workspace and tape are
+arrays of that library. Float32 is multiplied as float32 (route "stepwise" only), or as TF32 with `set_float32("tf32")`
+or FUSEDRNN_CUDA_FLOAT32=tf32: ten bits of fraction, and every route. Which route a call takes is chosen by a cost model,
+unless `set_route` or FUSEDRNN_CUDA_ROUTE says it.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ..arrays import DeviceArray
+from . import Arguments, Problem, Results, log, native
+
+_extension: Any = native.cuda
+if _extension is None:
+    raise ImportError(
+        "this build has no CUDA kernels: there was no GPU or no nvcc when it was built. "
+        "With nvcc, install with FUSEDRNN_CUDA=ON in the environment"
+    )
+
+ROUTES = ("single", "cluster", "grid", "stepwise")
+FLOAT32 = ("strict", "tf32")
+
+
+class CudaError(RuntimeError):
+    """A kernel, a CUDA call or a library call failed: which, for what sizes, and the status, are in its text."""
+
+
+def _setting(name: str, value: str | None, known: tuple[str, ...]) -> str | None:
+    if value is not None and value not in known:
+        raise ValueError(f"fusedrnn: {name} is {value!r}; expected one of {', '.join(known)}")
+    return value
+
+
+_route = _setting("FUSEDRNN_CUDA_ROUTE", os.environ.get("FUSEDRNN_CUDA_ROUTE") or None, ROUTES)
+_float32 = _setting("FUSEDRNN_CUDA_FLOAT32", os.environ.get("FUSEDRNN_CUDA_FLOAT32") or "strict", FLOAT32)
+_last = threading.local()
+
+
+def set_route(name: str | None) -> None:
+    """Force a route for every later call: "single", "cluster", "grid", "stepwise"; None: the cost model chooses.
+
+    Where the route does not fit (type, sizes, device), "stepwise" is taken; `last_route` tells. Raises ValueError for
+    another name.
+    """
+    global _route
+    _route = _setting("route", name, ROUTES)
+
+
+def set_float32(name: str) -> None:
+    """How float32 is multiplied from now on: "strict" or "tf32". Raises ValueError for another name."""
+    global _float32
+    _float32 = _setting("float32", name, FLOAT32)
+
+
+def last_route(backward: bool = False) -> str | None:
+    """The route that this thread's last forward (or backward) call took; None before the first."""
+    return getattr(_last, "backward" if backward else "forward", None)
+
+
+def architectures() -> list[str]:
+    """What the kernels were compiled for.
+
+    >>> all(name.startswith(("sm_", "compute_", "twin")) for name in architectures())
+    True
+    """
+    return str(_extension.architectures).split()
+
+
+def devices() -> tuple[list[dict[str, Any]], str]:
+    """The CUDA devices that the driver shows (name, compute, multiprocessors, bytes), and if there is none, why."""
+    found, why = _extension.devices()
+    return [dict(zip(("name", "compute", "multiprocessors", "bytes"), each, strict=True)) for each in found], str(why)
+
+
+def _call(function: Any, *args: Any) -> Any:
+    try:
+        return function(*args)
+    except RuntimeError as error:
+        raise CudaError(f"fusedrnn: {error}") from None
+
+
+def bytes_like(like: DeviceArray, n: int) -> DeviceArray:
+    """So many bytes of memory."""
+    return like.new((max(int(n), 256),), np.uint8)
+
+
+def to_device(like: DeviceArray, host: np.ndarray) -> DeviceArray:
+    """A copy of an array of the host, made by the library of `like`, on its stream."""
+    host = np.ascontiguousarray(host)
+    result = like.new(host.shape, host.dtype)
+    if host.size:
+        _call(_extension.upload, result.pointer, host, like.stream)
+    return result
+
+
+def to_host(array: DeviceArray) -> np.ndarray:
+    """A copy on the host. Waits for the stream."""
+    if array.strides != np.empty(array.shape, array.dtype).strides and array.size:
+        raise ValueError("fusedrnn: an array on a CUDA device has gaps; expected a contiguous one")
+    host = np.empty(array.shape, array.dtype)
+    if host.size:
+        _call(_extension.download, host, array.pointer, array.stream)
+    return host
+
+
+def _place_rows(problem: Problem, like: DeviceArray) -> None:
+    """lengths and reset on the device. They are copied once; the tape's later calls find them there."""
+    if isinstance(problem.lengths, np.ndarray):
+        problem.lengths = to_device(like, problem.lengths)
+    if isinstance(problem.reset, np.ndarray):
+        problem.reset = to_device(like, problem.reset.view(np.uint8))
+
+
+def _settings(problem: Problem, x: DeviceArray) -> tuple[int, bool]:
+    return (-1 if _route is None else ROUTES.index(_route)), _float32 == "tf32" and x.kind == "float32"
+
+
+def _took(call: Any, problem: Problem, x: DeviceArray, which: str) -> None:
+    setattr(_last, which, call.route)
+    log.debug(
+        "cuda: %s %s %s T=%d E=%d B=%d I=%d H=%d L=%d D=%d took route %s",
+        *(problem.cell, which, x.kind, problem.T, problem.E, problem.B, problem.I, problem.H, problem.L, problem.D),
+        call.route,
+    )
+
+
+def new_tape(problem: Problem, p: Arguments) -> DeviceArray:
+    """Memory for the tape of a call."""
+    _place_rows(problem, p.x)
+    call = _call(_extension.Forward, problem, p, Results(), True, *_settings(problem, p.x))
+    return bytes_like(p.x, call.tape_bytes)
+
+
+def forward(problem: Problem, p: Arguments, out: Results, tape: DeviceArray | None) -> None:
+    _place_rows(problem, p.x)
+    call = _call(_extension.Forward, problem, p, out, tape is not None, *_settings(problem, p.x))
+    memory = bytes_like(p.x, call.workspace_bytes)
+    _call(call.run, tape.pointer if tape else 0, memory.pointer, p.x.stream)
+    _took(call, problem, p.x, "forward")
+
+
+def backward(problem: Problem, p: Arguments, tape: DeviceArray, g: Results, dp: Arguments) -> None:
+    call = _call(_extension.Backward, problem, p, g, dp, *_settings(problem, p.x))
+    memory = bytes_like(p.x, call.workspace_bytes)
+    _call(call.run, tape.pointer, memory.pointer, p.x.stream)
+    _took(call, problem, p.x, "backward")
+
+
+def _derivative(name: str) -> Any:
+    raise NotImplementedError(
+        f"fusedrnn: {name} of arrays on a CUDA device: the CUDA kernels have forward and backward only. Copy the arrays "
+        "to the host, or use fusedrnn.torch, which takes torch's own operators there"
+    )
+
+
+def jvp(problem: Problem, p: Arguments, v: Arguments, tout: Results) -> None:
+    _derivative("jvp")
+
+
+def hvp(problem: Problem, p: Arguments, v: Arguments, g: Results, t: Results, tdp: Arguments) -> None:
+    _derivative("hvp")
+
+
+# Clipping.
+
+
+def clip_norm(arrays: Sequence[DeviceArray], norm_type: float, max_norm: float) -> DeviceArray:
+    """The common norm, as a float64 array () on the device; with max_norm >= 0 the arrays are scaled."""
+    like = arrays[0]
+    norm = like.new((), np.float64)
+    memory = bytes_like(like, _extension.clip_workspace_bytes(arrays))
+    _call(_extension.clip_norm, arrays, norm_type, max_norm, norm.pointer, memory.pointer, like.stream)
+    return norm
+
+
+def clip_value(arrays: Sequence[DeviceArray], limit: float) -> None:
+    _call(_extension.clip_value, arrays, limit, arrays[0].stream)

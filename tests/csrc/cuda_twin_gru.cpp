@@ -1,0 +1,7 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cuda_twin.h"
+
+namespace fusedrnn::cuda {
+Status run_gru(const Call& call) { return run_cell<cells::Gru, Twin>(call); }
+Status run_gru_reset_before(const Call& call) { return run_cell<cells::GruResetBefore, Twin>(call); }
+}  // namespace fusedrnn::cuda
