@@ -53,6 +53,39 @@ def _run_on(request: Any) -> Iterator[Any]:
     found.set_isa(before)
 
 
+@pytest.fixture(scope="session")
+def twin_extension(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The CUDA backend's bindings over the CPU twin of the device."""
+    import cuda_twin
+
+    if why := cuda_twin.why_not():
+        pytest.skip(why)
+    return cuda_twin.build(tmp_path_factory.mktemp("twin"))
+
+
+@pytest.fixture
+def twin(twin_extension: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The same as the backend that fusedrnn takes for arrays on a device: cuda_twin.Chip."""
+    import sys
+
+    import cuda_twin
+    from fusedrnn import arrays
+
+    monkeypatch.setattr(backends.load("native"), "cuda", twin_extension)
+    monkeypatch.delitem(backends._missing, "cuda", raising=False)
+    monkeypatch.delitem(backends._loaded, "cuda", raising=False)
+    monkeypatch.delitem(sys.modules, "fusedrnn.backends.cuda", raising=False)
+    monkeypatch.delattr(backends, "cuda", raising=False)
+    monkeypatch.setitem(arrays.MAKERS, "cuda_twin", cuda_twin.make)
+    twin_extension.pretend()
+    twin_extension.schedule(1)
+    backend = backends.load("cuda")
+    yield backend
+    twin_extension.pretend()
+    backends._loaded.pop("cuda", None)
+    sys.modules.pop("fusedrnn.backends.cuda", None)
+
+
 @pytest.fixture(params=_routes(), ids=str)
 def route(request: Any) -> Iterator[Any]:
     """The module of a backend; the native one on one instruction set."""

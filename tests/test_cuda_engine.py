@@ -1,109 +1,55 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whole calls of the CUDA backend without a GPU: engine and kernels on the device's CPU twin.
+"""Whole calls of the CUDA backend without a GPU, on canonical arrays: engine and kernels on the device's CPU twin.
 
 Random sizes and options; every cell, type and route; odd strides; workspace and tape of exactly the size asked for.
 """
 
-import ctypes
 import os
 import random
-import shutil
-import subprocess
-import sys
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from fusedrnn.arrays import DeviceArray
 from fusedrnn.backends import Arguments, Problem, Results, reference
 
-ROOT = Path(__file__).parents[1]
-TESTS = ROOT / "tests" / "csrc"
-COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++") or ""
-
-pytestmark = [
-    pytest.mark.skipif(sys.platform != "linux", reason="the CPU twin of the device is written for Linux"),
-    pytest.mark.skipif(not COMPILER, reason="no C++ compiler"),
-    pytest.mark.skipif(
-        "libasan" in os.environ.get("LD_PRELOAD", ""), reason="the twin switches stacks under ASan's feet"
-    ),
-]
-
 ROUTES = ("single", "cluster", "grid", "stepwise")
-CELLS = ("rnn_tanh", "rnn_relu", "lstm", "gru", "gru_reset_before")  # CellKind
-DTYPES = {"float32": 0, "tf32": 0, "float64": 1, "bfloat16": 2, "float16": 3}  # Dtype
+CELLS = ("rnn_tanh", "rnn_relu", "lstm", "gru", "gru_reset_before")
+DTYPES = ("float32", "tf32", "float64", "bfloat16", "float16")
 BUDGETS = {"float64": 1e-12, "float32": 2e-5, "tf32": 2e-2, "float16": 2e-2, "bfloat16": 1e-1}
 
 
-# The structs of csrc/api.h.
+def seen(value: Any, kind: str) -> Any:
+    """A nesting of NumPy arrays as the bindings see it."""
+    if isinstance(value, np.ndarray):
+        return DeviceArray(value, value.ctypes.data, value.shape, value.strides, kind, value.itemsize, 0)
+    if isinstance(value, list | tuple):
+        return type(value)(seen(v, kind) for v in value)
+    if isinstance(value, Arguments):
+        return Arguments(*(seen(v, kind) for v in (value.x, value.h0, value.c0, value.params)))
+    if isinstance(value, Results):
+        return Results(*(seen(v, kind) for v in (value.y, value.hn, value.cn, value.cells)))
+    return value
 
 
-def _array(rank: int) -> type[ctypes.Structure]:
-    fields = [("data", ctypes.c_void_p), ("stride", ctypes.c_int64 * rank)]
-    return type(f"Array{rank}", (ctypes.Structure,), {"_fields_": fields})
+class Memory:
+    """So many bytes, full of NaN and aligned, with a mark behind them."""
 
+    MARK = 0xA5
 
-_Array2, _Array3, _Array4, _Array5 = (_array(n) for n in (2, 3, 4, 5))
+    def __init__(self, size: int) -> None:
+        self.raw = np.full(size + 1024, self.MARK, np.uint8)
+        start = -self.raw.ctypes.data % 256
+        self.end, self.pointer = start + size, self.raw.ctypes.data + start
+        self.raw[start : self.end] = 0xFF
 
-
-class _Problem(ctypes.Structure):
-    _fields_ = [
-        *[(n, ctypes.c_int32) for n in ("cell", "dtype")],
-        *[(n, ctypes.c_int64) for n in "TEBIH"],
-        *[(n, ctypes.c_int32) for n in "LD"],
-        *[(n, ctypes.c_bool) for n in ("reverse", "reset_to_initial", "recompute")],
-        *[(n, ctypes.c_double) for n in ("clip_cell", "clip_grad", "dropout")],
-        ("seed", ctypes.c_uint64),
-        ("lengths", _Array2),
-        ("reset", _Array3),
-    ]
-
-
-class _Params(ctypes.Structure):
-    _fields_ = [("W", _Array3), ("R", _Array3), ("bW", _Array2), ("bR", _Array2)]
-
-
-class _Arguments(ctypes.Structure):
-    _fields_ = [("x", _Array4), ("h0", _Array4), ("c0", _Array4), ("params", ctypes.POINTER(_Params))]
-
-
-class _Results(ctypes.Structure):
-    _fields_ = [("y", _Array4), ("hn", _Array4), ("cn", _Array4), ("cells", _Array5)]
-
-
-class _Call(ctypes.Structure):
-    _fields_ = [
-        *[(n, ctypes.c_void_p) for n in ("problem", "p", "out", "g", "dp")],
-        *[(n, ctypes.c_int32) for n in ("tf32", "route")],
-        ("seed", ctypes.c_uint64),
-        ("failure", ctypes.c_char_p),
-    ]
-
-
-def _put(field: Any, array: np.ndarray | None) -> None:
-    if array is not None:
-        field.data = array.ctypes.data
-        for i, stride in enumerate(array.strides):
-            field.stride[i] = stride // array.itemsize
-
-
-def _arguments(a: Arguments) -> _Arguments:
-    out = _Arguments()
-    for name in ("x", "h0", "c0"):
-        _put(getattr(out, name), getattr(a, name))
-    out.params = (_Params * len(a.params))()
-    for i, arrays in enumerate(a.params):
-        for name, array in zip(("W", "R", "bW", "bR"), arrays, strict=True):
-            _put(getattr(out.params[i], name), array)
-    return out
-
-
-def _results(r: Results) -> _Results:
-    out = _Results()
-    for name in ("y", "hn", "cn", "cells"):
-        _put(getattr(out, name), getattr(r, name))
-    return out
+    def check(self, label: str) -> None:
+        beyond = self.raw[self.end :] != self.MARK
+        assert not beyond.any(), (
+            f"{label}: byte {int(np.argmax(beyond))} behind the memory that was asked for is written"
+        )
 
 
 class Types:
@@ -123,16 +69,6 @@ class Types:
         if a is None:
             return None
         return ((a.astype(np.uint32) << 16).view(np.float32) if self.bfloat16 else a).astype(np.float64)
-
-
-@pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    path = tmp_path_factory.mktemp("cuda_engine") / "engine.so"
-    sources = [str(TESTS / f"{name}.cpp") for name in ("cuda_engine", "device_cpu", "device_fiber")]
-    flags = ["-std=c++20", "-O1", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror", f"-I{ROOT / 'csrc'}", f"-I{TESTS}"]
-    done = subprocess.run([COMPILER, *flags, *sources, "-o", str(path)], capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr[-6000:]
-    return ctypes.CDLL(str(path))
 
 
 class Case:
@@ -226,22 +162,24 @@ class Case:
         )
         self.dtype, self.route, self.seed = dtype, route, seed
 
-    def run(self, library: ctypes.CDLL) -> str:
+    def run(self, extension: Any) -> None:
         q = self.problem
-        problem = _Problem(CELLS.index(q.cell), DTYPES[self.dtype], q.T, q.E, q.B, q.I, q.H, q.L, q.D)
-        for name in ("reverse", "reset_to_initial", "clip_cell", "clip_grad", "dropout", "seed"):
-            setattr(problem, name, getattr(q, name))
-        _put(problem.lengths, q.lengths)
-        _put(problem.reset, q.reset)
-        p, dp, out, g = _arguments(self.p), _arguments(self.dp), _results(self.out), _results(self.g)
-        failure = ctypes.create_string_buffer(256)
-        call = _Call(*map(ctypes.addressof, (problem, p, out, g, dp)))
-        call.tf32, call.route, call.seed = self.dtype == "tf32", ROUTES.index(self.route), self.seed
-        call.failure = ctypes.cast(failure, ctypes.c_char_p)
-        routes = library.fusedrnn_cuda_on_cpu(ctypes.byref(call))
-        assert routes >= 0, f"{self}: {failure.value.decode()}"
-        assert routes == 11 * ROUTES.index(self.route), f"{self}: took routes {routes}"
-        return ""
+        extension.schedule(self.seed)
+        kind = "float32" if self.dtype == "tf32" else self.dtype
+        problem = replace(q, lengths=seen(q.lengths, "int64"), reset=seen(q.reset, "uint8"))
+        p, dp, out, g = (seen(v, kind) for v in (self.p, self.dp, self.out, self.g))
+        settings = (ROUTES.index(self.route), self.dtype == "tf32")
+        forward = extension.Forward(problem, p, out, True, *settings)
+        backward = extension.Backward(problem, p, g, dp, *settings)
+        assert forward.tape_bytes == backward.tape_bytes
+        tape, first, second = map(Memory, (forward.tape_bytes, forward.workspace_bytes, backward.workspace_bytes))
+        forward.run(tape.pointer, first.pointer, 0)
+        kept = tape.raw.copy()
+        backward.run(tape.pointer, second.pointer, 0)
+        assert np.array_equal(kept, tape.raw), f"{self}: backward wrote to the tape"
+        for name, memory in (("tape", tape), ("forward", first), ("backward", second)):
+            memory.check(f"{self}: {name}")
+        assert forward.route == backward.route == self.route, f"{self}: took {forward.route}, {backward.route}"
 
     def check(self) -> None:
         wide = self.types.load
@@ -297,8 +235,8 @@ def kinds() -> list[tuple[str, str, str]]:
 
 
 @pytest.mark.parametrize("cell, dtype, route", kinds())
-def test_call(library: ctypes.CDLL, cell: str, dtype: str, route: str) -> None:
+def test_call(twin_extension: Any, cell: str, dtype: str, route: str) -> None:
     for seed in range(int(os.environ.get("FUSEDRNN_CASES", "12"))):
         case = Case(cell, dtype, route, seed)
-        case.run(library)
+        case.run(twin_extension)
         case.check()

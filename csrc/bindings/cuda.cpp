@@ -62,8 +62,8 @@ Array<Rank> array(py::handle object, const std::string& name, const int64_t (&sh
                   int64_t size) {
   Array<Rank> out;
   if (object.is_none()) return out;
-  const auto got = object.attr("shape").cast<std::vector<int64_t>>();
-  const auto strides = object.attr("strides").cast<std::vector<int64_t>>();
+  const auto got = object.attr("shape").cast<std::vector<int64_t> >();
+  const auto strides = object.attr("strides").cast<std::vector<int64_t> >();
   if (const auto own = object.attr("kind").cast<std::string>(); own != kind)
     throw py::type_error("cuda: " + name + " has dtype " + own + "; expected " + kind);
   bool fits = got.size() == Rank && strides.size() == Rank;
@@ -254,10 +254,10 @@ std::vector<cuda::Span> spans_of(const py::sequence& arrays) {
     const std::string name = "arrays[" + std::to_string(i) + "]";
     const Dtype dtype = dtype_of(object.attr("kind").cast<std::string>(), name);
     const int64_t bytes = kSizes[static_cast<int>(dtype)];
-    const auto shape = object.attr("shape").cast<std::vector<int64_t>>();
-    const auto strides = object.attr("strides").cast<std::vector<int64_t>>();
+    const auto shape = object.attr("shape").cast<std::vector<int64_t> >();
+    const auto strides = object.attr("strides").cast<std::vector<int64_t> >();
     auto* start = static_cast<char*>(pointer_of(object));
-    std::vector<std::pair<int64_t, int64_t>> axes;  // stride, extent
+    std::vector<std::pair<int64_t, int64_t> > axes;  // stride, extent
     int64_t elements = 1;
     for (size_t k = 0; k < shape.size(); ++k) {
       elements *= shape[k];

@@ -179,8 +179,7 @@ void run_clip_norm(Queue& queue, const Span* spans, size_t count, int order, dou
   });
   queue.run(ClipFinish{partial, n, order, max_norm, norm, factor}, 1);
   if (max_norm >= 0)
-    each_launch(spans, count,
-                [&](const SpanList& list, int blocks) { queue.run(ClipApply{list, factor, 0}, blocks); });
+    each_launch(spans, count, [&](const SpanList& list, int blocks) { queue.run(ClipApply{list, factor, 0}, blocks); });
 }
 
 template <class Queue>

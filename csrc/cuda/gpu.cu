@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // The GPU as a machine: what the device is, cuBLAS, memory; and of cuda.h what concerns the devices.
-#include "gpu.h"
-
 #include <dlfcn.h>
 
 #include <map>
 #include <mutex>
+
+#include "gpu.h"
 
 namespace fusedrnn::cuda {
 

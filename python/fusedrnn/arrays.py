@@ -11,7 +11,7 @@ Arrays on a CUDA device come from any library that speaks `__cuda_array_interfac
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -92,7 +92,14 @@ class DeviceArray:
     __slots__ = ("kind", "itemsize", "owner", "pointer", "shape", "stream", "strides")
 
     def __init__(
-        self, owner: Any, pointer: int, shape: tuple[int, ...], strides: tuple[int, ...], kind: str, size: int, stream: int
+        self,
+        owner: Any,
+        pointer: int,
+        shape: tuple[int, ...],
+        strides: tuple[int, ...],
+        kind: str,
+        size: int,
+        stream: int,
     ) -> None:
         self.owner, self.pointer, self.shape, self.strides = owner, pointer, shape, strides
         self.kind, self.itemsize, self.stream = kind, size, stream
@@ -109,10 +116,12 @@ class DeviceArray:
     def size(self) -> int:
         return int(np.prod(self.shape, dtype=np.int64))
 
+    @property
+    def nbytes(self) -> int:
+        return self.size * self.itemsize
+
     def _view(self, shape: Any, strides: Any) -> DeviceArray:
-        return DeviceArray(
-            self.owner, self.pointer, tuple(shape), tuple(strides), self.kind, self.itemsize, self.stream
-        )
+        return type(self)(self.owner, self.pointer, tuple(shape), tuple(strides), self.kind, self.itemsize, self.stream)
 
     def transpose(self, order: Any) -> DeviceArray:
         return self._view((self.shape[n] for n in order), (self.strides[n] for n in order))
@@ -131,6 +140,15 @@ class DeviceArray:
         shape, strides = list(self.shape), list(self.strides)
         shape[axis], strides[axis] = sets, 0
         return self._view(shape, strides)
+
+    def as_bytes(self) -> DeviceArray:
+        """A bool array as uint8."""
+        return DeviceArray(self.owner, self.pointer, self.shape, self.strides, "uint8", 1, self.stream)
+
+    def current_stream(self) -> int:
+        """The stream that its library works on now."""
+        again = device_array(self.owner)
+        return self.stream if again is None else again.stream
 
     def new(self, shape: tuple[int, ...], dtype: Any) -> DeviceArray:
         """A new array of the same library on the same device, with undefined contents."""
@@ -179,10 +197,14 @@ def device_array(value: Any) -> DeviceArray | None:
         return None
     if type(value).__module__.partition(".")[0] == "torch":
         return None  # has gradients and a way of its own: fusedrnn.torch
-    face = value.__cuda_array_interface__
+    face = getattr(value, "__cuda_array_interface__", None)  # the type may have it while this array is on the host
+    if face is None:
+        return None
     dtype = np.dtype(face["typestr"])
     if face.get("mask") is not None:
-        raise TypeError("fusedrnn: an array on a CUDA device has a mask; expected plain values. Pass lengths for padding.")
+        raise TypeError(
+            "fusedrnn: an array on a CUDA device has a mask; expected plain values. Pass lengths for padding."
+        )
     shape = tuple(face["shape"])
     strides = face.get("strides")
     if strides is None:
@@ -196,11 +218,11 @@ def device_array(value: Any) -> DeviceArray | None:
 
 
 def on_device(value: Any) -> Any:
-    """A nesting of dicts, lists and tuples with its arrays on CUDA devices as `DeviceArray`s, the rest as it is."""
-    if isinstance(value, dict):
+    """A nesting of mappings and sequences with its arrays on CUDA devices as `DeviceArray`s, the rest as it is."""
+    if isinstance(value, Mapping):
         return {key: on_device(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(map(on_device, value)) if type(value) in (list, tuple) else [on_device(v) for v in value]
+        return tuple(map(on_device, value))
     found = device_array(value)
     return value if found is None else found
 

@@ -53,6 +53,11 @@ class Call:
         self.sizes["G"] = self.cell.gates * p.H
 
     @property
+    def on_cuda(self) -> bool:
+        """Whether the arrays are on a CUDA device."""
+        return isinstance(self.params[0], arrays.DeviceArray)
+
+    @property
     def cells_axes(self) -> str:
         """How `cells` lies."""
         return "L" + self.y_axes
@@ -88,7 +93,9 @@ class Call:
 
 
 def is_array(op: str, name: str, value: Any) -> np.ndarray:
-    """The value, if it is a plain NumPy array."""
+    """The value, if it is a plain NumPy array, or one on a CUDA device beside others there."""
+    if isinstance(value, arrays.DeviceArray):
+        return value  # type: ignore[return-value]  # as much of an array as is asked for here
     if not isinstance(value, np.ndarray):
         fix = f"Pass numpy.asarray({name.split('[')[0]}, dtype=numpy.float32)."
         fail(op, name, f"is {arrays.kind(value)}", "a NumPy array", fix, TypeError)
@@ -103,6 +110,8 @@ def is_float(op: str, name: str, value: Any, dtype: Any = None, like: str = "x")
     if type(value) is np.ndarray and value.dtype is dtype and value.flags.carray:  # the usual case, at no cost
         return value
     array = is_array(op, name, value)
+    if isinstance(value, arrays.DeviceArray):
+        return _is_device_float(op, name, value, dtype, like)  # type: ignore[no-any-return]
     if dtype is None and array.dtype not in _FLOATS:
         fix = f"Convert it: {name}.astype(numpy.float32)."
         fail(op, name, f"has dtype {_dtype(array)}", "float32 or float64 in native byte order", fix, TypeError)
@@ -114,6 +123,39 @@ def is_float(op: str, name: str, value: Any, dtype: Any = None, like: str = "x")
         expected = f"whole elements of {array.itemsize} bytes"
         fail(op, name, f"is not aligned (strides {array.strides} bytes)", expected, fix)
     return array
+
+
+def _is_device_float(op: str, name: str, array: Any, dtype: Any, like: str) -> Any:
+    if dtype is None and array.kind not in ("float16", "float32", "float64"):
+        fix = f"Convert it: {name}.astype(numpy.float32)."
+        fail(op, name, f"has dtype {array.kind}", "float16, float32 or float64", fix, TypeError)
+    if dtype is not None and array.dtype != dtype:
+        fix = f"Kernels compute in one type: convert one of them, e.g. {name}.astype(numpy.{dtype})."
+        fail(op, name, f"has dtype {array.kind}", f"{dtype}, the dtype of {like}", fix, TypeError)
+    if array.pointer % array.itemsize or any(s % array.itemsize for s in array.strides):
+        fix = f"Pass {name}.copy()."
+        expected = f"whole elements of {array.itemsize} bytes"
+        fail(op, name, f"is not aligned (strides {array.strides} bytes)", expected, fix)
+    return array
+
+
+def together(op: str, x: Any, given: Sequence[tuple[str, Any]], streams: bool = True) -> None:
+    """Fail unless all arrays are where x is, and on its stream."""
+    on_cuda = isinstance(x, arrays.DeviceArray)
+    for name, array in given:
+        if array is None:
+            continue
+        if isinstance(array, arrays.DeviceArray) != on_cuda:
+            where = "a CUDA device, as x" if on_cuda else "the host, as x"
+            fix = (
+                "Copy it there, e.g. cupy.asarray(a)."
+                if on_cuda
+                else "Copy x to the device, or the others to the host."
+            )
+            fail(op, name, f"is {arrays.kind(array)}", f"an array on {where}", fix, TypeError)
+        if streams and on_cuda and array.stream != x.stream:
+            fix = "Make one of them wait for the other, and pass arrays of one stream."
+            fail(op, name, f"is on stream {array.stream}", f"{x.stream}, the stream of x", fix)
 
 
 def _dtype(array: np.ndarray) -> str:
@@ -197,6 +239,8 @@ def call(
         fail(op, "reverse", "is True beside bidirectional=True", "one of the two", "bidirectional has both directions.")
     if reset_to not in ("zero", "initial"):
         fail(op, "reset_to", f"is {reset_to!r}", '"zero" or "initial"')
+    if type(x) is not np.ndarray and arrays.device_array(x) is not None:
+        x, state, params, lengths, reset = map(arrays.on_device, (x, state, params, lengths, reset))
     x = is_float(op, "x", x)
     if x.ndim not in (2, 3, 4):
         order = "(B,T,I)" if batch_first else "(T,B,I)"
@@ -218,6 +262,9 @@ def call(
         is_float(op, "state" if c0 is None else "state[0]", h0, x.dtype)
     if c0 is not None:
         is_float(op, "state[1]", c0, x.dtype)
+
+    if type(x) is not np.ndarray:
+        together(op, x, [*zip(names, flat, strict=True), ("state" if c0 is None else "state[0]", h0), ("state[1]", c0)])
 
     unbatched = x.ndim == 2
     x_axes = arrays.data_axes(arrays.X, batch_first, unbatched, x.ndim == 4)
@@ -293,7 +340,8 @@ def call(
             result.expect(name, part, shared if part.ndim == len(shared) else axes, fix)
     if lengths is not None:
         problem.lengths = _placed(result, "lengths", lengths, arrays.LENGTHS)
-        if lengths.size and (lengths.min() < 0 or lengths.max() > problem.T):
+        host = isinstance(lengths, np.ndarray)  # on a device nothing waits for them: kernels clamp them to 0..T
+        if host and lengths.size and (lengths.min() < 0 or lengths.max() > problem.T):
             got = f"lie in [{lengths.min()}, {lengths.max()}]"
             fail(op, "lengths", got, f"0 <= lengths <= T={problem.T}", "Lengths count time steps of x.")
     if reset is not None:
@@ -325,14 +373,22 @@ def _placed(result: Call, name: str, array: np.ndarray, canonical: str) -> Any:
     return arrays.view(array, axes, canonical, result.problem.E)
 
 
-def _lengths(op: str, lengths: Any) -> np.ndarray:
+def _lengths(op: str, lengths: Any) -> Any:
+    if isinstance(lengths, arrays.DeviceArray):
+        if lengths.kind != "int64":
+            fail(op, "lengths", f"has dtype {lengths.kind}", "int64 on a CUDA device", "Convert it.", TypeError)
+        return lengths
     array = np.asarray(lengths)
     if array.dtype.kind not in "iu" and array.size:
         fail(op, "lengths", f"is {arrays.kind(lengths)}", "integers", "Lengths count time steps.", TypeError)
     return array.astype(np.int64)
 
 
-def _reset(op: str, reset: Any) -> np.ndarray:
+def _reset(op: str, reset: Any) -> Any:
+    if isinstance(reset, arrays.DeviceArray):
+        if reset.kind not in ("bool", "uint8"):
+            fail(op, "reset", f"has dtype {reset.kind}", "bool or uint8", "Convert it: reset.astype(bool).", TypeError)
+        return reset.as_bytes()
     array = np.asarray(reset)
     if array.dtype not in (np.dtype(bool), np.dtype(np.uint8)):
         fix = "Convert it: reset.astype(bool)."

@@ -429,7 +429,9 @@ def _forward(
     problem = call.problem
     if not training:
         problem.dropout = 0.0
-    chosen = backends.choose(backend)
+    chosen: Any = backends.choose(backend, on_cuda=call.on_cuda)
+    if call.on_cuda:
+        x = arrays.on_device(x)
     if problem.bf16_weights:
         if training:
             fix = "Train with float32 weights; fusedrnn.params.from_bfloat16 makes them."
@@ -441,7 +443,12 @@ def _forward(
     inputs = {"x": x, "h": h0, "c": c0} | dict(zip(call.names, call.params, strict=True))
     arguments = _arguments(call, inputs)
     public, out = _new_results(call, return_cells)
-    buffer = _tape_memory(chosen.tape_elements(problem), call.dtype, reuse) if training else None
+    if not training:
+        buffer = None
+    elif call.on_cuda:
+        buffer = chosen.new_tape(problem, arguments)
+    else:
+        buffer = _tape_memory(chosen.tape_elements(problem), call.dtype, reuse)
     chosen.forward(problem, arguments, out, buffer)
     tape = Tape(call, chosen, arguments, inputs, buffer) if training else None
     return (*_state_last(call, public, return_cells), tape)
@@ -516,7 +523,7 @@ def _new_results(call: check.Call, want_cells: bool) -> tuple[Results, Results]:
     """New arrays for all results: as the user gets them, and their canonical views."""
 
     def new(axes: str) -> Any:
-        return np.empty(call.shape(axes), call.dtype)
+        return arrays.empty(call.shape(axes), call.dtype, call.params[0])
 
     public = Results(
         new(call.y_axes),
@@ -541,11 +548,14 @@ def _canonical_results(call: check.Call, public: Results) -> Results:
 
 def _state_last(call: check.Call, public: Results, want_cells: bool) -> tuple[Any, ...]:
     state = (public.hn, public.cn) if call.cell.cell_state else public.hn
-    return (public.y, state, public.cells) if want_cells else (public.y, state)
+    results: tuple[Any, ...] = (public.y, state, public.cells) if want_cells else (public.y, state)
+    return arrays.users(results) if call.on_cuda else results
 
 
 def _given_results(op: str, call: check.Call, prefix: str, y: Any, state: Any, cells: Any) -> Results:
     """Gradients (or their tangents) that the user gives for y, state and cells, checked, as canonical views."""
+    if call.on_cuda:
+        y, state, cells = map(arrays.on_device, (y, state, cells))
     hn, cn = check.state_parts(op, f"{prefix}state", call.cell, state)
     pair = f"{prefix}state[{{}}]" if call.cell.cell_state else f"{prefix}state"
     for name, array, axes in (
@@ -556,6 +566,8 @@ def _given_results(op: str, call: check.Call, prefix: str, y: Any, state: Any, c
     ):
         if array is not None:
             check.is_float(op, name, array, call.dtype)
+            if call.on_cuda:
+                check.together(op, call.params[0], [(name, array)], streams=False)
             call.expect(name, array, axes, op=op)
     return _canonical_results(call, Results(y, hn, cn, cells))
 
@@ -563,7 +575,7 @@ def _given_results(op: str, call: check.Call, prefix: str, y: Any, state: Any, c
 def _tangents(op: str, tape: Tape, tangents: Mapping[str, Any]) -> Arguments:
     """Tangents by name, checked against the arguments they belong to, as canonical views."""
     call = tape.call
-    given = dict(tangents)
+    given = dict(arrays.on_device(tangents) if call.on_cuda else tangents)
     if "state" in given:
         given["h"], given["c"] = check.state_parts(op, "tangents['state']", call.cell, given.pop("state"))
     for name, array in given.items():
@@ -596,10 +608,11 @@ def _new_arguments(tape: Tape) -> Any:
             axes, target = call.state_axes, arrays.STATE
         else:
             axes, target = _axes(call, name, given.ndim)
-        if name in ("x", "h", "c") and E > 1 and "E" not in axes:
+        if name in ("x", "h", "c") and E > 1 and "E" not in axes and not call.on_cuda:
             canonical[name] = np.empty(call.shape(target), call.dtype)
             continue
-        public[name] = np.empty(call.shape(axes) if given is None else given.shape, call.dtype)
+        shape = call.shape(axes) if given is None else given.shape
+        public[name] = arrays.empty(shape, call.dtype, call.params[0])
         canonical[name] = arrays.view(public[name], axes, target, E, write=True)
 
     def finish(grads: dict[str, Any]) -> dict[str, Any]:
@@ -609,6 +622,8 @@ def _new_arguments(tape: Tape) -> Any:
                 total = canonical[name].sum(axis=target.index("E"), keepdims=True)
                 grads[name] = total.transpose([target.index(a) for a in axes + "".join(set(target) - set(axes))])
                 grads[name] = grads[name].reshape(tape.inputs[name].shape)
+        if call.on_cuda:
+            grads = arrays.users(grads)
         h = grads.pop("h")
         state = (h, grads.pop("c")) if call.cell.cell_state else h
         return {"x": grads.pop("x"), "state": state, **grads}

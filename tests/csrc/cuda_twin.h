@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // A machine (csrc/cuda/run.h) whose device is the CPU twin and whose memory is the host's: whole calls of the CUDA
 // backend, from Python's bindings down to the kernels, without a GPU. Products are plain loops in float64 over operands
-// rounded as on the GPU; kernels are cut small.
+// rounded as on the GPU; kernels are cut small. (Of relu, whose slope jumps, only what is not rounded can be compared.)
 #pragma once
 
 // clang-format off
@@ -86,7 +86,7 @@ struct Small {
                         BackwardShape<C, T, Route::grid, 3, 1, 16, chunks(48, 3), 1>>;
 };
 template <class C, class T>
-  requires(std::is_same_v<T, F32> || std::is_same_v<T, F64> || C::two_products)
+  requires(std::is_same_v<T, F32> || std::is_same_v<T, F64> || C::two_products || std::is_same_v<C, cells::Rnn<true>>)
 struct Small<C, T> {
   using Forward = List<>;
   using Backward = List<>;

@@ -126,12 +126,15 @@ def available() -> list[str]:
     return [name for name in NAMES if load(name)]
 
 
-def choose(name: str | None = None) -> Backend:
+def choose(name: str | None = None, *, on_cuda: bool = False) -> Backend:
     """The backend to run: `name`, else `fusedrnn.set_backend`'s, else FUSEDRNN_BACKEND's, else the best that is there.
+    For arrays on a CUDA device: the CUDA backend, whatever the settings say of arrays on the host.
 
     >>> fusedrnn.backends.choose("reference").__name__
     'fusedrnn.backends.reference'
     """
+    if on_cuda:
+        return _choose_cuda(name)
     name = name or config.backend
     chosen: Any = None
     if name is None:
@@ -153,3 +156,15 @@ def choose(name: str | None = None) -> Backend:
             log.warning("the compiled extension is missing (%s): slower", _missing["native"])
     result: Backend = chosen
     return result
+
+
+def _choose_cuda(name: str | None) -> Backend:
+    if name not in (None, "cuda"):
+        raise ValueError(
+            f"fusedrnn: backend is {name!r} for arrays on a CUDA device; expected 'cuda' or None. "
+            "Copy the arrays to the host to run another."
+        )
+    result: Any = load("cuda")
+    if result is None:
+        raise ImportError(f"fusedrnn: x is on a CUDA device, and {_missing['cuda']}. Or copy the arrays to the host.")
+    return result  # type: ignore[no-any-return]

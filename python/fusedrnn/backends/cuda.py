@@ -2,9 +2,9 @@
 """The CUDA backend: checked calls on arrays.DeviceArray, for `ops`, `clip` and the PyTorch adapter.
 
 Everything is put on the stream that the arrays' library works on, and nothing waits for it. Workspace and tape are
-arrays of that library. Float32 is multiplied as float32 (route "stepwise" only), or as TF32 with `set_float32("tf32")`
-or FUSEDRNN_CUDA_FLOAT32=tf32: ten bits of fraction, and every route. Which route a call takes is chosen by a cost model,
-unless `set_route` or FUSEDRNN_CUDA_ROUTE says it.
+arrays of that library. Float32 is multiplied as float32 (route "stepwise" only); with `set_float32("tf32")` or
+FUSEDRNN_CUDA_FLOAT32=tf32 as TF32, ten bits of fraction, on every route. A cost model chooses the route of a call,
+unless `set_route` or FUSEDRNN_CUDA_ROUTE names it. Each call's route is logged, at level DEBUG of "fusedrnn".
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def to_device(like: DeviceArray, host: np.ndarray) -> DeviceArray:
     host = np.ascontiguousarray(host)
     result = like.new(host.shape, host.dtype)
     if host.size:
-        _call(_extension.upload, result.pointer, host, like.stream)
+        _call(_extension.upload, result.pointer, host, like.current_stream())
     return result
 
 
@@ -108,11 +108,11 @@ def to_host(array: DeviceArray) -> np.ndarray:
         raise ValueError("fusedrnn: an array on a CUDA device has gaps; expected a contiguous one")
     host = np.empty(array.shape, array.dtype)
     if host.size:
-        _call(_extension.download, host, array.pointer, array.stream)
+        _call(_extension.download, host, array.pointer, array.current_stream())
     return host
 
 
-def _place_rows(problem: Problem, like: DeviceArray) -> None:
+def _place_rows(problem: Any, like: DeviceArray) -> None:
     """lengths and reset on the device. They are copied once; the tape's later calls find them there."""
     if isinstance(problem.lengths, np.ndarray):
         problem.lengths = to_device(like, problem.lengths)
@@ -144,21 +144,21 @@ def forward(problem: Problem, p: Arguments, out: Results, tape: DeviceArray | No
     _place_rows(problem, p.x)
     call = _call(_extension.Forward, problem, p, out, tape is not None, *_settings(problem, p.x))
     memory = bytes_like(p.x, call.workspace_bytes)
-    _call(call.run, tape.pointer if tape else 0, memory.pointer, p.x.stream)
+    _call(call.run, tape.pointer if tape else 0, memory.pointer, p.x.current_stream())
     _took(call, problem, p.x, "forward")
 
 
 def backward(problem: Problem, p: Arguments, tape: DeviceArray, g: Results, dp: Arguments) -> None:
     call = _call(_extension.Backward, problem, p, g, dp, *_settings(problem, p.x))
     memory = bytes_like(p.x, call.workspace_bytes)
-    _call(call.run, tape.pointer, memory.pointer, p.x.stream)
+    _call(call.run, tape.pointer, memory.pointer, p.x.current_stream())
     _took(call, problem, p.x, "backward")
 
 
 def _derivative(name: str) -> Any:
     raise NotImplementedError(
-        f"fusedrnn: {name} of arrays on a CUDA device: the CUDA kernels have forward and backward only. Copy the arrays "
-        "to the host, or use fusedrnn.torch, which takes torch's own operators there"
+        f"fusedrnn: {name} of arrays on a CUDA device: the CUDA kernels have forward and backward only. Copy the "
+        "arrays to the host, or use fusedrnn.torch, which takes torch's own operators there"
     )
 
 

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A CUDA device without a GPU: the bindings of the CUDA backend, compiled over the CPU twin of the device, and arrays
+whose 'device memory' is NumPy's. Built once per run of pytest (see `twin` in conftest.py)."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).parents[1]
+TESTS = ROOT / "tests" / "csrc"
+COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++") or ""
+
+# sources, the slowest first
+SOURCES = [
+    *(TESTS / f"cuda_twin_{cell}.cpp" for cell in ("rnn", "gru", "lstm")),
+    ROOT / "csrc" / "bindings" / "cuda.cpp",
+    TESTS / "cuda_twin.cpp",
+    *(TESTS / f"{name}.cpp" for name in ("device_cpu", "device_fiber")),
+    ROOT / "csrc" / "cuda" / "entry.cpp",
+]
+
+
+def why_not() -> str:
+    """Why it cannot be built here; "" if it can."""
+    if sys.platform != "linux":
+        return "the CPU twin of the device is written for Linux"
+    if not COMPILER:
+        return "no C++ compiler"
+    if "libasan" in os.environ.get("LD_PRELOAD", ""):
+        return "the twin switches stacks under ASan's feet"
+    return "" if importlib.util.find_spec("pybind11") else "no pybind11"
+
+
+def build(folder: Path) -> Any:
+    """The extension module's submodule `cuda`."""
+    import pybind11
+
+    flags = ["-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror", "-DFUSEDRNN_HAVE_CUDA"]
+    folders = [ROOT / "csrc", TESTS, pybind11.get_include(), sysconfig.get_path("include")]
+    flags += [f"-isystem{f}" if n > 1 else f"-I{f}" for n, f in enumerate(folders)]
+
+    def run(*command: Any) -> None:
+        done = subprocess.run([COMPILER, *map(str, command)], capture_output=True, text=True, timeout=900)
+        assert done.returncode == 0, done.stderr[-6000:]
+
+    objects = [folder / f"{source.stem}.o" for source in SOURCES]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(lambda pair: run(*flags, "-c", pair[0], "-o", pair[1]), zip(SOURCES, objects, strict=True)))
+    path = folder / "fusedrnn_cuda_twin.so"
+    run("-shared", *objects, "-o", path)
+    spec = importlib.util.spec_from_file_location("fusedrnn_cuda_twin", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.cuda
+
+
+class Chip:
+    """An array of a library that NumPy cannot read: what it holds is seen through its interface only."""
+
+    def __init__(self, values: np.ndarray, stream: int | None = None) -> None:
+        self._values = values
+        self.stream = stream
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        a = self._values
+        contiguous = a.flags.c_contiguous
+        return {
+            "shape": a.shape,
+            "typestr": a.dtype.str,
+            "data": (a.ctypes.data, False),
+            "strides": None if contiguous else a.strides,
+            "version": 3,
+            "stream": self.stream,
+        }
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self._values.shape
+
+    @property
+    def ndim(self) -> int:
+        return self._values.ndim
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self._values.dtype
+
+    def __getitem__(self, index: Any) -> Chip:
+        return Chip(self._values[index])
+
+    def __array__(self, *_: Any, **__: Any) -> Any:
+        raise TypeError("an array on a device is not NumPy's to read")
+
+    def copy(self) -> Chip:
+        return Chip(self._values.copy())
+
+
+def chip(value: Any) -> Any:
+    """A nesting of NumPy arrays on the device; and back."""
+    if isinstance(value, dict):
+        return {k: chip(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(chip, value))
+    return Chip(value.copy("K")) if isinstance(value, np.ndarray) else value
+
+
+def host(value: Any) -> Any:
+    """The inverse of `chip`."""
+    if isinstance(value, dict):
+        return {k: host(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(host, value))
+    return value._values if isinstance(value, Chip) else value
+
+
+def make(shape: tuple[int, ...], dtype: Any, like: Any) -> Chip:
+    """As a library's empty: of exactly this size, 256-byte aligned, and full of NaN (0xFF)."""
+    dtype = np.dtype(dtype)
+    n = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    raw = np.full(n + 512, 0xFF, np.uint8)
+    start = -raw.ctypes.data % 256
+    return Chip(raw[start : start + n].view(dtype).reshape(shape))
