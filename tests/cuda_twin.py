@@ -100,6 +100,13 @@ class Chip:
     def __getitem__(self, index: Any) -> Chip:
         return Chip(self._values[index])
 
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self._values[index] = value._values if isinstance(value, Chip) else value
+
+    def __iadd__(self, other: Chip) -> Chip:
+        self._values += other._values
+        return self
+
     def __array__(self, *_: Any, **__: Any) -> Any:
         raise TypeError("an array on a device is not NumPy's to read")
 

@@ -165,6 +165,11 @@ class Engine {
 
   // keep: a backward will follow, so tape_memory is written.
   void forward(const Arguments& p, const Results& out, void* tape_memory, bool keep, Arena& work) {
+    if (T_ * B_ == 0) {
+      pass_states(p.h0, out.hn, work);
+      if constexpr (Cell::cell_state) pass_states(p.c0, out.cn, work);
+      return;
+    }
     Arena tape_arena(tape_memory);
     std::vector<Layer> tape = layers(keep ? tape_arena : work, keep || out.cells.data);
     for (int64_t l = 0; l < L_; ++l) {
@@ -237,6 +242,12 @@ class Engine {
   }
 
   void backward(const Arguments& p, const void* tape_memory, const Results& g, const Arguments& dp, Arena& work) {
+    if (T_ * B_ == 0) {
+      pass_states(g.hn, dp.h0, work);
+      if constexpr (Cell::cell_state) pass_states(g.cn, dp.c0, work);
+      for (int64_t n = 0; dp.params && n < L_ * D_; ++n) zero(dp.params[n], n < D_ ? I_ : D_ * H_);
+      return;
+    }
     Arena tape_arena(const_cast<void*>(tape_memory));
     std::vector<Layer> tape = layers(tape_arena, true);
     // the gradient of what layer l gives to the next: (E,T,B,wide)
@@ -441,6 +452,27 @@ class Engine {
     const int64_t* s = to.stride;
     copy<T, T>(from, {{D_ * B_ * H_, B_ * H_, H_, 1}}, static_cast<Storage*>(to.data) + l * D_ * s[0],
                {{s[1], s[0], s[2], s[3]}}, {{E_, D_, B_, H_}}, {{E_, D_, B_, H_}}, false, E_ > 1 && s[1] == 0);
+  }
+  // Without a step: what comes out is what went in, or zero.
+  void pass_states(const Array<4>& from, const Array<4>& to, Arena& work) {
+    for (int64_t l = 0; to.data && l < L_; ++l) {
+      const Storage* v = states(from, l, work);
+      if (!v) {
+        Storage* zeros = work.take<Storage>(sets_ * B_ * H_);
+        queue_.fill(zeros, 0, static_cast<size_t>(sets_ * B_ * H_) * sizeof(Storage));
+        v = zeros;
+      }
+      give_states(to, v, l);
+    }
+  }
+  // All of these weights' gradients. (No element is valid, so every one is written as zero.)
+  void zero(const Params& to, int64_t columns) {
+    for (const Array<3>* a : {&to.W, &to.R})
+      if (a->data)
+        copy<T, T>(a->data, {}, a->data, {{a->stride[0], H_ * a->stride[1], a->stride[1], a->stride[2]}},
+                   {{E_, G, H_, a == &to.W ? columns : H_}}, {});
+    for (const Array<2>* a : {&to.bW, &to.bR})
+      if (a->data) copy<T, T>(a->data, {}, a->data, {{a->stride[0], 0, 0, a->stride[1]}}, {{E_, 1, 1, G * H_}}, {});
   }
   // (T,E,B,columns) to (T,E,B,columns).
   void give(const Array<4>& from, const Array<4>& to, int64_t columns, bool masked) {

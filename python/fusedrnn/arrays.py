@@ -11,7 +11,7 @@ Arrays on a CUDA device come from any library that speaks `__cuda_array_interfac
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -236,6 +236,41 @@ def users(value: Any) -> Any:
     if isinstance(value, tuple):
         return tuple(map(users, value))
     return value
+
+
+def is_array(value: Any) -> bool:
+    """Whether it is an array of NumPy's or one on a CUDA device."""
+    return isinstance(value, np.ndarray) or device_array(value) is not None
+
+
+def concatenate(parts: Sequence[Any], axis: int) -> Any:
+    """The parts behind each other, in a new array of their library.
+
+    >>> concatenate([np.zeros((2, 1)), np.ones((2, 2))], 1).shape
+    (2, 3)
+    """
+    like = device_array(parts[0])
+    if like is None:
+        return np.concatenate(parts, axis)
+    shape = list(like.shape)
+    shape[axis] = sum(part.shape[axis] for part in parts)
+    whole = like.new(tuple(shape), like.dtype).owner
+    begin = 0
+    for part in parts:
+        end = begin + part.shape[axis]
+        whole[(slice(None),) * axis + (slice(begin, end),)] = part
+        begin = end
+    return whole
+
+
+def zeros(shape: tuple[int, ...], like: Any) -> Any:
+    """Zeros of the library and dtype of `like`."""
+    device = device_array(like)
+    if device is None:
+        return np.zeros(shape, like.dtype)
+    new = device.new(shape, device.dtype).owner
+    new[...] = 0
+    return new
 
 
 def empty(shape: tuple[int, ...], dtype: Any, like: Any) -> Any:

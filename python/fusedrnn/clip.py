@@ -5,6 +5,9 @@
 returns can be passed as it is. Everything passed counts: leave out `x` and `state` where only the weights shall count.
 Arrays may be non-contiguous. Sums are float64. Nothing is written before every check has passed. The native backend
 does the work in one pass over memory, NumPy otherwise.
+
+Arrays on a CUDA device are clipped there, all in two launches and without waiting for them: then a norm is a float64
+array () on the device; error_if_nonfinite has to wait for it, and norm_type is 1, 2 or inf.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,13 +16,14 @@ from typing import Any
 import numpy as np
 
 from . import backends
+from .arrays import DeviceArray, device_array
 
 __all__ = ["clip_each_norm_", "clip_grad_norm_", "clip_grad_value_"]
 
 BLOCK = 16384  # elements of float64 that stay in the first caches between conversion and sum
 
 
-def clip_grad_norm_(grads: Any, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> float:
+def clip_grad_norm_(grads: Any, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> Any:
     """Scale all gradients together so that their common norm is at most `max_norm`; returns the norm before.
 
     `norm_type` is any p > 0 or inf. With `error_if_nonfinite` an infinite or NaN norm raises and nothing is changed.
@@ -32,6 +36,8 @@ def clip_grad_norm_(grads: Any, max_norm: float, norm_type: float = 2.0, error_i
     """
     arrays = [array for _, array in leaves("clip_grad_norm_", grads)]
     check_norm("clip_grad_norm_", max_norm, norm_type)
+    if on_cuda("clip_grad_norm_", arrays):
+        return device_norm("clip_grad_norm_", "all gradients together", arrays, max_norm, norm_type, error_if_nonfinite)
     total = norm_of(arrays, norm_type)
     if error_if_nonfinite:
         refuse_nonfinite("clip_grad_norm_", "all gradients together", total)
@@ -48,6 +54,13 @@ def clip_each_norm_(grads: Any, max_norm: float, norm_type: float = 2.0, error_i
     """
     pairs = list(leaves("clip_each_norm_", grads))
     check_norm("clip_each_norm_", max_norm, norm_type)
+    if on_cuda("clip_each_norm_", [array for _, array in pairs]):
+        if error_if_nonfinite:  # all are looked at before one is changed
+            for name, array in pairs:
+                device_norm("clip_each_norm_", name, [array], -1, norm_type, True)
+        return like(
+            grads, iter([device_norm("clip_each_norm_", n, [a], max_norm, norm_type, False) for n, a in pairs])
+        )
     norms = [norm_of([array], norm_type) for _, array in pairs]
     if error_if_nonfinite:
         for (name, _), norm in zip(pairs, norms, strict=True):
@@ -68,12 +81,37 @@ def clip_grad_value_(grads: Any, clip_value: float) -> None:
     arrays = [array for _, array in leaves("clip_grad_value_", grads)]
     if not clip_value >= 0:
         raise ValueError(f"clip_grad_value_: clip_value is {clip_value}; expected a number >= 0")
+    if on_cuda("clip_grad_value_", arrays):
+        cuda: Any = backends.choose(on_cuda=True)
+        cuda.clip_value(arrays, float(clip_value))
+        return
     native = getattr(backends.choose(), "clip_value_", None)
     if native:
         native(arrays, float(clip_value))
         return
     for array in arrays:
         np.clip(array, -clip_value, clip_value, out=array)
+
+
+def on_cuda(function: str, arrays: Sequence[Any]) -> bool:
+    there = [isinstance(array, DeviceArray) for array in arrays]
+    if any(there) and not all(there):
+        raise TypeError(
+            f"{function}: some of grads are on a CUDA device and some on the host; expected all in one place. "
+            "Clip them in two calls if two norms are what you want, else copy"
+        )
+    return any(there)
+
+
+def device_norm(
+    function: str, what: str, arrays: Sequence[Any], max_norm: float, norm_type: float, error_if_nonfinite: bool
+) -> Any:
+    cuda: Any = backends.choose(on_cuda=True)
+    if norm_type not in (1, 2, np.inf):
+        raise ValueError(f"{function}: norm_type is {norm_type}; expected 1, 2 or inf on a CUDA device")
+    if error_if_nonfinite:
+        refuse_nonfinite(function, what, float(cuda.to_host(cuda.clip_norm(arrays, norm_type, -1.0))))
+    return cuda.clip_norm(arrays, norm_type, float(max_norm)).owner
 
 
 def norm_of(arrays: Sequence[np.ndarray], norm_type: float) -> float:
@@ -125,6 +163,10 @@ def leaves(function: str, grads: Any, name: str = "grads") -> Iterator[tuple[str
     elif isinstance(grads, list | tuple):
         for index, value in enumerate(grads):
             yield from leaves(function, value, f"{name}[{index}]")
+    elif (device := device_array(grads)) is not None:
+        if device.kind not in ("float16", "float32", "float64"):
+            raise TypeError(f"{function}: {name} has dtype {device.kind}; expected float16, float32 or float64")
+        yield name, device  # type: ignore[misc]
     elif not isinstance(grads, np.ndarray):
         raise TypeError(
             f"{function}: {name} is a {type(grads).__name__}; expected a NumPy array, or a dict, list or tuple of them"

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from . import backends, check, config, ops
+from . import arrays, backends, check, config, ops
 from . import params as parameters
 from .cells import CELLS
 
@@ -188,12 +188,12 @@ class _Layer:
         if self.bidirectional:
             fix = "The other needs the whole sequence: layer(x)."
             check.fail(op, "layer", "is bidirectional", "one direction", fix)
-        check.is_float(op, "x_t", x_t, self.dtype, "the layer")
+        check.is_float(op, "x_t", arrays.on_device(x_t), self.dtype, "the layer")
         if x_t.ndim not in (1, 2):
             check.fail(op, "x_t", f"has shape {x_t.shape}", "(B,I) or (I,)", "One time step has no time axis.")
         time = 1 if self.batch_first and x_t.ndim == 2 else 0
-        y, state, _ = self._run(np.expand_dims(x_t, time), state)[:3]
-        return y.squeeze(time), state
+        y, state, _ = self._run(x_t[:, None] if time else x_t[None], state)[:3]
+        return (y[:, 0] if time else y[0]), state
 
     def train(self, mode: bool = True) -> Any:
         """Calls keep a tape and apply dropout from now on. Returns the layer."""
@@ -203,6 +203,20 @@ class _Layer:
     def eval(self) -> Any:
         """Calls keep no tape and apply no dropout from now on. Returns the layer."""
         return self.train(False)
+
+    def to(self, place: Any) -> Any:
+        """Put `place(array)` in every parameter's place. Returns the layer.
+
+        With cupy.asarray the layer runs on the GPU, and takes and gives CuPy arrays; cupy.asnumpy brings it back. An
+        optimizer that holds the arrays must take the new ones from `parameters`.
+
+        >>> layer = fusedrnn.RNN(3, 4).to(lambda array: array.astype(np.float64))
+        >>> layer(np.ones((5, 2, 3)))[0].dtype
+        dtype('float64')
+        """
+        self.parameters = {name: place(array) for name, array in self.parameters.items()}
+        self.dtype = np.dtype(next(iter(self.parameters.values())).dtype)
+        return self
 
     def state_dict(self) -> dict[str, _Array]:
         """Copies of all parameters, under torch.nn's names.

@@ -30,6 +30,16 @@ def info() -> dict[str, Any]:
         report["instruction sets built"] = list(native.isas_built)
         report["instruction sets found"] = list(native.isas_found)
         report["instruction set used"] = native.isa()
+    cuda: Any = backends.load("cuda")
+    if cuda:
+        found, why = cuda.devices()
+        report["CUDA kernels for"] = cuda.architectures()
+        report["CUDA devices"] = [
+            f"{d['name']} ({d['compute'] / 10}, {d['multiprocessors']} multiprocessors, {d['bytes'] >> 30} GiB)"
+            for d in found
+        ] or f"none: {why}"
+    else:
+        report["no CUDA"] = backends.missing("cuda")
     report["threads"] = config.get_num_threads()
     report["backends"] = backends.available()
     for name in backends.NAMES:

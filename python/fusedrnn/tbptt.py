@@ -36,6 +36,8 @@ from typing import Any
 
 import numpy as np
 
+from . import arrays
+
 __all__ = ["Chunk", "chunks"]
 
 
@@ -72,7 +74,7 @@ class Chunk:
                     outputs.append(cut(y, axis, max(self.start - begin, 0), end - begin))
             if end == split:
                 walk.state = state
-        self.y = outputs[0] if len(outputs) == 1 else np.concatenate(outputs, axis)
+        self.y = outputs[0] if len(outputs) == 1 else arrays.concatenate(outputs, axis)
         self.state = state
         self.lengths = walk.lengths_between(self.start, stop)
 
@@ -96,8 +98,11 @@ class Chunk:
             dxs.append(grads["x"])
             for name, gradient in grads.items():
                 if name not in ("x", "state"):
-                    sums[name] = gradient if name not in sums else np.add(sums[name], gradient, out=sums[name])
-        dx = dxs[0] if len(dxs) == 1 else np.concatenate(dxs[::-1], walk.steps.axis)
+                    if name in sums:
+                        sums[name] += gradient
+                    else:
+                        sums[name] = gradient
+        dx = dxs[0] if len(dxs) == 1 else arrays.concatenate(dxs[::-1], walk.steps.axis)
         if self.update:
             walk.sums = {}
         return {"x": dx, "state": dstate, **sums}
@@ -111,7 +116,7 @@ class Chunk:
             return own
         shape = list(own.shape)
         shape[axis] = self.start - begin
-        return np.concatenate([np.zeros(shape, own.dtype), own], axis)
+        return arrays.concatenate([arrays.zeros(tuple(shape), own), own], axis)  # type: ignore[no-any-return]
 
 
 def chunks(
@@ -155,9 +160,9 @@ class Walk:
         self.state = state  # before step `first`, where the next window begins
         self.first = self.start = 0  # `start` is the next new step
         self.sums: dict[str, np.ndarray] = {}  # gradients since the last update
-        if reset is not None and not isinstance(x, np.ndarray):
+        if reset is not None and not arrays.is_array(x):
             raise ValueError(f"{op}: reset is given beside an iterable x; expected (x, reset) pairs from the iterable")
-        blocks = [(x, reset)] if isinstance(x, np.ndarray) else x
+        blocks = [(x, reset)] if arrays.is_array(x) else x
         self.lengths = None if lengths is None else np.asarray(lengths)
         longest = None
         if self.lengths is not None:
@@ -165,7 +170,7 @@ class Walk:
                 raise ValueError(f"{op}: lengths is {self.lengths}; expected integers >= 0, one for each row")
             longest = int(self.lengths.max(initial=0))
         self.steps = Steps(op, iter(blocks), layer.batch_first, longest)
-        if isinstance(x, np.ndarray):
+        if arrays.is_array(x):
             self.steps.fetch(1 if longest is None else longest)  # refuses wrong shapes before the first chunk
             self.steps.longest = self.steps.end if longest is None else longest
 
@@ -235,14 +240,16 @@ class Steps:
             return None
         none = np.zeros(1, np.uint8)
         marks = [
-            np.broadcast_to(none, x.shape[:-1]) if reset is None else np.asarray(reset) for _, x, reset in self.blocks
+            np.broadcast_to(none, x.shape[:-1]) if reset is None else reset
+            if arrays.is_array(reset) else np.asarray(reset)
+            for _, x, reset in self.blocks
         ]
         return self.joined([(t, mark) for (t, _, _), mark in zip(self.blocks, marks, strict=True)], begin, end)
 
     def joined(self, blocks: list[tuple[int, np.ndarray]], begin: int, end: int) -> np.ndarray:
         """The steps begin..end, copied only where they lie in several blocks."""
         parts = [cut(a, self.axis, begin - t, end - t) for t, a in blocks if t < end and t + a.shape[self.axis] > begin]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts, self.axis)
+        return parts[0] if len(parts) == 1 else arrays.concatenate(parts, self.axis)
 
     def forget(self, begin: int) -> None:
         self.blocks = [block for block in self.blocks if block[0] + block[1].shape[self.axis] > begin]

@@ -81,6 +81,21 @@ def devices() -> tuple[list[dict[str, Any]], str]:
     return [dict(zip(("name", "compute", "multiprocessors", "bytes"), each, strict=True)) for each in found], str(why)
 
 
+CELLS = ("rnn_tanh", "rnn_relu", "lstm", "gru", "gru_reset_before")
+
+
+def _check(problem: Problem) -> None:
+    if problem.cell not in CELLS:
+        raise NotImplementedError(
+            f"fusedrnn: cell {problem.cell!r} on a CUDA device: the CUDA kernels have {', '.join(CELLS)}. Copy the "
+            "arrays to the host"
+        )
+    if problem.recompute:
+        raise NotImplementedError(
+            "fusedrnn: recompute=True on a CUDA device: the CUDA kernels keep the whole tape. Pass recompute=False"
+        )
+
+
 def _call(function: Any, *args: Any) -> Any:
     try:
         return function(*args)
@@ -135,12 +150,14 @@ def _took(call: Any, problem: Problem, x: DeviceArray, which: str) -> None:
 
 def new_tape(problem: Problem, p: Arguments) -> DeviceArray:
     """Memory for the tape of a call."""
+    _check(problem)
     _place_rows(problem, p.x)
     call = _call(_extension.Forward, problem, p, Results(), True, *_settings(problem, p.x))
     return bytes_like(p.x, call.tape_bytes)
 
 
 def forward(problem: Problem, p: Arguments, out: Results, tape: DeviceArray | None) -> None:
+    _check(problem)
     _place_rows(problem, p.x)
     call = _call(_extension.Forward, problem, p, out, tape is not None, *_settings(problem, p.x))
     memory = bytes_like(p.x, call.workspace_bytes)
