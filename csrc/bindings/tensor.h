@@ -196,7 +196,7 @@ class Checked {
       out.axes.emplace_back(std::llabs(stride) / size_of(dtype_), extent);
     }
     std::sort(out.axes.begin(), out.axes.end());
-    if (access != Access::read && overlap(out.axes))
+    if (access != Access::read && out.elements > 0 && overlap(out.axes))
       value_error(name.text() + " has elements that share memory; it is written here");
     return out;
   }
