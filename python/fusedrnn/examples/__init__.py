@@ -7,8 +7,9 @@ Run one with `python -m fusedrnn.examples.NAME`; `--help` says what it does, `--
 NAME              kind                      what it learns
 forecast          many-to-one               the CO2 in the air in the next year, from the three before
 digits            many-to-one               handwritten digits, read row by row
+dates             encoder-decoder           to write dates, as people write them in six ways, as 1974-03-05
 
 Many-to-many, with truncated backpropagation and checkpoints: `python -m fusedrnn demo`, a character language model.
 """
 
-NAMES = ("forecast", "digits")
+NAMES = ("forecast", "digits", "dates")
