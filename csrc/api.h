@@ -75,6 +75,7 @@ struct Params {
 
 struct Arguments {
   Array<4> x;                // (T,E,B,I)
+  Array<3> tokens;           // in place of x: int32 (T,E,B); each stands for a one-hot vector of I, and has no gradient
   Array<4> h0, c0;           // (L*D,E,B,H)
   Params* params = nullptr;  // [L*D], layer-major, forward direction first
 };

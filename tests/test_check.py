@@ -41,7 +41,7 @@ WRONG: list[tuple[str, type[Exception], dict[str, Any]]] = [
     ),
     ("lstm: x is None; expected a NumPy array.", TypeError, {"x": None}),
     ("lstm: x has dtype float16; expected float32 or float64 in native", TypeError, {"x": X.astype(np.float16)}),
-    ("lstm: x has dtype int64; expected float32 or float64", TypeError, {"x": X.astype(np.int64)}),
+    ("lstm: x has dtype int64; expected float32 or float64, or two axes", TypeError, {"x": X.astype(np.int64)}),
     ("lstm: x has dtype object; expected float32 or float64", TypeError, {"x": X.astype(object)}),
     ("lstm: x has dtype complex64; expected float32", TypeError, {"x": X.astype(np.complex64)}),
     ("lstm: x has dtype >f4 in foreign byte order; expected", TypeError, {"x": X.astype(">f4")}),

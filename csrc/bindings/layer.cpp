@@ -73,7 +73,18 @@ class Call {
 
   // The first array read says which dtype all have.
   void dtype_of(py::handle arguments) {
-    checked_.set_dtype(get<"x">(arguments), {"", "x"});
+    const py::object x = get<"x">(arguments);
+    if (!Checked::is_tokens(x)) {
+      checked_.set_dtype(x, {"", "x"});
+    } else if (problem.bf16_weights) {
+      checked_.assume(Dtype::f32);
+    } else {
+      const py::object list = get<"params">(arguments);
+      const py::object first = py::reinterpret_steal<py::object>(PySequence_GetItem(list.ptr(), 0));
+      const py::object W = first ? py::reinterpret_steal<py::object>(PySequence_GetItem(first.ptr(), 0)) : first;
+      if (!W) throw py::error_already_set();
+      checked_.set_dtype(W, {"", "W", 0});
+    }
     problem.dtype = checked_.dtype();
     if (problem.bf16_weights && problem.dtype != Dtype::f32)
       checked_.type_error("x has dtype float64; expected float32 with bf16_weights");
@@ -89,7 +100,16 @@ class Call {
   Arguments arguments(py::handle given, const char* role, Access access, bool required) {
     const Sizes& s = problem.sizes;
     Arguments out;
-    out.x = checked_.array<4>(get<"x">(given), {role, "x"}, "(T, E, B, I)", {s.T, s.E, s.B, s.I}, access, 1);
+    py::object x = get<"x">(given);
+    if (required && Checked::is_tokens(x)) {
+      out.tokens = checked_.tokens(std::move(x), {s.T, s.E, s.B}, s.I, problem.lengths);
+      tokens_ = true;
+    } else {
+      if (tokens_ && !x.is_none())
+        checked_.value_error(std::string(role) + "x is given; expected None: tokens have no tangent and no gradient");
+      out.x = checked_.array<4>(std::move(x), {role, "x"}, "(T, E, B, I)", {s.T, s.E, s.B, s.I}, access, 1);
+    }
+    if (required && !out.x.data && !tokens_) checked_.type_error(std::string(role) + "x is None");
     const int64_t state[4] = {s.L * s.D, s.E, s.B, s.H};
     out.h0 = checked_.array<4>(get<"h0">(given), {role, "h0"}, "(L*D, E, B, H)", state, access, 1);
     out.c0 = checked_.array<4>(get<"c0">(given), {role, "c0"}, "(L*D, E, B, H)", state, access, 1);
@@ -187,6 +207,7 @@ class Call {
   }
 
   Checked checked_;
+  bool tokens_ = false;
   std::vector<std::vector<Params>> params_;  // what Arguments::params point to
 };
 

@@ -127,6 +127,12 @@ class Checked {
     dtype_ = type == NPY_FLOAT ? Dtype::f32 : Dtype::f64;
   }
   Dtype dtype() const { return dtype_; }
+  void assume(Dtype dtype) { dtype_ = dtype; }
+
+  // Integers stand for one-hot vectors.
+  static bool is_tokens(py::handle object) {
+    return PyArray_Check(object.ptr()) && PyTypeNum_ISINTEGER(PyArray_TYPE(as_array(object.ptr())));
+  }
 
   // Null for None. `axes` names the expected shape; `sets` is the axis of weight sets.
   template <int Rank>
@@ -178,6 +184,37 @@ class Checked {
                    is_bool ? NPY_BOOL : NPY_UINT8, 1);
   }
 
+  // (T,E,B) of any integer type as int32, each 0..kinds-1; those past a row's length are not read. Copied, as lengths
+  // are.
+  Array<3> tokens(py::object object, const int64_t (&shape)[3], int64_t kinds, const Array<2>& lengths) {
+    if (kinds > INT32_MAX) value_error("I is " + std::to_string(kinds) + "; expected less than 2**31 with tokens");
+    const int type = PyArray_TYPE(as_array(object.ptr()));
+    const Array<3> given =
+        read<3>(object, {"", "x"}, "(T, E, B)", shape, Access::read, 0, type, PyArray_ITEMSIZE(as_array(object.ptr())));
+    switch (type) {
+      case NPY_BYTE:
+        return copy_tokens<npy_byte>(given, shape, kinds, lengths);
+      case NPY_UBYTE:
+        return copy_tokens<npy_ubyte>(given, shape, kinds, lengths);
+      case NPY_SHORT:
+        return copy_tokens<npy_short>(given, shape, kinds, lengths);
+      case NPY_USHORT:
+        return copy_tokens<npy_ushort>(given, shape, kinds, lengths);
+      case NPY_INT:
+        return copy_tokens<npy_int>(given, shape, kinds, lengths);
+      case NPY_UINT:
+        return copy_tokens<npy_uint>(given, shape, kinds, lengths);
+      case NPY_LONG:
+        return copy_tokens<npy_long>(given, shape, kinds, lengths);
+      case NPY_ULONG:
+        return copy_tokens<npy_ulong>(given, shape, kinds, lengths);
+      case NPY_LONGLONG:
+        return copy_tokens<npy_longlong>(given, shape, kinds, lengths);
+      default:
+        return copy_tokens<npy_ulonglong>(given, shape, kinds, lengths);
+    }
+  }
+
   // Any rank, float32 or float64 (then dtype()). Does not keep the array alive.
   Layout layout(py::handle object, const ArrayName& name, Access access) {
     set_dtype(object, name);
@@ -214,6 +251,25 @@ class Checked {
   }
 
  private:
+  template <class T>
+  Array<3> copy_tokens(const Array<3>& given, const int64_t (&shape)[3], int64_t kinds, const Array<2>& lengths) {
+    const auto* data = static_cast<const T*>(given.data);
+    const auto* ends = static_cast<const int64_t*>(lengths.data);
+    const int64_t E = given.stride[1] == 0 && !ends ? std::min<int64_t>(shape[1], 1) : shape[1], B = shape[2];
+    tokens_.assign(static_cast<size_t>(shape[0] * E * B) + 1, 0);  // + 1: data() is no null pointer
+    for (int64_t t = 0; t < shape[0]; ++t)
+      for (int64_t e = 0; e < E; ++e)
+        for (int64_t b = 0; b < B; ++b) {
+          if (ends && t >= ends[e * lengths.stride[0] + b * lengths.stride[1]]) continue;
+          const T token = data[t * given.stride[0] + e * given.stride[1] + b * given.stride[2]];
+          if (token < T(0) || static_cast<uint64_t>(token) >= static_cast<uint64_t>(kinds))
+            value_error("x[" + std::to_string(t) + ", " + std::to_string(e) + ", " + std::to_string(b) + "] is token " +
+                        std::to_string(token) + "; expected 0 <= token < I = " + std::to_string(kinds));
+          tokens_[static_cast<size_t>((t * E + e) * B + b)] = static_cast<int32_t>(token);
+        }
+    return {tokens_.data(), {E * B, E == shape[1] ? B : 0, 1}};
+  }
+
   static std::string dtype_text(py::handle object) { return py::str(object.attr("dtype")); }
 
   PyArrayObject* ndarray(py::handle object, const ArrayName& name) const {
@@ -281,6 +337,7 @@ class Checked {
   Dtype dtype_ = Dtype::f32;
   std::vector<py::object> held_;
   std::vector<int64_t> lengths_;
+  std::vector<int32_t> tokens_;
 };
 
 }  // namespace fusedrnn::bindings

@@ -26,7 +26,8 @@ class Backward {
         sets_(sets),
         layers_(layers),
         tape_(layers.layout()),
-        groups_(adds_up(call) ? 1 : sets.count, call.threads, workspace) {
+        groups_(adds_up(call) ? 1 : sets.count, call.threads, workspace),
+        table_(call, sets, workspace) {
     p_[0] = &call.p;
     g_[0] = &call.g;
     if (P == 2) p_[1] = &call.v, g_[1] = &call.t;
@@ -47,7 +48,11 @@ class Backward {
     for (int g = 0; g < groups_.count; ++g) {
       Scratch& s = scratch_[g];
       s = Scratch();
-      if (tape_.every) s.forward.allocate(cell_, inputs_, H, workspace);
+      if (tape_.every) s.forward.allocate(cell_, inputs_, H, layers_.tokens() ? layers_.pairs() : 0, n_.I, workspace);
+      if (layers_.tokens()) {
+        s.tokens = take<int32_t>(workspace, pairs_);
+        s.columns = take<S>(workspace, table_.most * cell_.gates * H);
+      }
       s.db = take<S>(workspace, ld_da_);
       for (int q = 0; q < P; ++q) {
         s.R[q][0].data = take<S>(workspace, cell_.state_product ? ld_ * cell_.gates * H : 0);
@@ -110,6 +115,8 @@ class Backward {
     S *d[2][P], *d_start[2][P];  // running dh, dc; what reached h0, c0; rows of ld_
     S *rh[P] = {}, *drh[P] = {}, *db, *sums;
     S *z[P] = {}, *kept[P] = {}, *c_kept[P] = {}, *state[2][P] = {};
+    int32_t* tokens = nullptr;
+    S* columns = nullptr;  // dW of the tokens that occur, rows of gates * H
     const S **before[2][P], **x[P], **da_rows[P], **da_h_rows[kPhases][P], **rh_rows[P] = {}, **picked[P];
   };
 
@@ -159,6 +166,7 @@ class Backward {
       const int64_t s1 = smaller(s0 + chunk_, rows.steps);
       for (int q = 0; q < P; ++q)
         if (a.source[q].given()) a.source[q].fill(team, rows, a.reversed, s0, s1, w.copied[q], w.x[q]);
+      if (a.source[0].token) a.source[0].fill_tokens(team, rows, a.reversed, s0, s1, w.tokens);
       states_before(a, s0, s1);
       team.wait();
       if (tape_.every) rebuild(a, s0, s1);
@@ -206,7 +214,7 @@ class Backward {
       }
     }
     if (!tape_.every) return;
-    w.forward.pack(a.team, cell_, p, e, inputs, H, a.rows.total, pairs_);
+    w.forward.pack(a.team, cell_, p, e, inputs, H, a.rows.total, pairs_, a.source[0].token ? layers_.pairs() : -1);
   }
 
   static void shape(Panels<S>& w, int64_t K, int64_t columns, int threads) {
@@ -286,7 +294,10 @@ class Backward {
       const S* const* h[P];
       for (int q = 0; q < P; ++q) h[q] = phase ? w.rh_rows[q] : w.before[0][q];
       for (int64_t b = first; b < end; ++b) {
-        if (phase == 0) w.forward.input_product(cell_, b, x, pairs, w.z);
+        if (phase == 0 && a.source[0].token)
+          w.forward.token_product(cell_, b, w.tokens, pairs, w.z);
+        else if (phase == 0)
+          w.forward.input_product(cell_, b, x, pairs, w.z);
         w.forward.state_product(phase, b, h, pairs, w.z);
         const int64_t u0 = w.forward.unit(b), units = w.forward.unit(b + 1) - u0;
         for (int64_t s = s0; s < s1; ++s) {
@@ -464,6 +475,7 @@ class Backward {
     const Rows& rows = a.rows;
     const int64_t pairs = rows.off[s1] - rows.off[s0];
     const Params* dp = dp_.params ? &dp_.params[a.ld] : nullptr;
+    if (a.source[0].token && dp && dp->W.data) token_gradient(a, s0, s1);
     if (dp) {
       const bool split = sets_.count == 1 && n_.E > 1;
       const S *const *da[P], *const *x[P], *const *h[P], *const *rh[P];
@@ -532,7 +544,7 @@ class Backward {
           packed[q] = w.packed[q] + (s.column + kTile * i + m0) * pairs_;
           pack_columns(da[q], R, s.column + m0, m1 - m0, packed[q]);
         }
-        if (dp.W.data && s.w_row >= 0)
+        if (dp.W.data && s.w_row >= 0 && !a.source[0].token)
           gradient(a, dp.W, e, s.w_row, m0, m1, inputs, R, packed, w.x_panels, x[0] != nullptr, P == 2 && x[P - 1]);
         if (dp.R.data && s.r_row >= 0) gradient(a, dp.R, e, s.r_row, m0, m1, n_.H, R, packed, w.h_panels, true, true);
       }
@@ -703,7 +715,89 @@ class Backward {
         adds ? add_row(from, 1, at, to.stride[3], n) : copy_row(from, 1, at, to.stride[3], n);
       }
     }
+    if (!a.fresh && a.source[0].token && dp_.params && dp_.params[a.ld].W.data) write_columns(a, dp_.params[a.ld].W);
     if (a.fresh && dp_.params && a.team.rank == 0) zero_gradients(dp_.params[a.ld], a.set, a.source[0].width);
+  }
+
+  // ---- tokens: dW has columns only for those that occur. They are added up together, then written. ----
+
+  // The tokens of every weight set, by rising number. Where shared weights have a gradient for each e: by e, then so.
+  struct Table {
+    bool split = false;
+    int64_t most = 0;           // kinds that a weight set meets
+    int64_t** kinds = nullptr;  // [set][kind]: token + e * I
+    int64_t* count = nullptr;   // [set]
+    int32_t** place = nullptr;  // [set][token + e * I]: which kind
+
+    Table(const Call& call, const Sets& sets, Workspace& workspace) {
+      const Array<3>& tokens = call.p.tokens;
+      if (!tokens.data) return;
+      const Sizes& n = call.problem->sizes;
+      for (int d = 0; call.dp.params && d < n.D; ++d)
+        split = split || (sets.count == 1 && n.E > 1 && call.dp.params[d].W.data && call.dp.params[d].W.stride[0]);
+      const int64_t keys = n.I * (split ? n.E : 1);
+      kinds = take<int64_t*>(workspace, sets.count);
+      count = take<int64_t>(workspace, sets.count);
+      place = take<int32_t*>(workspace, sets.count);
+      for (int64_t set = 0; set < sets.count; ++set) {
+        const Rows& rows = sets.rows[set];
+        place[set] = take<int32_t>(workspace, keys);
+        for (int64_t key = 0; key < keys; ++key) place[set][key] = 0;
+        count[set] = 0;
+        for (int64_t i = 0; i < rows.N; ++i) {
+          const int32_t* row = element<int32_t>(tokens, 0, rows.e[i], rows.b[i]);
+          for (int64_t t = 0; t < rows.length[i]; ++t) {
+            int32_t& seen = place[set][row[t * tokens.stride[0]] + (split ? rows.e[i] * n.I : 0)];
+            count[set] += !seen;
+            seen = 1;
+          }
+        }
+        kinds[set] = take<int64_t>(workspace, count[set]);
+        int32_t next = 0;
+        for (int64_t key = 0; key < keys; ++key)
+          if (place[set][key]) kinds[set][place[set][key] = next++] = key;
+        most = larger(most, count[set]);
+      }
+    }
+  };
+
+  // da of a chunk into the columns of its tokens, pair by pair, each thread its own gate rows.
+  void token_gradient(Part& a, int64_t s0, int64_t s1) {
+    const Rows& rows = a.rows;
+    const int64_t width = cell_.gates * n_.H, tiles = (width + L - 1) / L;
+    const int64_t m0 = smaller(a.team.begin(tiles) * L, width), m1 = smaller(a.team.end(tiles) * L, width);
+    if (m1 <= m0) return;
+    if (a.fresh)
+      for (int64_t kind = 0; kind < table_.count[a.set]; ++kind) zero_row(a.w.columns + kind * width + m0, 1, m1 - m0);
+    for (int64_t s = s0; s < s1; ++s)
+      for (int64_t i = 0; i < rows.live[s]; ++i) {
+        const int64_t r = rows.off[s] - rows.off[s0] + i;
+        const int64_t kind = table_.place[a.set][a.w.tokens[r] + (table_.split ? rows.e[i] * n_.I : 0)];
+        add_row(a.w.da_rows[P - 1][r] + m0, 1, a.w.columns + kind * width + m0, 1, m1 - m0);
+      }
+  }
+
+  void write_columns(const Part& a, const Array<3>& to) const {
+    const int64_t width = cell_.gates * n_.H, tiles = (width + L - 1) / L, e_first = sets_.count == 1 ? 0 : a.set;
+    const int64_t m0 = smaller(a.team.begin(tiles) * L, width), m1 = smaller(a.team.end(tiles) * L, width);
+    const bool adds = e_first > 0 && to.stride[0] == 0;
+    Segment segment[3];
+    const int segment_count = segments(segment);
+    for (int64_t m = m0; m < m1; m += L) {
+      int64_t row[L] = {};  // of W, for each column of da
+      const int64_t n = smaller<int64_t>(L, m1 - m);
+      for (int64_t j = 0; j < n; ++j)
+        for (int k = 0; k < segment_count; ++k)
+          if (segment[k].w_row >= 0 && m + j >= segment[k].column && m + j < segment[k].column + segment[k].count)
+            row[j] = segment[k].w_row + m + j - segment[k].column;
+      for (int64_t e = e_first; !adds && e < (sets_.count == 1 && to.stride[0] ? n_.E : e_first + 1); ++e)
+        for (int64_t j = 0; j < n; ++j) zero_row(element<S>(to, e, row[j]), to.stride[2], n_.I);
+      for (int64_t kind = 0; kind < table_.count[a.set]; ++kind) {
+        const int64_t key = table_.kinds[a.set][kind];
+        const int64_t e = table_.split ? key / n_.I : e_first, token = table_.split ? key % n_.I : key;
+        for (int64_t j = 0; j < n; ++j) *element<S>(to, e, row[j], token) += a.w.columns[kind * width + m + j];
+      }
+    }
   }
 
   // No step at all: every weight gradient is zero.
@@ -729,6 +823,7 @@ class Backward {
   const Layers<S, P>& layers_;
   const Tape& tape_;
   Groups groups_;
+  Table table_;
   S* between_[2][P] = {};
   S* zeros_;
   Scratch* scratch_;

@@ -214,9 +214,21 @@ struct Source {
   int64_t H = 0, width = 0;
   int D = 1, layer = 0;  // layer: the one below
   const Problem* dropout = nullptr;
+  const int32_t* token = nullptr;  // in place of x, with the strides t, e, b
 
   bool given() const { return x || plane[0]; }
   bool direct() const { return x ? i == 1 : D == 1 && !dropout; }
+
+  // The tokens of pairs [rows.off[s0], rows.off[s1]).
+  void fill_tokens(const Team& team, const Rows& rows, bool reversed, int64_t s0, int64_t s1, int32_t* out) const {
+    const int64_t first = rows.off[s0], begin = team.begin(rows.off[s1] - first), end = team.end(rows.off[s1] - first);
+    for (int64_t s = s0; s < s1; ++s) {
+      const int64_t low = larger<int64_t>(0, begin - (rows.off[s] - first));
+      const int64_t high = smaller(rows.live[s], end - (rows.off[s] - first));
+      for (int64_t row = low; row < high; ++row)
+        out[rows.off[s] - first + row] = token[rows.time(reversed, s, row) * t + rows.e[row] * e + rows.b[row] * b];
+    }
+  }
 
   // Pointers to the input rows of pairs [rows.off[s0], rows.off[s1]); copied into `buffer` (rows of width) if not
   // direct.
@@ -291,6 +303,11 @@ class Layers {
       const Array<4>& x = p_[q]->x;
       s.x = static_cast<const S*>(x.data);
       s.t = x.stride[0], s.e = x.stride[1], s.b = x.stride[2], s.i = x.stride[3];
+      if (q == 0 && tokens()) {
+        const Array<3>& given = p_[0]->tokens;
+        s.token = static_cast<const int32_t*>(given.data);
+        s.t = given.stride[0], s.e = given.stride[1], s.b = given.stride[2];
+      }
     } else {
       for (int d = 0; d < n_.D; ++d) s.plane[d] = plane(q, l - 1, d, set);
       s.H = n_.H;
@@ -301,8 +318,15 @@ class Layers {
     return s;
   }
 
-  // The widest input, and whether all of them can be read in place.
-  int64_t widest() const { return n_.L > 1 ? larger<int64_t>(n_.I, n_.D * n_.H) : n_.I; }
+  // The first layer takes tokens; the largest number of them that one weight set meets.
+  bool tokens() const { return p_[0]->tokens.data != nullptr; }
+  int64_t pairs() const { return n_.T * N_; }
+
+  // The widest input that is multiplied, and whether all of them can be read in place.
+  int64_t widest() const {
+    const int64_t first = tokens() ? 0 : n_.I;
+    return n_.L > 1 ? larger<int64_t>(first, n_.D * n_.H) : first;
+  }
   bool direct() const {
     for (int q = 0; q < P; ++q)
       if (p_[q]->x.data && p_[q]->x.stride[3] != 1) return false;

@@ -37,7 +37,8 @@ class Forward {
     for (int g = 0; g < groups_.count; ++g) {
       Scratch& s = scratch_[g];
       s = Scratch();
-      s.weights.allocate(cell_, inputs, n_.H, workspace);
+      s.weights.allocate(cell_, inputs, n_.H, layers_.tokens() ? layers_.pairs() : 0, n_.I, workspace);
+      if (layers_.tokens()) s.tokens = take<int32_t>(workspace, pairs);
       for (int q = 0; q < P; ++q) {
         s.z[q] = take<S>(workspace, pairs * ldz);
         s.x[q] = take<const S*>(workspace, pairs);
@@ -73,6 +74,7 @@ class Forward {
     ForwardWeights<S, P> weights;
     S *z[P], *copied[P] = {}, *h[2][P], *c[P] = {}, *rh[P] = {};
     const S **x[P], **h_rows[2][P], **rh_rows[P] = {};
+    int32_t* tokens = nullptr;
   };
 
   void direction(const Team& team, Scratch& w, int l, int d, int64_t set) {
@@ -86,13 +88,14 @@ class Forward {
       source_of[q] = layers_.source(q, l, set);
     }
     const int64_t e = sets_.count == 1 ? 0 : set, inputs = source_of[0].width;
+    const int64_t tokens = source_of[0].token ? layers_.pairs() : -1;
     if constexpr (P == 1 && sizeof(S) == 4) {
       if (problem_.bf16_weights)
-        w.weights.template pack<Half>(team, cell_, p, e, inputs, H, rows.total, sets_.N);
+        w.weights.template pack<Half>(team, cell_, p, e, inputs, H, rows.total, sets_.N, tokens);
       else
-        w.weights.pack(team, cell_, p, e, inputs, H, rows.total, sets_.N);
+        w.weights.pack(team, cell_, p, e, inputs, H, rows.total, sets_.N, tokens);
     } else {
-      w.weights.pack(team, cell_, p, e, inputs, H, rows.total, sets_.N);
+      w.weights.pack(team, cell_, p, e, inputs, H, rows.total, sets_.N, tokens);
     }
     const int64_t first = team.begin(w.weights.blocks()), end = team.end(w.weights.blocks());
     const int64_t u0 = w.weights.unit(first), u1 = w.weights.unit(end);
@@ -105,8 +108,14 @@ class Forward {
         x[q] = source_of[q].given() ? w.x[q] : nullptr;
         if (x[q]) source_of[q].fill(team, rows, reversed, s0, s1, w.copied[q], w.x[q]);
       }
+      if (source_of[0].token) source_of[0].fill_tokens(team, rows, reversed, s0, s1, w.tokens);
       team.wait();
-      for (int64_t b = first; b < end; ++b) w.weights.input_product(cell_, b, x, pairs, w.z);
+      for (int64_t b = first; b < end; ++b) {
+        if (source_of[0].token)
+          token_product(w, b, pairs);
+        else
+          w.weights.input_product(cell_, b, x, pairs, w.z);
+      }
       for (int64_t s = s0; s < s1; ++s) {
         if (cell_.two_products) {
           each_tile(w, rows, set, l, d, s, s0, first, end, true);
@@ -117,6 +126,12 @@ class Forward {
         if (cell_.state_product || s + 1 == s1) team.wait();
       }
     }
+  }
+
+  void token_product(Scratch& w, int64_t block, int64_t pairs) const {
+    if constexpr (P == 1 && sizeof(S) == 4)
+      if (problem_.bf16_weights) return w.weights.template token_product<Half>(cell_, block, w.tokens, pairs, w.z);
+    w.weights.token_product(cell_, block, w.tokens, pairs, w.z);
   }
 
   // The state before the first step; rows of length 0 have it as their last one, too.

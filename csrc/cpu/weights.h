@@ -15,16 +15,24 @@ S* take(Workspace& workspace, int64_t count) {
   return static_cast<S*>(workspace.take(static_cast<size_t>(count) * sizeof(S)));
 }
 
+// A table of `kinds` columns is packed for so many tokens: the columns of one token then lie together.
+inline bool worth_packing_table(int64_t tokens, int64_t kinds) { return tokens > kinds / 2; }
+
 template <class S, int P>
 struct ForwardWeights {
   Panels<S> W[P], R[P][kPhases];
   S* bias[P];  // one row of z
   bool has_W[P], has_R[P];
+  bool gathers;                   // tokens take columns of W where it lies, not of the panels
+  const void* W_at[P];            // ... W (G*H,I), of the type that pack was called with
+  int64_t W_row[P], W_column[P];  // ... its strides
   int phases;
   int64_t ldz;
 
-  // Room for the widest layer of a call.
-  void allocate(const CellTable<S, P>& cell, int64_t inputs, int64_t H, Workspace& workspace) {
+  // Room for the widest layer of a call; `tokens`: how many the first layer takes at most, of `kinds`.
+  void allocate(const CellTable<S, P>& cell, int64_t inputs, int64_t H, int64_t tokens, int64_t kinds,
+                Workspace& workspace) {
+    if (worth_packing_table(tokens, kinds)) inputs = larger(inputs, kinds);
     const int64_t units = (H + Vec<S>::lanes - 1) / Vec<S>::lanes * Vec<S>::lanes;
     for (int q = 0; q < P; ++q) {
       W[q].data = take<S>(workspace, units * cell.gates * inputs);
@@ -35,15 +43,17 @@ struct ForwardWeights {
 
   // Packs the blocks of this team member, where that is worth it. `p[q]`: values, tangents (null pointers: not given).
   // `pairs` rows will be multiplied, `together` at a time those with R. T: what W and R consist of.
+  // `tokens`: the largest number of them, -1 for other inputs.
   template <class T = S>
   void pack(const Team& team, const CellTable<S, P>& cell, const Params* const* p, int64_t e, int64_t inputs, int64_t H,
-            int64_t pairs, int64_t together) {
+            int64_t pairs, int64_t together, int64_t tokens = -1) {
     constexpr int L = Vec<S>::lanes;
     const int64_t tiles = (H + L - 1) / L;
     const int block = block_tiles(cell.two_products ? 1 : cell.gates, tiles, team.size);
     ldz = tiles * cell.sums * L;
     phases = cell.two_products ? 2 : 1;
     const int first_gates = cell.two_products ? cell.gates - 1 : cell.gates;
+    gathers = tokens >= 0 && !worth_packing_table(tokens, inputs);
     static constexpr int gate[4] = {0, 1, 2, 3};
     for (int q = 0; q < P; ++q) {
       shape(W[q], inputs, H, cell.gates, cell, block, cell.x_sum);
@@ -54,11 +64,13 @@ struct ForwardWeights {
       has_R[q] = p[q] && p[q]->R.data;
       const int64_t begin = team.begin(W[q].blocks()), end = team.end(W[q].blocks());
       for (int phase = 0; phase < phases; ++phase) R[q][phase].halves = sizeof(T) == 2 && together <= 2;
-      if (has_W[q]) leave_unpacked<T>(W[q], p[q]->W, e, 0, pairs);
+      W[q].source = nullptr;
+      if (has_W[q] && tokens < 0) leave_unpacked<T>(W[q], p[q]->W, e, 0, pairs);
+      if (has_W[q]) W_at[q] = element<T>(p[q]->W, e), W_row[q] = p[q]->W.stride[1], W_column[q] = p[q]->W.stride[2];
       for (int phase = 0; has_R[q] && phase < phases; ++phase)
         leave_unpacked<T>(R[q][phase], p[q]->R, e, phase * first_gates * H, pairs);
       for (int64_t b = begin; b < end; ++b) {
-        if (has_W[q] && !W[q].source)
+        if (has_W[q] && !W[q].source && !gathers)
           pack_transposed(W[q], b, element<T>(p[q]->W, e), p[q]->W.stride[1], p[q]->W.stride[2], H, gate);
         if (!has_R[q] || R[q][0].source) continue;
         for (int phase = 0; phase < phases; ++phase)
@@ -87,6 +99,20 @@ struct ForwardWeights {
       for (int q = 0; q < P; ++q) fill_bias(cell, block, cell.sums - 1, cell.sums, n, z[q], bias[q]);
   }
 
+  // The same for tokens: bias + a column of W. T: as in `pack`.
+  template <class T = S>
+  void token_product(const CellTable<S, P>& cell, int64_t block, const int32_t* tokens, int64_t n, S* const* z) const {
+    for (int q = 0; q < P; ++q) {
+      if (!has_W[q])
+        fill_bias(cell, block, 0, cell.sums, n, z[q], bias[q]);
+      else if (gathers)
+        gather<T>(block, tokens, n, W_at[q], W_row[q], W_column[q], bias[q], z[q]);
+      else
+        gather_packed(W[q], block, tokens, n, bias[q], z[q]);
+      if (has_W[q] && cell.gates < cell.sums) fill_bias(cell, block, cell.sums - 1, cell.sums, n, z[q], bias[q]);
+    }
+  }
+
   // z += h R^T (phase 0), (r h) R^T (phase 1).
   void state_product(int phase, int64_t block, const S* const* const* h, int64_t n, S* const* z) const {
     if (!has_R[0]) return;
@@ -106,6 +132,47 @@ struct ForwardWeights {
     const bool pack = sizeof(T) != sizeof(S) || worth_packing(pairs, w.K) || m.stride[2] != 1;
     w.source = pack ? nullptr : element<S>(m, e, row);
     w.row_stride = m.stride[1];
+  }
+  // Column tokens[r] of a packed W: it lies together.
+  void gather_packed(const Panels<S>& w, int64_t block, const int32_t* tokens, int64_t n, const S* from, S* z) const {
+    const int64_t end = smaller((block + 1) * w.block, w.tiles()) * w.gates;
+    for (int64_t v = block * w.block * w.gates; v < end; v += w.width()) {
+      const int nv = static_cast<int>(smaller<int64_t>(w.width(), end - v));
+      int64_t at[4];
+      for (int j = 0; j < nv; ++j) at[j] = ((v + j) / w.gates * w.sums + w.sum[(v + j) % w.gates]) * w.lanes;
+      const S* table = w.data + v * w.lanes * w.K;
+      for (int64_t r = 0; r < n; ++r) {
+        const S* column = table + tokens[r] * int64_t{nv} * w.lanes;
+        for (int j = 0; j < nv; ++j) store(z + r * ldz + at[j], load(from + at[j]) + load(column + j * w.lanes));
+      }
+    }
+  }
+  // ... of W where it lies, element by element unless a column is contiguous.
+  template <class T>
+  void gather(int64_t block, const int32_t* tokens, int64_t n, const void* table, int64_t row, int64_t column,
+              const S* from, S* z) const {
+    constexpr int L = Vec<S>::lanes;
+    const Panels<S>& w = W[0];
+    const int64_t end = smaller((block + 1) * w.block, w.tiles());
+    for (int64_t tile = block * w.block; tile < end; ++tile) {
+      const int64_t valid = smaller<int64_t>(L, w.units - tile * L);
+      for (int g = 0; g < w.gates; ++g) {
+        const T* rows = static_cast<const T*>(table) + (g * w.units + tile * L) * row;
+        const int64_t at = (tile * w.sums + w.sum[g]) * L;
+        for (int64_t r = 0; r < n; ++r) {
+          const T* in = rows + tokens[r] * column;
+          typename Vec<S>::Native v{};
+          if constexpr (sizeof(T) == sizeof(S)) {
+            if (row == 1) {
+              store(z + r * ldz + at, load(from + at) + load(in, valid));
+              continue;
+            }
+          }
+          for (int64_t i = 0; i < valid; ++i) v[i] = as(in + i * row, S());
+          store(z + r * ldz + at, load(from + at) + Vec<S>(v));
+        }
+      }
+    }
   }
   static void shape(Panels<S>& w, int64_t K, int64_t H, int gates, const CellTable<S, P>& cell, int block,
                     const int* sum) {

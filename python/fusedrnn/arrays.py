@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 X, Y, STATE, CELLS, LENGTHS, RESET = "TEBI", "TEBJ", "SEBH", "LTEBJ", "EB", "TEB"
+TOKENS = "TEB"
 WEIGHT_IH, WEIGHT_HH, BIAS = "EGI", "EGH", "EG"
 
 

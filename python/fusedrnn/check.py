@@ -118,10 +118,17 @@ def is_float(op: str, name: str, value: Any, dtype: Any = None, like: str = "x")
     if dtype is not None and array.dtype != dtype:
         fix = f"Kernels compute in one type: convert one of them, e.g. {name}.astype(numpy.{dtype})."
         fail(op, name, f"has dtype {_dtype(array)}", f"{dtype}, the dtype of {like}", fix, TypeError)
+    return is_whole(op, name, array)
+
+
+def is_whole(op: str, name: str, array: np.ndarray) -> np.ndarray:
+    """The array, if its elements can be read in place."""
     if not array.flags.aligned or any(s % array.itemsize for s in array.strides):
         fix = f"Pass {name}.copy()."
         expected = f"whole elements of {array.itemsize} bytes"
         fail(op, name, f"is not aligned (strides {array.strides} bytes)", expected, fix)
+    if not array.dtype.isnative:
+        fail(op, name, f"has dtype {_dtype(array)}", "native byte order", error=TypeError)
     return array
 
 
@@ -241,35 +248,54 @@ def call(
         fail(op, "reset_to", f"is {reset_to!r}", '"zero" or "initial"')
     if type(x) is not np.ndarray and arrays.device_array(x) is not None:
         x, state, params, lengths, reset = map(arrays.on_device, (x, state, params, lengths, reset))
-    x = is_float(op, "x", x)
-    if x.ndim not in (2, 3, 4):
-        order = "(B,T,I)" if batch_first else "(T,B,I)"
-        fail(op, "x", f"has shape {x.shape}", f"{order}, or (T,I) without a batch, or four axes with E weight sets")
+    tokens = isinstance(x, np.ndarray) and x.dtype.kind in "iu"
+    if not tokens:
+        x = is_float(op, "x", x)
+    x_rank = x.ndim + tokens
+    if x_rank not in (2, 3, 4):
+        order = "B,T" if batch_first else "T,B"
+        shapes = (f"({order})", "(T,)", "three") if tokens else (f"({order},I)", "(T,I)", "four")
+        expected = f"{shapes[0]}, or {shapes[1]} without a batch, or {shapes[2]} axes with E weight sets"
+        fail(op, "x", f"has shape {x.shape}", expected)
     h0, c0 = state_parts(op, "state", cell, state)
     names, flat = _flatten(op, cell_name, params, L, D)
-    bf16 = x.dtype == np.float32 and isinstance(flat[0], np.ndarray) and flat[0].dtype == np.uint16
+    if tokens:
+        is_whole(op, "x", x)
+        if x_rank == 4 and not any(a.ndim == len(weight_axes(n)) for n, a in zip(names, flat, strict=True)):
+            fix = "Integers without an axis of features are tokens, that is one-hot vectors; convert others."
+            fail(op, "x", f"has dtype {x.dtype}", "float32 or float64, or two axes", fix, TypeError)
+        dtype, like = getattr(flat[0], "dtype", None), names[0]
+        if dtype == np.uint16:
+            dtype = np.dtype(np.float32)
+        if dtype not in _FLOATS:
+            dtype = is_float(op, names[0], flat[0]).dtype
+    else:
+        dtype, like = x.dtype, "x"
+    bf16 = dtype == np.float32 and isinstance(flat[0], np.ndarray) and flat[0].dtype == np.uint16
     for name, array in zip(names, flat, strict=True):
         if bf16 and name.startswith("weight"):
             if is_array(op, name, array).dtype != np.uint16:
                 fix = "Weights are bfloat16 all or none: see fusedrnn.params.to_bfloat16."
                 fail(op, name, f"has dtype {_dtype(array)}", f"uint16, as {names[0]} has", fix, TypeError)
         else:
-            is_float(op, name, array, x.dtype)
+            is_float(op, name, array, dtype, like)
         if array.ndim - len(weight_axes(name)) not in (0, -1):
             expected = f"{len(weight_axes(name)) - 1} axes, or {len(weight_axes(name))} with weight sets E"
             fail(op, name, f"has shape {array.shape}", expected)
     if h0 is not None:
-        is_float(op, "state" if c0 is None else "state[0]", h0, x.dtype)
+        is_float(op, "state" if c0 is None else "state[0]", h0, dtype, like)
     if c0 is not None:
-        is_float(op, "state[1]", c0, x.dtype)
+        is_float(op, "state[1]", c0, dtype, like)
 
     if type(x) is not np.ndarray:
         together(op, x, [*zip(names, flat, strict=True), ("state" if c0 is None else "state[0]", h0), ("state[1]", c0)])
 
-    unbatched = x.ndim == 2
-    x_axes = arrays.data_axes(arrays.X, batch_first, unbatched, x.ndim == 4)
+    unbatched = x_rank == 2
+    x_axes = arrays.data_axes(arrays.TOKENS if tokens else arrays.X, batch_first, unbatched, x_rank == 4)
     found = dict(zip(x_axes, x.shape, strict=True))
     sources = dict.fromkeys(x_axes, "x")
+    if tokens:
+        found["I"], sources["I"] = flat[0].shape[-1], names[0]
     found.setdefault("B", 1)
     if cell.state_product:
         found["H"], sources["H"] = flat[1].shape[-1], names[1]
@@ -282,7 +308,7 @@ def call(
 
     # The E axis: wherever an array has one axis more than it must.
     state_rank = 2 if unbatched else 3
-    given = [("x", x, 3), *((n, a, len(weight_axes(n)) - 1) for n, a in zip(names, flat, strict=True))]
+    given = [("x", x, 3 - tokens), *((n, a, len(weight_axes(n)) - 1) for n, a in zip(names, flat, strict=True))]
     given += [("state", h0, state_rank), ("state", c0, state_rank)]
     given += [("lengths", lengths, state_rank - 2), ("reset", reset, state_rank - 1)]
     for name, array, rank in given:
@@ -317,7 +343,7 @@ def call(
         op,
         cell,
         problem,
-        x.dtype,
+        dtype,
         names,
         flat,
         bool(batch_first),
@@ -346,6 +372,8 @@ def call(
             fail(op, "lengths", got, f"0 <= lengths <= T={problem.T}", "Lengths count time steps of x.")
     if reset is not None:
         problem.reset = _placed(result, "reset", reset, arrays.RESET)
+    if tokens:
+        _in_range(result, x, arrays.view(x, x_axes, arrays.TOKENS, problem.E))
     return result, h0, c0
 
 
@@ -371,6 +399,22 @@ def _placed(result: Call, name: str, array: np.ndarray, canonical: str) -> Any:
     axes = shared if array.ndim == len(shared) else full
     result.expect(name, array, axes)
     return arrays.view(array, axes, canonical, result.problem.E)
+
+
+def _in_range(result: Call, x: np.ndarray, tokens: np.ndarray) -> None:
+    """Fail unless every token (T,E,B) of a step that is run says which of the I inputs is 1."""
+    problem = result.problem
+    if not x.size or (x.min() >= 0 and x.max() < problem.I):
+        return
+    wrong = (tokens < 0) | (tokens >= problem.I)
+    if problem.lengths is not None:
+        wrong &= np.arange(problem.T)[:, None, None] < problem.lengths
+    if wrong.any():
+        t, e, b = (int(i) for i in np.argwhere(wrong)[0])
+        where = f"step {t}, row {b}" + (f", set {e}" if result.sets else "")
+        expected = f"0 <= token < {problem.I}, the inputs of {result.sources['I']}"
+        fix = "Integers stand for one-hot vectors."
+        fail(result.op, "x", f"has token {tokens[t, e, b]} (at {where})", expected, fix)
 
 
 def _lengths(op: str, lengths: Any) -> Any:

@@ -103,6 +103,8 @@ class _Layer:
     ) -> Any:
         """Run the layer: (y, state), or (y, state, cells) with return_cells. In training mode `backward` may follow.
 
+        x (T,B,I), (B,T,I) with batch_first, or (T,I); or tokens, integers of one axis less that stand for one-hot
+        vectors of input_size: `fusedrnn.LSTM(vocabulary, H)(tokens)` looks columns of weight_ih_l0 up (fusedrnn.ops).
         Raises TypeError or ValueError before anything is written.
         """
         if not self.training and lengths is None and reset is None and not return_cells:
@@ -166,8 +168,9 @@ class _Layer:
     def step(self, x_t: _Array, state: Any = None) -> Any:
         """One time step of streaming inference: (y_t, state). No dropout, no tape, one direction only.
 
-        x_t (B,I) or (I,); state None (zeros), or what the last step returned; y_t (B,H) or (H,). The arrays that come
-        back belong to the layer: they hold until the next step but one; copy what you keep.
+        x_t (B,I) or (I,), or tokens (B,) or one integer; state None (zeros), or what the last step returned; y_t (B,H)
+        or (H,). The arrays that come back belong to the layer: they hold until the next step but one; copy what you
+        keep.
         Raises TypeError or ValueError as the layer call does.
 
         >>> layer = fusedrnn.LSTM(3, 4, seed=0)
@@ -188,10 +191,15 @@ class _Layer:
         if self.bidirectional:
             fix = "The other needs the whole sequence: layer(x)."
             check.fail(op, "layer", "is bidirectional", "one direction", fix)
-        check.is_float(op, "x_t", arrays.on_device(x_t), self.dtype, "the layer")
-        if x_t.ndim not in (1, 2):
-            check.fail(op, "x_t", f"has shape {x_t.shape}", "(B,I) or (I,)", "One time step has no time axis.")
-        time = 1 if self.batch_first and x_t.ndim == 2 else 0
+        tokens = isinstance(x_t, int | np.integer | np.ndarray) and np.asarray(x_t).dtype.kind in "iu"
+        if tokens:
+            x_t = np.asarray(x_t)
+        else:
+            check.is_float(op, "x_t", arrays.on_device(x_t), self.dtype, "the layer")
+        if x_t.ndim not in (1 - tokens, 2 - tokens):
+            expected = "(B,) or one integer" if tokens else "(B,I) or (I,)"
+            check.fail(op, "x_t", f"has shape {x_t.shape}", expected, "One time step has no time axis.")
+        time = 1 if self.batch_first and x_t.ndim == 2 - tokens else 0
         y, state, _ = self._run(x_t[:, None] if time else x_t[None], state)[:3]
         return (y[:, 0] if time else y[0]), state
 

@@ -3,7 +3,7 @@
 
 Arrays (float32 or float64, all of one dtype, any strides; nothing large is copied):
 
-    x        (T,B,I), or (B,T,I) with batch_first, or (T,I) without a batch
+    x        (T,B,I), or (B,T,I) with batch_first, or (T,I) without a batch; or tokens (see below)
     state    h (layers*directions, B, H), or (h, c) for the LSTM; None: zeros; (layers*directions, H) without a batch
     y        as x, with directions*H in place of I
     cells    (layers,) + y's shape: c of every layer and step for the LSTM, h for the others
@@ -14,6 +14,12 @@ Arrays (float32 or float64, all of one dtype, any strides; nothing large is copi
 Ensembles: parameters with one more axis in front, (E, ...), are E models in one call. Then y has an E axis too,
 (T,E,B,H) or (E,B,T,H) with batch_first, and a state (layers*directions, E, B, H). x, states, lengths, resets and
 parameters without an E axis are shared; the gradient of what is shared is the sum over E.
+
+Tokens: an integer x (of any integer type) without its last axis, (T,B), (B,T) or (T,), stands for the one-hot vectors
+of its values: x[t, b] = k is a 1 at input k, 0 <= k < I = weight_ih_l0.shape[1]. Then x W^T is a column of W, looked up
+and never multiplied, and no entry "x" comes from backward, because tokens have no gradient. Values past a row's length
+are not read. An embedding in front is the same look-up: with vectors e_k = embedding[k], the column is W e_k, so
+`weight_ih_l0 = W @ embedding.T` folds the two into one (for inference, or as the one thing that is learned).
 """
 
 from __future__ import annotations
@@ -332,7 +338,8 @@ def minlstm(
 def lstm_backward(tape: Tape, dy: _Array | None = None, dstate: Any = None, dcells: _Array | None = None) -> Any:
     """Gradients from those of y, of the final state (h, c; either may be None) and of cells; None: zero.
 
-    Returns a dict of new arrays: "x", "state" (a pair) and one entry per parameter name, each in its argument's shape.
+    Returns a dict of new arrays: "x" (not for tokens), "state" (a pair) and one entry per parameter name, each in its
+    argument's shape.
     Raises TypeError or ValueError as `lstm` does.
 
     >>> params = fusedrnn.params.init("lstm", 3, 4, bias=False, seed=0)
@@ -488,7 +495,7 @@ def _backward(op: str, tape: Tape, dy: Any, dstate: Any, dcells: Any) -> Any:
 def _axes(call: check.Call, name: str, ndim: int) -> tuple[str, str]:
     """How an argument with ndim axes lies, and its canonical axes."""
     if name == "x":
-        return call.x_axes, arrays.X
+        return call.x_axes, arrays.X if "I" in call.x_axes else arrays.TOKENS
     if name in ("h", "c"):
         canonical, full = arrays.STATE, call.state_axes
     else:
@@ -584,6 +591,9 @@ def _tangents(op: str, tape: Tape, tangents: Mapping[str, Any]) -> Arguments:
             check.fail(op, "tangents", f"has {name!r}", f"some of {expected}")
         if array is None:
             continue
+        if name == "x" and "I" not in call.x_axes:
+            fix = "Tokens are integers: they have no tangent."
+            check.fail(op, "tangents", "has 'x'", f"some of {', '.join(['state', *call.names])}", fix)
         label = f"tangents[{name if name not in 'hc' else 'state'!r}]"
         check.is_float(op, label, array, call.dtype)
         like = tape.inputs[name]
@@ -602,7 +612,7 @@ def _new_arguments(tape: Tape) -> Any:
     public: dict[str, Any] = {}
     canonical: dict[str, Any] = {}
     for name, given in tape.inputs.items():
-        if name == "c" and not call.cell.cell_state:
+        if (name == "c" and not call.cell.cell_state) or (name == "x" and "I" not in call.x_axes):
             continue
         if given is None:
             axes, target = call.state_axes, arrays.STATE
@@ -626,7 +636,8 @@ def _new_arguments(tape: Tape) -> Any:
             grads = arrays.users(grads)
         h = grads.pop("h")
         state = (h, grads.pop("c")) if call.cell.cell_state else h
-        return {"x": grads.pop("x"), "state": state, **grads}
+        x = {"x": grads.pop("x")} if "x" in grads else {}
+        return {**x, "state": state, **grads}
 
     params = _params(call, canonical)
-    return public, Arguments(canonical["x"], canonical["h"], canonical.get("c"), params), finish
+    return public, Arguments(canonical.get("x"), canonical["h"], canonical.get("c"), params), finish

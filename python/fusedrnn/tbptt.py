@@ -95,17 +95,20 @@ class Chunk:
         for layer, begin, end in reversed(self.runs):
             grads = layer.backward(self.padded(dy, begin, end, walk.steps.axis), dstate)
             dstate = grads["state"]
-            dxs.append(grads["x"])
+            if "x" in grads:
+                dxs.append(grads["x"])
             for name, gradient in grads.items():
                 if name not in ("x", "state"):
                     if name in sums:
                         sums[name] += gradient
                     else:
                         sums[name] = gradient
-        dx = dxs[0] if len(dxs) == 1 else arrays.concatenate(dxs[::-1], walk.steps.axis)
+        x = {}  # tokens have no gradient
+        if dxs:
+            x["x"] = dxs[0] if len(dxs) == 1 else arrays.concatenate(dxs[::-1], walk.steps.axis)
         if self.update:
             walk.sums = {}
-        return {"x": dx, "state": dstate, **sums}
+        return {**x, "state": dstate, **sums}
 
     def padded(self, dy: np.ndarray | None, begin: int, end: int, axis: int) -> np.ndarray | None:
         """dy for the steps begin..end: the new steps' own, zero before them."""
@@ -132,9 +135,9 @@ def chunks(
     """Walk through a long sequence: run it chunk by chunk, and give each `Chunk` out before the next is run.
 
     layer    an RNN, LSTM or GRU of one direction
-    x        the whole sequence (T,B,I) (a memory map will do), shaped as the layer takes it (batch_first, unbatched);
-             or any iterable of blocks of it, each with any number of steps, taken one by one when they are needed:
-             a generator can so embed the next block with the weights after the last update. A block is x, or a
+    x        the whole sequence (T,B,I) (a memory map will do), shaped as the layer takes it (batch_first, unbatched,
+             tokens); or any iterable of blocks of it, each with any number of steps, taken one by one when needed: a
+             generator can so embed the next block with the weights after the last update. A block is x, or a
              pair (x, reset). Blocks must stay unchanged for the k2 steps in which they are used.
     state    the state before the first step (zero if not given)
     lengths  (B) steps of each row, counted from the beginning; steps that no row has are not run
@@ -223,11 +226,10 @@ class Steps:
                     raise ValueError(f"{self.op}: x ended after {self.end} steps; expected {self.longest} from lengths")
                 return self.end
             x, reset = block if isinstance(block, tuple) else (block, None)
-            self.axis = 1 if self.batch_first and x.ndim == 3 else 0
-            if reset is not None and np.shape(reset) != x.shape[:-1]:
-                raise ValueError(
-                    f"{self.op}: reset has shape {np.shape(reset)}; expected {x.shape[:-1]} from x {x.shape}"
-                )
+            marks = steps_and_rows(x)
+            self.axis = 1 if self.batch_first and len(marks) == 2 else 0
+            if reset is not None and np.shape(reset) != marks:
+                raise ValueError(f"{self.op}: reset has shape {np.shape(reset)}; expected {marks} from x {x.shape}")
             self.blocks.append((self.end, x, reset))
             self.end += x.shape[self.axis]
         return stop
@@ -240,7 +242,7 @@ class Steps:
             return None
         none = np.zeros(1, np.uint8)
         marks = [
-            np.broadcast_to(none, x.shape[:-1]) if reset is None else reset
+            np.broadcast_to(none, steps_and_rows(x)) if reset is None else reset
             if arrays.is_array(reset) else np.asarray(reset)
             for _, x, reset in self.blocks
         ]
@@ -253,6 +255,12 @@ class Steps:
 
     def forget(self, begin: int) -> None:
         self.blocks = [block for block in self.blocks if block[0] + block[1].shape[self.axis] > begin]
+
+
+def steps_and_rows(x: np.ndarray) -> tuple[int, ...]:
+    """The shape of x without its features, which tokens have none of."""
+    tokens = isinstance(x, np.ndarray) and x.dtype.kind in "iu"
+    return tuple(x.shape) if tokens else tuple(x.shape[:-1])
 
 
 def cut(array: np.ndarray, axis: int, begin: int, end: int) -> np.ndarray:

@@ -61,7 +61,7 @@ class Problem:
 class Arguments:
     """What goes in; and so also its tangents and its gradients."""
 
-    x: Any = None  # (T,E,B,I)
+    x: Any = None  # (T,E,B,I); or tokens, integers (T,E,B) for one-hot vectors: these have no tangent, no gradient
     h0: Any = None  # (L*D,E,B,H)
     c0: Any = None
     params: list[Params] = field(default_factory=list)  # [L*D], layer-major, forward direction first
@@ -75,6 +75,21 @@ class Results:
     hn: Any = None  # (L*D,E,B,H)
     cn: Any = None
     cells: Any = None  # (L,T,E,B,D*H)
+
+
+def holds_tokens(x: Any) -> bool:
+    """Whether x is tokens: integers in place of one-hot vectors.
+
+    >>> fusedrnn.backends.holds_tokens(np.zeros((5, 1, 2), np.uint8))
+    True
+    """
+    return x is not None and x.dtype.kind in "iu"
+
+
+def dtype_of(problem: Problem, p: Arguments) -> np.dtype[Any]:
+    """The type that a call computes in."""
+    kind: np.dtype[Any] = (p.params[0][0] if holds_tokens(p.x) else p.x).dtype
+    return np.dtype(np.float32) if kind == np.uint16 else kind
 
 
 class Backend(Protocol):

@@ -25,7 +25,7 @@ from numba.extending import intrinsic, overload
 from .. import cells, lattice
 from ..cells import CELLS, cifg, dropout, gru, lstm, mingru, minlstm, number, rnn
 from ..cells.cell import Cell
-from . import Arguments, Problem, Results, reference
+from . import Arguments, Problem, Results, dtype_of, holds_tokens, reference
 
 _OPTIONS: dict[str, Any] = {"error_model": "numpy", "fastmath": {"contract"}, "forceinline": True}
 _BLOCK = 32  # units
@@ -589,6 +589,21 @@ class _Walk:
         target = None if out is None else out.reshape(*shape, out.shape[-1])
         return np.matmul(a.reshape(*shape, a.shape[-1]), M, out=target).reshape(len(a), -1)
 
+    def input_product(self, x: Any) -> Any:
+        """x W^T of many steps, (n,N,G*H): a product, or for tokens (n,E,B) the columns of W that they stand for."""
+        if not holds_tokens(x):
+            return self.times(x, self.WT)
+        columns = self.WT[np.arange(self.problem.E)[:, None], x] if len(self.W) > 1 else self.WT[0][x]
+        return columns.reshape(len(x), self.N, -1)
+
+    def token_gradient(self, dW: Any, da: Any, tokens: Any) -> None:
+        """da (n,N,G*H) added into the columns of dW (E,G*H,I) that tokens (n,E,B) stand for."""
+        da = da.reshape(*tokens.shape, -1)
+        for e in range(self.problem.E):
+            kinds, which = np.unique(tokens[:, e], return_inverse=True)
+            hot = (np.arange(len(kinds))[:, None] == which.reshape(-1)).astype(self.dtype)
+            dW[e][:, kinds] += (hot @ da[:, e].reshape(which.size, -1)).T
+
     def times(self, a: Any, M: Any) -> Any:
         """a (n,E,B,K), many steps, times M (E,K,J): (n,N,J), contiguous."""
         n, E, B, K = a.shape
@@ -635,7 +650,7 @@ class _Walk:
         zeros = np.zeros((N, H), self.dtype)
         h, c = h0, c0
         for chunk in self.chunks():
-            ax = self.times(x[self.ordered(chunk)], self.WT)
+            ax = self.input_product(x[self.ordered(chunk)])
             scratch = np.empty((N, cell.kept, H), self.dtype) if kept is None else None
             for t in chunk:
                 if self.restarts[t]:
@@ -665,7 +680,7 @@ class _Walk:
         """The kept values (n,N,K,H) of a chunk, from the states before its steps."""
         n, N, H = hp.shape
         kept = np.empty((n, N, self.cell.kept, H), self.dtype)
-        ax = self.times(x, self.WT)
+        ax = self.input_product(x)
         h, c = np.empty((N, H), self.dtype), np.empty((N, H), self.dtype)
         for k in range(n):
             self.step(ax[k], hp[k], cp[k], min(chunk) + k, kept[k], h, c)
@@ -681,7 +696,7 @@ class _Walk:
         to_initial = problem.reset_to_initial
         dh, dc = dhn.copy(), dcn.copy()
         dh0, dc0 = np.zeros_like(dh), np.zeros_like(dc)
-        dW = np.zeros((E, cell.gates * H, x.shape[-1]), self.dtype)
+        dW = np.zeros((E, *self.W.shape[1:]), self.dtype)
         dR = np.zeros((E, cell.gates * H, H), self.dtype)
         dbW, dbR = np.zeros((E, cell.gates * H), self.dtype), np.zeros((E, cell.gates * H), self.dtype)
         nothing = np.zeros((N, H), self.dtype)
@@ -692,7 +707,8 @@ class _Walk:
             hp = self.before(hs, h0, chunk, h0 if to_initial else None)
             cp = self.before(cs, c0, chunk, c0 if to_initial else None) if cell.cell_state else hp
             x_part = x[part]
-            if problem.lengths is not None:  # so that padding, NaN included, reaches nothing
+            tokens = holds_tokens(x)
+            if problem.lengths is not None and not tokens:  # so that padding, NaN included, reaches nothing
                 x_part = np.where(self.active[part].reshape(n, E, -1, 1), x_part, self.dtype.type(0))
             gates = self.rebuild(chunk, x_part, hp, cp) if kept is None else kept[part]
             dy_part = nothing if dy is None else np.ascontiguousarray(dy[part]).reshape(n, N, H)
@@ -731,8 +747,11 @@ class _Walk:
                         dc0[rows] += dc[rows]
                     dh[rows] = 0
                     dc[rows] = 0
-            dx[part] += self.times(da_x.reshape(n, E, -1, cell.gates * H), self.W).reshape(dx[part].shape)
-            dW += self.outer(da_x, x_part)
+            if tokens:
+                self.token_gradient(dW, da_x, x_part)
+            else:
+                dx[part] += self.times(da_x.reshape(n, E, -1, cell.gates * H), self.W).reshape(dx[part].shape)
+                dW += self.outer(da_x, x_part)
             sets = (n, E, problem.B, H)
             if rhs is None and cell.state_product:
                 dR += self.outer(da_h, hp.reshape(sets))
@@ -795,10 +814,19 @@ def _output(problem: Problem, kept: list[Any], masks: Any, layer: int, part: int
     return result.reshape(problem.T, problem.E, problem.B, problem.D * problem.H)
 
 
+def _safe(problem: Problem, tokens: Any) -> Any:
+    """Tokens that can be indices: checked, and 0 past a row's length, where they may be anything."""
+    if problem.lengths is not None:
+        tokens = np.where(np.arange(problem.T)[:, None, None] < problem.lengths, tokens, tokens.dtype.type(0))
+    if tokens.size and (tokens.min() < 0 or tokens.max() >= problem.I):
+        raise ValueError(f"x has tokens {tokens.min()}..{tokens.max()}; expected 0 <= token < I = {problem.I}")
+    return tokens.astype(np.intp)
+
+
 def _input(problem: Problem, p: Arguments, kept: list[Any], masks: Any, layer: int) -> Any:
     """What a layer takes in, and the dropout factors in it (None: none)."""
     if layer == 0:
-        return p.x, None
+        return _safe(problem, p.x) if holds_tokens(p.x) else p.x, None
     x = _output(problem, kept, masks, layer - 1, 1)
     if problem.dropout == 0:
         return x, None
@@ -810,7 +838,7 @@ def forward(problem: Problem, p: Arguments, out: Results, tape: Any) -> None:
     """Fill out's arrays, and the tape."""
     if problem.B == 0:
         return reference.forward(problem, p, out, tape)
-    cell, dtype = CELLS[problem.cell], p.x.dtype
+    cell, dtype = CELLS[problem.cell], dtype_of(problem, p)
     shape = (problem.T, problem.E * problem.B, problem.H)
     kept: list[Any] = [] if tape is None else _cut(problem, tape)
     masks: Any = None
@@ -842,7 +870,7 @@ def backward(problem: Problem, p: Arguments, tape: Any, g: Results, dp: Argument
     """Fill dp's arrays with the gradients."""
     if problem.B == 0:
         return reference.backward(problem, p, tape, g, dp)
-    cell, dtype = CELLS[problem.cell], p.x.dtype
+    cell, dtype = CELLS[problem.cell], dtype_of(problem, p)
     kept = _cut(problem, tape)
     E, B, H, D = problem.E, problem.B, problem.H, problem.D
     masks = None
@@ -853,7 +881,7 @@ def backward(problem: Problem, p: Arguments, tape: Any, g: Results, dp: Argument
     dy = g.y
     for layer in reversed(range(problem.L)):
         x, factors = _input(problem, p, kept, masks, layer)
-        dx = np.zeros(x.shape, dtype)
+        dx = np.zeros(0 if holds_tokens(x) else x.shape, dtype)
         for d in range(D):
             n = layer * D + d
             part = slice(d * H, (d + 1) * H)

@@ -17,7 +17,7 @@ from .. import lattice
 from ..cells import CELLS, dropout
 from ..cells.cell import Cell
 from ..cells.number import clamp
-from . import Arguments, Problem, Results
+from . import Arguments, Problem, Results, holds_tokens
 
 _STEP = 1e-40  # its square vanishes beside 1, and products with tiny tangents do not underflow
 
@@ -29,22 +29,23 @@ def tape_elements(problem: Problem) -> int:
 
 def forward(problem: Problem, p: Arguments, out: Results, tape: Any) -> None:
     """Fill out's arrays."""
-    store_results(out, _forward(problem, _wide_arguments(p))[0])
+    store_results(out, _forward(problem, _wide_arguments(problem, p))[0])
 
 
 def backward(problem: Problem, p: Arguments, tape: Any, g: Results, dp: Arguments) -> None:
     """Fill dp's arrays with the gradients."""
-    store_arguments(dp, _backward(problem, _wide_arguments(p), _wide_results(g)))
+    store_arguments(dp, _backward(problem, _wide_arguments(problem, p), _wide_results(g)))
 
 
 def jvp(problem: Problem, p: Arguments, v: Arguments, tout: Results) -> None:
     """Fill tout's arrays with the tangents of the results."""
-    store_results(tout, _forward(problem, _wide_arguments(p, v))[0], tangent=True)
+    store_results(tout, _forward(problem, _wide_arguments(problem, p, v))[0], tangent=True)
 
 
 def hvp(problem: Problem, p: Arguments, v: Arguments, g: Results, t: Results, tdp: Arguments) -> None:
     """Fill tdp's arrays with the tangents of the gradients."""
-    store_arguments(tdp, _backward(problem, _wide_arguments(p, v), _wide_results(g, t)), tangent=True)
+    wide = _wide_arguments(problem, p, v)
+    store_arguments(tdp, _backward(problem, wide, _wide_results(g, t)), tangent=True)
 
 
 # Numbers in and out.
@@ -63,11 +64,21 @@ def _wide(a: Any, tangent: Any, dual: bool) -> Any:
     return value
 
 
-def _wide_arguments(p: Arguments, v: Arguments | None = None) -> Arguments:
+def _one_hot(problem: Problem, tokens: Any) -> Any:
+    """What tokens (T,E,B) stand for: (T,E,B,I); zeros past a row's length, where they may be anything."""
+    here = _active(problem)[..., 0]
+    safe = np.where(here, tokens, 0).astype(np.int64)
+    if safe.size and (safe.min() < 0 or safe.max() >= problem.I):
+        raise ValueError(f"x has tokens {safe.min()}..{safe.max()}; expected 0 <= token < I = {problem.I}")
+    return (safe[..., None] == np.arange(problem.I)) * here[..., None].astype(np.float64)
+
+
+def _wide_arguments(problem: Problem, p: Arguments, v: Arguments | None = None) -> Arguments:
     dual = v is not None
     tangents = v or Arguments()
+    x = _one_hot(problem, p.x) if holds_tokens(p.x) else p.x
     return Arguments(
-        _wide(p.x, tangents.x, dual),
+        _wide(x, tangents.x, dual),
         _wide(p.h0, tangents.h0, dual),
         _wide(p.c0, tangents.c0, dual),
         [
