@@ -101,4 +101,29 @@ struct Ctc {
   Array<3> dlog_probs;                    // (T,B,C), contiguous in C; null: not wanted
 };
 
+// A hidden Markov model over given scores: logarithms, any size, -inf allowed. With `paths` the best path, else the
+// log-likelihood and, with `states`, the expectations (and so the gradient): a row that is impossible adds nothing.
+struct Hmm {
+  Dtype dtype = Dtype::f32;
+  int64_t T = 0, B = 0, N = 0;
+  Array<3> scores;                    // (T,B,N)
+  const void* initial = nullptr;      // (N) contiguous
+  const void* transitions = nullptr;  // (N,N) contiguous: from, to
+  const int64_t* lengths = nullptr;   // (B): steps, 0..T
+  void* log_likelihood = nullptr;     // (B) contiguous; of the best path where `paths` is given
+  const void* weights = nullptr;      // (B) contiguous: of the rows in all that follows; null = 1
+  Array<3> states;                    // (T,B,N), contiguous in N
+  void* dinitial = nullptr;           // (N)
+  void* dtransitions = nullptr;       // (N,N)
+  int64_t* paths = nullptr;           // (T,B) contiguous: -1 past a row's length, and where no path is possible
+};
+
+// CTC prefix search: the `top` best of a beam of `width`.
+struct BeamSearch {
+  Dtype dtype = Dtype::f32;
+  int64_t T = 0, B = 0, C = 0, blank = 0, width = 1, top = 1;
+  Array<3> log_probs;                // (T,B,C)
+  const int64_t* lengths = nullptr;  // (B)
+};
+
 }  // namespace fusedrnn

@@ -328,6 +328,102 @@ def test_the_extension_trusts_nobody():
     assert np.isfinite(good["loss"]).all() and np.isfinite(good["dlog_probs"]).all()
 
 
+# ---- decoding ------------------------------------------------------------------------------------------------------
+
+
+def prefix_search(log_probs, blank, width):
+    """Prefix search in probabilities over a dictionary: the published algorithm, in another form than ours."""
+    probs = np.exp(log_probs)
+    beam = {(): np.array([1.0, 0.0])}
+    for step in probs:
+        grown: dict[tuple[int, ...], np.ndarray] = {}
+        for word, p in beam.items():
+            for label, y in enumerate(step):
+                if label == blank:
+                    moves = [(word, (p.sum() * y, 0))]
+                elif word[-1:] == (label,):
+                    moves = [(word, (0, p[1] * y)), ((*word, label), (0, p[0] * y))]
+                else:
+                    moves = [((*word, label), (0, p.sum() * y))]
+                for to, more in moves:
+                    grown[to] = grown.get(to, np.zeros(2)) + more
+        beam = dict(sorted(grown.items(), key=lambda item: -item[1].sum())[:width])
+    return [(word, math.log(p.sum())) for word, p in beam.items()]
+
+
+def test_greedy_collapses_the_best_path(on):
+    case = Case(30, 7, 4, 1, few=True, sharp=3)
+    for blank in (0, 3):
+        words = fusedrnn.ctc_greedy(case.log_probs.astype(np.float32), case.input_lengths, blank)
+        for b, T in enumerate(case.input_lengths):
+            assert tuple(words[b]) == collapse(case.log_probs[:T, b].argmax(1), blank)
+            assert words[b].dtype == np.int64
+    assert [len(w) for w in fusedrnn.ctc_greedy(np.zeros((0, 2, 3)))] == [0, 0]
+
+
+@pytest.mark.parametrize("blank", [0, 2])
+def test_a_wide_beam_finds_all_that_can_be_spelled(on, blank):
+    log_probs = Case(5, 1, 3, 1, seed=7).log_probs[:, 0]
+    found = spellings(log_probs, blank)
+    (hypotheses,) = fusedrnn.ctc_beam(log_probs, beam_width=1000, blank=blank, top=1000)
+    assert {tuple(labels) for labels, _ in hypotheses} == set(found)
+    for labels, log_prob in hypotheses:
+        assert math.exp(log_prob) == pytest.approx(found[tuple(labels)], rel=1e-12)
+    best = max(found, key=lambda word: found[word])
+    (labels, log_prob) = fusedrnn.ctc_beam(log_probs, beam_width=1000, blank=blank)[0]
+    assert tuple(labels) == best and math.exp(log_prob) == pytest.approx(found[best], rel=1e-12)
+    assert sum(math.exp(p) for _, p in hypotheses) == pytest.approx(1, rel=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(("width", "C", "sharp"), [(1, 5, 2), (2, 3, 1), (5, 4, 1), (16, 30, 2), (7, 60, 0.3)])
+def test_beam_equals_prefix_search(on, width, C, sharp, dtype):
+    case = Case(20, 3, C, 1, blank=C // 2, seed=width, sharp=sharp, dtype=dtype)
+    rows = fusedrnn.ctc_beam(case.log_probs, case.input_lengths, beam_width=width, blank=C // 2, top=3)
+    for b, T in enumerate(case.input_lengths):
+        expected = prefix_search(case.log_probs[:T, b].astype(np.float64), C // 2, width)[:3]
+        assert [tuple(labels) for labels, _ in rows[b]] == [word for word, _ in expected]
+        for (labels, log_prob), (_, right) in zip(rows[b], expected, strict=True):
+            assert log_prob == pytest.approx(right, rel=1e-9)
+            full = -fusedrnn.ctc_loss(case.log_probs[:T, b], labels, T, len(labels), C // 2)
+            assert log_prob <= full + 1e-4
+
+
+def test_beam_without_a_way(on):
+    log_probs = np.full((3, 2, 2), -np.inf)
+    log_probs[:, 1, 1] = 0
+    rows = fusedrnn.ctc_beam(log_probs)
+    assert rows[0][0].size == 0 and rows[0][1] == -np.inf
+    assert rows[1][0].tolist() == [1] and rows[1][1] == 0
+    assert [len(row) for row in fusedrnn.ctc_beam(log_probs, top=5)] == [0, 1]
+    assert [w.size for w, p in fusedrnn.ctc_beam(np.zeros((0, 2, 3)))] == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [({"beam_width": 0}, ValueError), ({"top": 0}, ValueError), ({"blank": 3}, ValueError), ({"top": 1.0}, TypeError)],
+)
+def test_beam_names_what_is_wrong(options, error):
+    with pytest.raises(error, match=next(iter(options))):
+        fusedrnn.ctc_beam(np.zeros((4, 2, 3)), **options)
+
+
+def test_the_extensions_beam_trusts_nobody():
+    core = pytest.importorskip("fusedrnn._core", exc_type=ImportError)
+    good = {"log_probs": np.zeros((4, 2, 3)), "lengths": np.array([4, 3]), "blank": 0, "beam_width": 2, "top": 1}
+    for name, value in (
+        ("log_probs", np.zeros((4, 2))),
+        ("lengths", np.array([4, 5])),
+        ("lengths", np.array([4])),
+        ("blank", 3),
+        ("beam_width", 0),
+        ("top", 0),
+    ):
+        with pytest.raises((TypeError, ValueError)):
+            core.ctc_beam(**{**good, name: value})
+    assert len(core.ctc_beam(**good)) == 2
+
+
 # ---- torch ---------------------------------------------------------------------------------------------------------
 
 

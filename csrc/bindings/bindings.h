@@ -16,6 +16,7 @@ void register_lane(pybind11::module_& module);
 void register_clip(pybind11::module_& module);
 void register_ctc(pybind11::module_& module);
 void register_cuda(pybind11::module_& module);
+void register_hmm(pybind11::module_& module);
 void register_torch_lane(pybind11::module_& module);
 
 // False where there is no such cell.

@@ -178,6 +178,36 @@ class Checked {
     return out;
   }
 
+  // B step counts, each 0..limit, one axis.
+  std::vector<int64_t> steps(const py::object& object, int64_t B, int64_t limit) const {
+    std::vector<int64_t> out = integers(object, "lengths");
+    if (static_cast<int64_t>(out.size()) != B)
+      value_error("lengths has " + std::to_string(out.size()) + " elements; expected B = " + std::to_string(B));
+    for (size_t b = 0; b < out.size(); ++b)
+      if (out[b] < 0 || out[b] > limit)
+        value_error("lengths[" + std::to_string(b) + "] is " + std::to_string(out[b]) +
+                    "; expected 0 <= length <= T = " + std::to_string(limit));
+    return out;
+  }
+
+  // int64 (i,j), C-contiguous; written.
+  int64_t* written_integers(const py::object& object, const char* name, const char* axes, const int64_t (&shape)[2]) {
+    const Array<2> out = read<2>(object, {"", name}, axes, shape, Access::write, 0, NPY_INT64, 8);
+    if (!out.data) type_error(std::string(name) + " is None; expected numpy.ndarray");
+    if (shape[0] * shape[1] > 0 &&
+        ((shape[1] > 1 && out.stride[1] != 1) || (shape[0] > 1 && out.stride[0] != shape[1])))
+      value_error(std::string(name) + " must be C-contiguous");
+    return static_cast<int64_t*>(out.data);
+  }
+
+  // The sizes of an array of floats with three axes; sets the dtype.
+  std::array<int64_t, 3> three_axes(py::handle object, const char* name, const char* axes) {
+    set_dtype(object, {"", name});
+    PyArrayObject* array = as_array(object.ptr());
+    if (PyArray_NDIM(array) != 3) value_error(std::string(name) + " must have three axes " + axes);
+    return {PyArray_DIM(array, 0), PyArray_DIM(array, 1), PyArray_DIM(array, 2)};
+  }
+
   Array<3> reset(py::object object, const int64_t (&shape)[3]) {
     const bool is_bool = PyArray_Check(object.ptr()) && PyArray_TYPE(as_array(object.ptr())) == NPY_BOOL;
     return read<3>(std::move(object), {"", "reset"}, "(T, E, B)", shape, Access::read, 0,

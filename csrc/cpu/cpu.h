@@ -50,5 +50,13 @@ void clip_value(const Span* spans, size_t count, double limit);  // to [-limit, 
 
 void ctc(const Ctc& call, int threads);
 double work(const Ctc& call);
+void hmm(const Hmm& call, int threads);
+double work(const Hmm& call);
+
+struct Spelling {
+  std::vector<int64_t> labels;
+  double log_probability;
+};
+std::vector<std::vector<Spelling>> ctc_beam(const BeamSearch& call, int threads);  // of each row, best first
 
 }  // namespace fusedrnn::cpu

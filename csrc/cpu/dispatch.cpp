@@ -2,8 +2,9 @@
 // Chooses the instruction set once, at run time, and hands every call to its table.
 //
 // How csrc/cpu is compiled (-std=c++20 -O3 -fopenmp -fvisibility=hidden for all; OpenMP is needed by threads.cpp only):
-//   once:     dispatch.cpp rows.cpp threads.cpp
-//   per ISA:  forward.cpp backward.cpp clip.cpp ctc.cpp and a file for each of CMake's CELLS, each with -DFUSEDRNN_ISA=<name>
+//   once:     dispatch.cpp rows.cpp threads.cpp ctc_beam.cpp
+//   per ISA:  forward.cpp backward.cpp clip.cpp ctc.cpp hmm.cpp and a file for each of CMake's CELLS, each with
+//   -DFUSEDRNN_ISA=<name>
 //             -ffp-contract=fast -fno-math-errno -fno-trapping-math and
 //     baseline  (nothing more)
 //     avx2      -mavx2 -mfma -mf16c
@@ -37,6 +38,7 @@ struct Table {
   void (*scale[2])(void*, int64_t, double);
   void (*clip_value[2])(void*, int64_t, double);
   void (*ctc)(const Ctc&, int threads);
+  void (*hmm)(const Hmm&, int threads);
   bool (*found)();
 };
 
@@ -74,6 +76,7 @@ bool has_avx512() {
    {change<float, isa::scale>, change<double, isa::scale>},               \
    {change<float, isa::clip_value>, change<double, isa::clip_value>},     \
    isa::ctc,                                                              \
+   isa::hmm,                                                              \
    found}
 
 // Weakest first.
@@ -230,6 +233,16 @@ void ctc(const Ctc& call, int threads) {
     threads = work(call) < 5e5 ? 1 : std::min({threads, processors(), static_cast<int>(useful)});
   }
   table().ctc(call, std::abs(threads));
+}
+
+double work(const Hmm& call) {
+  const double pairs = static_cast<double>(call.T) * static_cast<double>(call.B) * static_cast<double>(call.N * call.N);
+  return (call.states.data ? 30 : 10) * pairs;
+}
+
+void hmm(const Hmm& call, int threads) {
+  if (threads >= 0) threads = work(call) < 5e5 ? 1 : std::min({threads, processors(), static_cast<int>(call.B)});
+  table().hmm(call, std::abs(threads));
 }
 
 }  // namespace fusedrnn::cpu

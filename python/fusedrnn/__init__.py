@@ -14,9 +14,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import backends, clip, ops, params, report, rtrl, tbptt
+    from . import backends, clip, hmm, ops, params, report, rtrl, tbptt
     from .config import get_num_threads, set_backend, set_num_threads
-    from .ctc import ctc_loss, ctc_loss_backward
+    from .ctc import ctc_beam, ctc_greedy, ctc_loss, ctc_loss_backward
     from .layers import GRU, LSTM, RNN, MinGRU, MinLSTM
     from .ops import (
         gru,
@@ -36,13 +36,13 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "ops": tuple(f"{op}{end}" for end in ("", "_backward") for op in ("lstm", "gru", "rnn", "mingru", "minlstm")),
-    "ctc": ("ctc_loss", "ctc_loss_backward"),
+    "ctc": ("ctc_beam", "ctc_greedy", "ctc_loss", "ctc_loss_backward"),
     "layers": ("LSTM", "GRU", "RNN", "MinGRU", "MinLSTM"),
     "config": ("set_backend", "set_num_threads", "get_num_threads"),
     "report": ("info",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
-_MODULES = ("backends", "clip", "ops", "params", "report", "rtrl", "tbptt")
+_MODULES = ("backends", "clip", "hmm", "ops", "params", "report", "rtrl", "tbptt")
 
 __all__ = [
     "GRU",
@@ -52,11 +52,14 @@ __all__ = [
     "MinLSTM",
     "backends",
     "clip",
+    "ctc_beam",
+    "ctc_greedy",
     "ctc_loss",
     "ctc_loss_backward",
     "get_num_threads",
     "gru",
     "gru_backward",
+    "hmm",
     "info",
     "lstm",
     "lstm_backward",

@@ -61,6 +61,34 @@ def ctc(
     dlog_probs: _Array | None = None,
 ) -> None: ...
 
+# Of each row, best first: (labels, log-probability).
+def ctc_beam(
+    log_probs: _Array, lengths: NDArray[np.int64], blank: int, beam_width: int, top: int
+) -> list[list[tuple[list[int], float]]]: ...
+
+# Hidden Markov models. scores (T,B,N), any strides; initial (N), transitions (N,N) contiguous. Written: log_likelihood
+# (B) and, all three or none, states (T,B,N), dinitial (N), dtransitions (N,N), rows weighted by weights (B; None = 1);
+# or paths (T,B), -1 where there is none, and log_probability (B).
+def hmm(
+    scores: _Array,
+    initial: _Array,
+    transitions: _Array,
+    lengths: NDArray[np.int64],
+    log_likelihood: _Array,
+    weights: _Array | None = None,
+    states: _Array | None = None,
+    dinitial: _Array | None = None,
+    dtransitions: _Array | None = None,
+) -> None: ...
+def viterbi(
+    scores: _Array,
+    initial: _Array,
+    transitions: _Array,
+    lengths: NDArray[np.int64],
+    paths: NDArray[np.int64],
+    log_probability: _Array,
+) -> None: ...
+
 # The short way from torch's tensors to the kernels. torch_setup(torch.Tensor.__dlpack_c_exchange_api__, torch.Tensor,
 # torch.nn.Parameter) opens it once (False: this torch's interface is another). Then, with settings = (cell, num_layers,
 # num_directions, bias, whether x is one step (B,I) or (I,) of a cell module, batch_first, recompute, clip_cell,

@@ -4,6 +4,8 @@ labels whose places in time are not known.
 
     loss = ctc_loss(log_probs, targets, input_lengths, target_lengths)                  one number for each row
     loss, dlog_probs = ctc_loss_backward(log_probs, targets, input_lengths, target_lengths, dloss)
+    words = ctc_greedy(log_probs, input_lengths)                                        labels along the best path
+    words = ctc_beam(log_probs, input_lengths, beam_width=16)                           the most probable labels
 
 log_probs is (T,B,C), what log_softmax over C classes gives; one class is the blank. Nothing is kept between the two
 calls: the second gives the loss as well, so a training loop needs only that one.
@@ -18,7 +20,7 @@ import numpy as np
 
 from . import arrays, backends, check
 
-__all__ = ["ctc_loss", "ctc_loss_backward"]
+__all__ = ["ctc_beam", "ctc_greedy", "ctc_loss", "ctc_loss_backward"]
 
 
 def ctc_loss(
@@ -82,15 +84,67 @@ def ctc_loss_backward(
     call = checked(op, log_probs, targets, input_lengths, target_lengths, blank, zero_infinity)
     B, dtype = call.log_probs.shape[1], call.log_probs.dtype
     if dloss is not None:
-        given = np.asarray(dloss)
-        if given.dtype.kind not in "fiu":
-            check.fail(op, "dloss", f"is {arrays.kind(dloss)}", f"a number, or {B} = B numbers", error=TypeError)
-        if given.shape not in ((), (B,)):
-            check.fail(op, "dloss", f"has shape {given.shape}", f"({B},) = (B,), or one number")
-        dloss = np.ascontiguousarray(np.broadcast_to(given, (B,)), dtype)
+        dloss = numbers_of(op, "dloss", dloss, B, dtype)
     loss, dlog_probs = np.empty(B, dtype), np.empty(call.log_probs.shape, dtype)
     call.run(loss, dloss, dlog_probs)
     return (loss.reshape(()), dlog_probs[:, 0]) if call.single else (loss, dlog_probs)
+
+
+def ctc_greedy(log_probs: np.ndarray, input_lengths: Any = None, blank: int = 0) -> list[np.ndarray]:
+    """What the most probable class of each step spells, for each row: repeats made one, blanks left out.
+
+    log_probs (T,B,C), or (T,C) for one row, as ctc_loss takes them (scores of any scale will do); input_lengths: None
+    for T. Of equal classes the lowest. Returns one int64 array of labels for each row.
+
+    >>> path = np.array([1, 1, 0, 1, 2, 2])
+    >>> fusedrnn.ctc_greedy(np.log(np.eye(3)[path] + 0.1))
+    [array([1, 1, 2])]
+    """
+    op = "ctc_greedy"
+    log_probs, lengths, blank = _decoded(op, log_probs, input_lengths, blank)
+    T, B, _ = log_probs.shape
+    path = log_probs.argmax(2) if T else np.empty((0, B), np.int64)
+    kept = path != blank
+    kept[1:] &= path[1:] != path[:-1]
+    return [path[:n, b][kept[:n, b]] for b, n in enumerate(lengths)]
+
+
+def ctc_beam(
+    log_probs: np.ndarray, input_lengths: Any = None, *, beam_width: int = 16, blank: int = 0, top: int = 1
+) -> list[Any]:
+    """The most probable labels of each row, as found by prefix search with a beam.
+
+    Unlike ctc_greedy it adds up all paths that spell the same (Graves et al. 2006, section 3.2; at every step the
+    `beam_width` most probable prefixes go on, as in Hannun et al. 2014, without a language model).
+
+    log_probs (T,B,C), or (T,C) for one row, as ctc_loss takes them; input_lengths: None for T.
+
+    Returns, for each row, (labels, log_probability): an int64 array and the logarithm of the sum over the paths that
+    stayed in the beam, at most -ctc_loss. With top > 1, for each row a list of up to `top` such pairs, best first. A
+    row where nothing is possible has (empty, -inf), or an empty list.
+
+    >>> log_probs = np.log([[0.6, 0.4], [0.6, 0.4]])  # blank, blank is the best path; but 11, 01, 10 all spell [1]
+    >>> fusedrnn.ctc_greedy(log_probs)[0], fusedrnn.ctc_beam(log_probs)[0][0]
+    (array([], dtype=int64), array([1]))
+    """
+    op = "ctc_beam"
+    log_probs, lengths, blank = _decoded(op, log_probs, input_lengths, blank)
+    beam_width = check.integer(op, "beam_width", beam_width, 1, 1 << 24)
+    top = check.integer(op, "top", top, 1)
+    rows = backends.choose().ctc_beam(log_probs, lengths, blank, beam_width, top)
+    found = [[(np.array(labels, np.int64), log_prob) for labels, log_prob in row] for row in rows]
+    if top > 1:
+        return found
+    return [row[0] if row else (np.empty(0, np.int64), -np.inf) for row in found]
+
+
+def _decoded(op: str, log_probs: Any, input_lengths: Any, blank: Any) -> tuple[np.ndarray, np.ndarray, int]:
+    log_probs, single = scores_of(op, "log_probs", log_probs, "(T, B, C)")
+    T, B, C = log_probs.shape
+    blank = blank_of(op, blank, C)
+    if input_lengths is None:
+        return log_probs, np.full(B, T, np.int64), blank
+    return log_probs, lengths_of(op, "input_lengths", input_lengths, B, T, "T", single), blank
 
 
 @dataclass(slots=True)
@@ -132,6 +186,16 @@ def lengths_of(op: str, name: str, value: Any, B: int, most: int, axis: str, sin
         b = int(bad.argmax())
         check.fail(op, f"{name}[{b}]", f"is {array[b]}", f"0 <= length <= {axis} = {most}")
     return array
+
+
+def numbers_of(op: str, name: str, value: Any, B: int, dtype: Any) -> np.ndarray:
+    """B numbers, from as many or from one."""
+    given = np.asarray(value)
+    if given.dtype.kind not in "fiu":
+        check.fail(op, name, f"is {arrays.kind(value)}", f"a number, or {B} = B numbers", error=TypeError)
+    if given.shape not in ((), (B,)):
+        check.fail(op, name, f"has shape {given.shape}", f"({B},) = (B,), or one number")
+    return np.ascontiguousarray(np.broadcast_to(given, (B,)), dtype)
 
 
 def scores_of(op: str, name: str, value: Any, axes: str) -> tuple[np.ndarray, bool]:

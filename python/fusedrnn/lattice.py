@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The readable spec of sums over paths: CTC, one row at a time, in logarithms. The reference runs it.
+"""The readable spec of sums over paths: CTC and hidden Markov models, one row at a time, in logarithms. The reference
+runs it.
 
 Graves, Fernández, Gomez, Schmidhuber, "Connectionist temporal classification", ICML 2006, equations 5 to 16. A path
 walks through the states blank, label 0, blank, label 1, ..., blank. It begins, before the first step, at state 0.
@@ -74,3 +75,114 @@ def ctc(
             grad *= dloss[b]
         dlog_probs[:T, b] = grad
         dlog_probs[T:, b] = 0.0
+
+
+def beam_row(log_probs: Any, blank: int, width: int, top: int) -> list[tuple[list[int], float]]:
+    """Prefix search with a beam: the `top` best of it, best first. Of equal prefixes the one that sorts first stays."""
+    beam: dict[tuple[int, ...], tuple[float, float]] = {(): (0.0, -np.inf)}  # paths that end in blank, in the label
+    for step in log_probs:
+        grown: dict[tuple[int, ...], tuple[float, float]] = {}
+
+        def add(prefix: tuple[int, ...], ends_blank: float, ends_label: float, grown: Any = grown) -> None:
+            old = grown.get(prefix, (-np.inf, -np.inf))
+            grown[prefix] = (float(np.logaddexp(old[0], ends_blank)), float(np.logaddexp(old[1], ends_label)))
+
+        for prefix, (ends_blank, ends_label) in beam.items():
+            either = float(np.logaddexp(ends_blank, ends_label))
+            for label, log_prob in enumerate(step):
+                if label == blank:
+                    add(prefix, either + log_prob, -np.inf)
+                elif prefix and prefix[-1] == label:
+                    add(prefix, -np.inf, ends_label + log_prob)
+                    add((*prefix, label), -np.inf, ends_blank + log_prob)
+                else:
+                    add((*prefix, label), -np.inf, either + log_prob)
+        ranked = sorted(grown.items(), key=lambda item: (-np.logaddexp(*item[1]), item[0]))
+        beam = dict(item for item in ranked[:width] if max(item[1]) > -np.inf)
+    return [(list(prefix), float(np.logaddexp(*ends))) for prefix, ends in list(beam.items())[:top]]
+
+
+def ctc_beam(
+    log_probs: Any, lengths: Any, blank: int, beam_width: int, top: int
+) -> list[list[tuple[list[int], float]]]:
+    """Every row through beam_row; arguments as _core.ctc_beam takes them."""
+    rows = enumerate(lengths)
+    return [beam_row(log_probs[:T, b].astype(np.float64), blank, beam_width, top) for b, T in rows]
+
+
+def hmm_row(scores: Any, initial: Any, transitions: Any, states: Any, pairs: Any) -> float:
+    """The log-likelihood of one row: scores (T,N), T >= 1, all float64. Writes the expectations into states (T,N) and
+    pairs (N,N), unless states has no rows. Rabiner 1989, equations 19 to 27 and 37."""
+    T = len(scores)
+    alpha = np.empty_like(scores)
+    alpha[0] = initial + scores[0]
+    for t in range(1, T):
+        alpha[t] = np.logaddexp.reduce(alpha[t - 1][:, None] + transitions, 0) + scores[t]
+    total = np.logaddexp.reduce(alpha[-1])
+    if len(states) == 0:
+        return float(total)
+    beta = np.zeros_like(initial)
+    pairs[:] = 0.0
+    for t in range(T - 1, -1, -1):
+        if t < T - 1:
+            ways = transitions + (scores[t + 1] + beta)
+            pairs += np.exp(alpha[t][:, None] + ways - total)
+            beta = np.logaddexp.reduce(ways, 1)
+        states[t] = np.exp(alpha[t] + beta - total)
+    return float(total)
+
+
+def hmm(
+    row: Any, scores: Any, initial: Any, transitions: Any, lengths: Any, log_likelihood: Any, weights: Any, states: Any,
+    dinitial: Any, dtransitions: Any,
+) -> None:  # fmt: skip
+    """All rows through `row`, which is hmm_row or its compiled form; arguments as _core.hmm takes them."""
+    N = len(initial)
+    model = initial.astype(np.float64), transitions.astype(np.float64)
+    first, pairs = np.zeros(N), np.zeros((N, N))
+    for b, T in enumerate(lengths):
+        mine, taken = np.zeros((0 if states is None else T, N)), np.zeros((N, N))
+        value = row(np.ascontiguousarray(scores[:T, b], np.float64), *model, mine, taken) if T else 0.0
+        log_likelihood[b] = value
+        if states is None:
+            continue
+        if value == -np.inf:
+            mine[:], taken[:] = 0.0, 0.0
+        weight = 1.0 if weights is None else weights[b]
+        states[:T, b] = mine * weight
+        states[T:, b] = 0.0
+        if T:
+            first += mine[0] * weight
+            pairs += taken * weight
+    if states is not None:
+        dinitial[:], dtransitions[:] = first, pairs
+
+
+def viterbi_row(scores: Any, initial: Any, transitions: Any, path: Any) -> float:
+    """The logarithm of the best path's weight: scores (T,N), T >= 1, all float64. Writes path (T,). Rabiner 1989,
+    equations 32 to 35."""
+    T = len(scores)
+    came = np.zeros(scores.shape, np.int64)
+    best = initial + scores[0]
+    for t in range(1, T):
+        ways = best[:, None] + transitions
+        came[t] = ways.argmax(0)
+        best = ways.max(0) + scores[t]
+    path[-1] = best.argmax()
+    for t in range(T - 1, 0, -1):
+        path[t - 1] = came[t, path[t]]
+    return float(best.max())
+
+
+def viterbi(
+    row: Any, scores: Any, initial: Any, transitions: Any, lengths: Any, paths: Any, log_probability: Any
+) -> None:
+    """All rows through `row`, which is viterbi_row or its compiled form; arguments as _core.viterbi takes them."""
+    model = initial.astype(np.float64), transitions.astype(np.float64)
+    for b, T in enumerate(lengths):
+        path = np.full(len(paths), -1)
+        value = row(np.ascontiguousarray(scores[:T, b], np.float64), *model, path[:T]) if T else 0.0
+        if not value > -np.inf:
+            path[:] = -1
+        paths[:, b] = path
+        log_probability[b] = value

@@ -9,9 +9,12 @@ Every backend is a module with the same functions on canonical arrays of one dty
     jvp(problem, p, v, tout)                  tout = J(p) v
     hvp(problem, p, v, g, t, tdp)             tdp  = d/ds [J(p + s v)^T (g + s t)] at s = 0
 
-and, for CTC (log_probs and what is written as _core.pyi has them),
+and, for sums over paths (arguments as in _core.pyi),
 
     ctc(log_probs, labels, first, label_counts, lengths, blank, zero_infinity, loss, dloss, dlog_probs)
+    ctc_beam(log_probs, lengths, blank, beam_width, top)
+    hmm(scores, initial, transitions, lengths, log_likelihood, weights, states, dinitial, dtransitions)
+    viterbi(scores, initial, transitions, lengths, paths, log_probability)
 
 Arrays are written, not added to. None means: not given (zero), or not wanted. Where an array that is written has
 stride 0 on an E axis longer than 1, the sum over E is written.
@@ -106,6 +109,14 @@ class Backend(Protocol):
         self, log_probs: Any, labels: Any, first: Any, label_counts: Any, lengths: Any, blank: int, zero_infinity: bool,
         loss: Any, dloss: Any = None, dlog_probs: Any = None,
     ) -> None: ...  # fmt: skip
+    def ctc_beam(self, log_probs: Any, lengths: Any, blank: int, beam_width: int, top: int) -> list[Any]: ...
+    def hmm(
+        self, scores: Any, initial: Any, transitions: Any, lengths: Any, log_likelihood: Any, weights: Any = None,
+        states: Any = None, dinitial: Any = None, dtransitions: Any = None,
+    ) -> None: ...  # fmt: skip
+    def viterbi(
+        self, scores: Any, initial: Any, transitions: Any, lengths: Any, paths: Any, log_probability: Any
+    ) -> None: ...
 
 
 _loaded: dict[str, Any] = {}

@@ -7,10 +7,12 @@ from fusedrnn._core import (
     clip_value_,
     compiler,
     ctc,
+    ctc_beam,
     cuda,
     forward,
     get_num_threads,
     global_norm,
+    hmm,
     hvp,
     isa,
     isas_built,
@@ -24,6 +26,7 @@ from fusedrnn._core import (
     torch_forward,
     torch_setup,
     version,
+    viterbi,
 )
 
 __all__ = [
@@ -32,10 +35,12 @@ __all__ = [
     "clip_value_",
     "compiler",
     "ctc",
+    "ctc_beam",
     "cuda",
     "forward",
     "get_num_threads",
     "global_norm",
+    "hmm",
     "hvp",
     "isa",
     "isas_built",
@@ -49,4 +54,5 @@ __all__ = [
     "torch_forward",
     "torch_setup",
     "version",
+    "viterbi",
 ]

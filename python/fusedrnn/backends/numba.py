@@ -960,7 +960,61 @@ def _path_steps() -> dict[str, Any]:
                 beta[s] = b
         return -total
 
-    return {"ctc_row": ctc_row}
+    @njit(**options)
+    def hmm_row(scores: Any, initial: Any, transitions: Any, states: Any, pairs: Any) -> Any:
+        T, N = scores.shape
+        alpha, beta, after = np.empty((T, N)), np.zeros(N), np.empty(N)
+        for t in range(T):
+            for j in range(N):
+                a = initial[j]
+                if t > 0:
+                    a = alpha[t - 1, 0] + transitions[0, j]
+                    for i in range(1, N):
+                        a = log_add(a, alpha[t - 1, i] + transitions[i, j])
+                alpha[t, j] = a + scores[t, j]
+        total = alpha[T - 1, 0]
+        for j in range(1, N):
+            total = log_add(total, alpha[T - 1, j])
+        if len(states) == 0:
+            return total
+        pairs[:] = 0.0
+        for t in range(T - 1, -1, -1):
+            if t < T - 1:
+                for j in range(N):
+                    after[j] = beta[j] + scores[t + 1, j]
+                for i in range(N):
+                    b = -np.inf
+                    for j in range(N):
+                        way = transitions[i, j] + after[j]
+                        pairs[i, j] += math.exp(alpha[t, i] + way - total)
+                        b = log_add(b, way)
+                    beta[i] = b
+            for i in range(N):
+                states[t, i] = math.exp(alpha[t, i] + beta[i] - total)
+        return total
+
+    @njit(**options)
+    def viterbi_row(scores: Any, initial: Any, transitions: Any, path: Any) -> Any:
+        T, N = scores.shape
+        came, best, last = np.zeros((T, N), np.int64), initial + scores[0], np.empty(N)
+        for t in range(1, T):
+            last[:] = best
+            for j in range(N):
+                most = last[0] + transitions[0, j]
+                for i in range(1, N):
+                    if last[i] + transitions[i, j] > most:
+                        most = last[i] + transitions[i, j]
+                        came[t, j] = i
+                best[j] = most + scores[t, j]
+        state = 0
+        for j in range(1, N):
+            if best[j] > best[state]:
+                state = j
+        for t in range(T - 1, -1, -1):
+            path[t] = state if t == T - 1 else came[t + 1, path[t + 1]]
+        return best[state]
+
+    return {"ctc_row": ctc_row, "hmm_row": hmm_row, "viterbi_row": viterbi_row}
 
 
 def ctc(
@@ -972,3 +1026,22 @@ def ctc(
     lattice.ctc(
         row, log_probs, labels, first, label_counts, lengths, blank, zero_infinity, loss, dloss, dlog_probs
     )  # fmt: skip
+
+
+ctc_beam = lattice.ctc_beam
+
+
+def hmm(
+    scores: Any, initial: Any, transitions: Any, lengths: Any, log_likelihood: Any, weights: Any = None,
+    states: Any = None, dinitial: Any = None, dtransitions: Any = None,
+) -> None:  # fmt: skip
+    """As _core.hmm, in float64 whatever the dtype."""
+    row = _path_steps()["hmm_row"]
+    lattice.hmm(
+        row, scores, initial, transitions, lengths, log_likelihood, weights, states, dinitial, dtransitions
+    )  # fmt: skip
+
+
+def viterbi(scores: Any, initial: Any, transitions: Any, lengths: Any, paths: Any, log_probability: Any) -> None:
+    """As _core.viterbi."""
+    lattice.viterbi(_path_steps()["viterbi_row"], scores, initial, transitions, lengths, paths, log_probability)

@@ -341,3 +341,23 @@ def ctc(
             lattice.ctc_row, log_probs, labels, first, label_counts, lengths, blank, zero_infinity, loss, dloss,
             dlog_probs,
         )  # fmt: skip
+
+
+ctc_beam = lattice.ctc_beam
+
+
+def hmm(
+    scores: Any, initial: Any, transitions: Any, lengths: Any, log_likelihood: Any, weights: Any = None,
+    states: Any = None, dinitial: Any = None, dtransitions: Any = None,
+) -> None:  # fmt: skip
+    """As _core.hmm, in float64 whatever the dtype."""
+    with np.errstate(invalid="ignore"):
+        lattice.hmm(
+            lattice.hmm_row, scores, initial, transitions, lengths, log_likelihood, weights, states, dinitial,
+            dtransitions,
+        )  # fmt: skip
+
+
+def viterbi(scores: Any, initial: Any, transitions: Any, lengths: Any, paths: Any, log_probability: Any) -> None:
+    """As _core.viterbi."""
+    lattice.viterbi(lattice.viterbi_row, scores, initial, transitions, lengths, paths, log_probability)
