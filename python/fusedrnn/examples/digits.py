@@ -7,7 +7,19 @@ import numpy as np
 
 import fusedrnn
 
-from .example import Arrays, Figure, Linear, Options, cross_entropy, join, picture, require, softmax, train
+from .example import (
+    Arrays,
+    Figure,
+    Linear,
+    Options,
+    accuracy,
+    cross_entropy,
+    join,
+    load_digits,
+    picture,
+    softmax,
+    train,
+)
 
 
 class Model:
@@ -35,22 +47,13 @@ class Model:
         return self.head(y)
 
 
-def accuracy(scores: np.ndarray, digits: np.ndarray) -> float:
-    return 100 * float((scores.argmax(axis=1) == digits).mean())
-
-
 def main(arguments: list[str] | None = None) -> Figure:
     options = Options(__file__, __doc__, arguments)
-    data = require("sklearn.datasets").load_digits()
-    order = options.rng.permutation(len(data.target))
-    images = np.ascontiguousarray(data.images[order].transpose(1, 0, 2), np.float32) / 16  # (8,1797,8): row by row
-    digits = data.target[order]
-    split = len(digits) * 4 // 5
-    x, targets, test_x, test_digits = images[:, :split], digits[:split], images[:, split:], digits[split:]
+    x, targets, test_x, test_digits = load_digits(options.rng, pixels=8)  # (8,N,8): row by row
     model = Model(rows=8, hidden=64, seed=options.seed)
 
     def batch() -> tuple[float, Arrays]:
-        chosen = options.rng.integers(split, size=64)
+        chosen = options.rng.integers(len(targets), size=64)
         return model.gradients(x[:, chosen], targets[chosen])
 
     updates = 150 if options.quick else 800

@@ -121,6 +121,22 @@ def cross_entropy(logits: np.ndarray, targets: np.ndarray) -> tuple[float, np.nd
     return float(loss), p
 
 
+def load_digits(rng: np.random.Generator, pixels: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """scikit-learn's 1797 images of 8 by 8, shuffled, as sequences of so many pixels a step: x (64/pixels,N,pixels) and
+    targets (N) of four fifths to train on, and those of the rest."""
+    data = require("sklearn.datasets").load_digits()
+    order = rng.permutation(len(data.target))
+    split = len(order) * 4 // 5
+    x = data.images[order].reshape(len(order), -1, pixels).transpose(1, 0, 2).astype(np.float32) / 16
+    targets = data.target[order]
+    return np.ascontiguousarray(x[:, :split]), targets[:split], np.ascontiguousarray(x[:, split:]), targets[split:]
+
+
+def accuracy(scores: np.ndarray, targets: np.ndarray) -> float:
+    """The share of rows whose largest score is the target's, in %."""
+    return 100 * float((scores.argmax(axis=-1) == targets).mean())
+
+
 @dataclass(frozen=True)
 class Figure:
     """The figure that says it learned, with that of a naive way beside it."""
