@@ -250,7 +250,7 @@ void jvp(py::handle problem, py::handle p, py::handle v, py::handle tout) {
   cpu::jvp(call.problem, arguments, tangents, out, threads);
 }
 
-void hvp(py::handle problem, py::handle p, py::handle v, py::handle g, py::handle t, py::handle tdp) {
+void hvp(py::handle problem, py::handle p, py::handle v, py::handle g, py::handle t, py::handle tdp, py::handle tout) {
   Call call("hvp: ", problem);
   call.dtype_of(p);
   call.refuse_bf16();
@@ -259,9 +259,10 @@ void hvp(py::handle problem, py::handle p, py::handle v, py::handle g, py::handl
   const Results gradients = call.results(g, "g.", Access::read);
   const Results second = call.results(t, "t.", Access::read);
   const Arguments out = call.arguments(tdp, "tdp.", Access::write_sum, false);
+  const Results forward = tout.is_none() ? Results() : call.results(tout, "tout.", Access::write);
   const int threads = threads_now();
   const Released released(6 * call.work());
-  cpu::hvp(call.problem, arguments, tangents, gradients, second, out, threads);
+  cpu::hvp(call.problem, arguments, tangents, gradients, second, out, threads, forward);
 }
 
 }  // namespace
@@ -271,7 +272,8 @@ void register_layer(py::module_& module) {
   module.def("forward", &forward, py::arg("problem"), py::arg("p"), py::arg("out"), py::arg("tape") = py::none());
   module.def("backward", &backward, py::arg("problem"), py::arg("p"), py::arg("tape"), py::arg("g"), py::arg("dp"));
   module.def("jvp", &jvp, py::arg("problem"), py::arg("p"), py::arg("v"), py::arg("tout"));
-  module.def("hvp", &hvp, py::arg("problem"), py::arg("p"), py::arg("v"), py::arg("g"), py::arg("t"), py::arg("tdp"));
+  module.def("hvp", &hvp, py::arg("problem"), py::arg("p"), py::arg("v"), py::arg("g"), py::arg("t"), py::arg("tdp"),
+             py::arg("tout") = py::none());
 }
 
 }  // namespace fusedrnn::bindings

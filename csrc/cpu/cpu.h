@@ -21,7 +21,7 @@ void backward(const Problem& problem, const Arguments& p, const void* tape, cons
               int threads);
 void jvp(const Problem& problem, const Arguments& p, const Arguments& v, const Results& tout, int threads);
 void hvp(const Problem& problem, const Arguments& p, const Arguments& v, const Results& g, const Results& t,
-         const Arguments& tdp, int threads);
+         const Arguments& tdp, int threads, const Results& tout = Results());  // tout: as jvp, in the same pass
 
 // A rough count of floating-point operations of one call: the bindings release the GIL where this is large.
 double work(const Problem& problem);

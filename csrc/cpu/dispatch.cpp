@@ -162,12 +162,13 @@ void jvp(const Problem& problem, const Arguments& p, const Arguments& v, const R
 }
 
 void hvp(const Problem& problem, const Arguments& p, const Arguments& v, const Results& g, const Results& t,
-         const Arguments& tdp, int threads) {
+         const Arguments& tdp, int threads, const Results& tout) {
   Call call = make_call(problem, p, threads);
   call.v = v;
   call.g = g;
   call.t = t;
   call.dp = tdp;
+  call.out = tout;
   table().hvp(call);
 }
 

@@ -10,7 +10,7 @@ namespace fusedrnn::cpu {
 struct Call {
   const Problem* problem;
   Arguments p, v;  // values, tangents
-  Results out;     // written by forward and jvp
+  Results out;     // written by forward, jvp and hvp
   Results g, t;    // gradients, their tangents
   void* tape;      // written by forward, read by backward; null: not wanted
   Arguments dp;    // written by backward and hvp

@@ -7,7 +7,7 @@ Every backend is a module with the same functions on canonical arrays of one dty
     forward(problem, p, out, tape)            out  = F(p)
     backward(problem, p, tape, g, dp)         dp   = J(p)^T g
     jvp(problem, p, v, tout)                  tout = J(p) v
-    hvp(problem, p, v, g, t, tdp)             tdp  = d/ds [J(p + s v)^T (g + s t)] at s = 0
+    hvp(problem, p, v, g, t, tdp, tout)       tdp  = d/ds [J(p + s v)^T (g + s t)] at s = 0; tout, if given, as jvp
 
 and, for sums over paths (arguments as in _core.pyi),
 
@@ -104,7 +104,16 @@ class Backend(Protocol):
     def forward(self, problem: Problem, p: Arguments, out: Results, tape: Any) -> None: ...
     def backward(self, problem: Problem, p: Arguments, tape: Any, g: Results, dp: Arguments) -> None: ...
     def jvp(self, problem: Problem, p: Arguments, v: Arguments, tout: Results) -> None: ...
-    def hvp(self, problem: Problem, p: Arguments, v: Arguments, g: Results, t: Results, tdp: Arguments) -> None: ...
+    def hvp(
+        self,
+        problem: Problem,
+        p: Arguments,
+        v: Arguments,
+        g: Results,
+        t: Results,
+        tdp: Arguments,
+        tout: Results | None = None,
+    ) -> None: ...
     def ctc(
         self, log_probs: Any, labels: Any, first: Any, label_counts: Any, lengths: Any, blank: int, zero_infinity: bool,
         loss: Any, dloss: Any = None, dlog_probs: Any = None,

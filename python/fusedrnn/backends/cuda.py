@@ -183,7 +183,9 @@ def jvp(problem: Problem, p: Arguments, v: Arguments, tout: Results) -> None:
     _derivative("jvp")
 
 
-def hvp(problem: Problem, p: Arguments, v: Arguments, g: Results, t: Results, tdp: Arguments) -> None:
+def hvp(
+    problem: Problem, p: Arguments, v: Arguments, g: Results, t: Results, tdp: Arguments, tout: Results | None = None
+) -> None:
     _derivative("hvp")
 
 

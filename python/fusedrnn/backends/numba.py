@@ -903,10 +903,12 @@ def jvp(problem: Problem, p: Arguments, v: Arguments, tout: Results) -> None:
     reference.jvp(problem, p, v, tout)
 
 
-def hvp(problem: Problem, p: Arguments, v: Arguments, g: Results, t: Results, tdp: Arguments) -> None:
+def hvp(
+    problem: Problem, p: Arguments, v: Arguments, g: Results, t: Results, tdp: Arguments, tout: Results | None = None
+) -> None:
     """Fill tdp's arrays with the tangents of the gradients."""
     _log.info("numba: hvp runs on the reference")
-    reference.hvp(problem, p, v, g, t, tdp)
+    reference.hvp(problem, p, v, g, t, tdp, tout)
 
 
 # Sums over paths: lattice.py's functions as loops (its array expressions would take Numba a minute), compiled at the

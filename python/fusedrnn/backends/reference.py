@@ -42,8 +42,12 @@ def jvp(problem: Problem, p: Arguments, v: Arguments, tout: Results) -> None:
     store_results(tout, _forward(problem, _wide_arguments(problem, p, v))[0], tangent=True)
 
 
-def hvp(problem: Problem, p: Arguments, v: Arguments, g: Results, t: Results, tdp: Arguments) -> None:
-    """Fill tdp's arrays with the tangents of the gradients."""
+def hvp(
+    problem: Problem, p: Arguments, v: Arguments, g: Results, t: Results, tdp: Arguments, tout: Results | None = None
+) -> None:
+    """Fill tdp's arrays with the tangents of the gradients, and tout's with those of the results."""
+    if tout is not None:
+        jvp(problem, p, v, tout)
     wide = _wide_arguments(problem, p, v)
     store_arguments(tdp, _backward(problem, wide, _wide_results(g, t)), tangent=True)
 

@@ -237,11 +237,14 @@ def jvp(how: How, lengths: Any, reset: Any, p: Tensors, v: Tensors) -> tuple[Ten
     return call.stored(tensors)
 
 
-def hvp(how: How, lengths: Any, reset: Any, p: Tensors, v: Tensors, g: Tensors, t: Tensors) -> tuple[Tensor, ...]:
-    """Tangents of the wanted gradients, along v of p and t of g."""
+def hvp(
+    how: How, lengths: Any, reset: Any, p: Tensors, v: Tensors, g: Tensors, t: Tensors, tout: bool = False
+) -> tuple[Tensor, ...]:
+    """Tangents of the wanted gradients, along v of p and t of g; with tout then what jvp returns, in the same pass."""
     axes = (*how.argument_axes, *how.result_axes, *how.result_axes)
     call = Call(how, p, (*v, *g, *t), axes, lengths, reset)
     tensors, out = call.new_arguments(p)
+    more, results = call.new_results() if tout else ([], None)
     backend: Any = backends.choose()
-    backend.hvp(call.problem, call.p, call.arguments(v), call.given(g), call.given(t), out)
-    return call.stored(tensors)
+    backend.hvp(call.problem, call.p, call.arguments(v), call.given(g), call.given(t), out, results)
+    return call.stored([*tensors, *more])

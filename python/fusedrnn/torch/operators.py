@@ -101,17 +101,22 @@ def _reverse(
     if name == "backward":
         _once(settings)
         p, _, g = parts
-        along = _placed(settings, settings.want, u)
+        p, g = unwrap_dead_wrappers(p), unwrap_dead_wrappers(g)
+        along = unwrap_dead_wrappers(_placed(settings, settings.want, u))
         dp: tuple[Any, ...] = (None,) * len(p)
         dg: tuple[Any, ...] = (None,) * len(cut[2])
         none = (None,) * len(cut[2])
-        if any(cut[0]):
-            want = _digits(cut[0])
-            down = settings._replace(want=want, each=False)
+        want = _digits(cut[0])
+        down = settings._replace(want=want, each=False)
+        alone = any(cut[0]) and _is_alone((*p, *along, *g)) and not _watched()
+        if alone:  # nobody asks for more derivatives: one pass for both
+            both = kernels.hvp(down, lengths, reset, p, along, g, none[: len(g)], tout=any(cut[2]))
+            dp, dg = _placed(settings, want, both), both[want.count("1") :]
+        elif any(cut[0]):
             dp = _placed(settings, want, apply("hvp", down, lengths, reset, *p, *along, *_padded(settings, g), *none))
         if any(cut[2]):
-            down = settings._replace(want="", each=False)
-            dg = apply("jvp", down, lengths, reset, *p, *along)
+            if not alone:
+                dg = apply("jvp", settings._replace(want="", each=False), lengths, reset, *p, *along)
             dg = tuple(_reduced(*item) for item in zip(dg, g, settings.result_axes, strict=True))
             dg = tuple(d if need else None for d, need in zip(_padded(settings, dg), cut[2], strict=True))
         return (*dp, None, *dg)
@@ -253,11 +258,32 @@ def _make_function(name: str) -> Any:
 _FUNCTIONS = {name: _make_function(name) for name in _NAMES}
 
 
+def _watched() -> bool:
+    """Whether a mode or a tracer looks on, which must see operators."""
+    return bool(torch._C._len_torch_dispatch_stack()) or torch._C._get_tracing_state() is not None
+
+
+def _is_plain(tensors: Sequence[Any]) -> bool:
+    """Whether the kernel can read them: on the CPU, under no vmap, and not under torch's first one, which gradcheck
+    still uses."""
+    return (
+        not torch._C._are_functorch_transforms_active()
+        and tensors[0].is_cpu
+        and not any(t is not None and _functorch.is_legacy_batchedtensor(t) for t in tensors)
+    )
+
+
+def _is_alone(tensors: Sequence[Any]) -> bool:
+    """Whether they are plain and no derivative is wanted of what is made of them."""
+    needed = torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)
+    return not needed and forward_ad._current_level < 0 and _is_plain(tensors)
+
+
 def apply(name: str, settings: How, lengths: Any, reset: Any, *tensors: Any) -> tuple[Any, ...]:
     """An operation with its rules, under whatever transforms are at work."""
     function = _FUNCTIONS[name]
     apply: Any = function.apply
-    if not torch._C._len_torch_dispatch_stack() and torch._C._get_tracing_state() is None:
+    if not _watched():
         lengths, reset, *rest = unwrap_dead_wrappers((lengths, reset, *tensors))
         tensors = tuple(rest)
         if torch._C._are_functorch_transforms_active():
@@ -266,17 +292,11 @@ def apply(name: str, settings: How, lengths: Any, reset: Any, *tensors: Any) -> 
                 vmap = _functorch.CVmapInterpreterPtr(interpreter)
                 return _vmapped(vmap, name, settings, lengths, reset, tensors)
         else:
-            needed = torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)
-            if not needed and forward_ad._current_level < 0 and _is_plain(tensors):
+            if _is_alone(tensors):
                 return _run(name, settings, lengths, reset, tensors)
             apply = super(torch.autograd.Function, function).apply  # without its second look at all that
     outputs: tuple[Any, ...] = apply(settings.text(), lengths, reset, *tensors)
     return outputs
-
-
-def _is_plain(tensors: Sequence[Any]) -> bool:
-    """Whether the kernel can read them: on the CPU, and not of torch's first vmap, which gradcheck still uses."""
-    return tensors[0].is_cpu and not any(t is not None and _functorch.is_legacy_batchedtensor(t) for t in tensors)
 
 
 def _vmapped(vmap: Any, name: str, settings: How, lengths: Any, reset: Any, tensors: Sequence[Any]) -> tuple[Any, ...]:
@@ -385,11 +405,7 @@ def _present(name: str, settings: How, outputs: Sequence[Any]) -> tuple[Any, ...
 
 
 def _call_operator(name: str, settings: How, lengths: Any, reset: Any, *tensors: Any) -> tuple[Any, ...]:
-    if not (
-        torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._get_tracing_state() is not None
-    ) and _is_plain(tensors):
+    if not _watched() and _is_plain(tensors):
         return _run(name, settings, lengths, reset, tensors)  # nobody looks on
     op = _OPERATORS[name, settings.states, settings.weights]
     return _present(name, settings, op(*tensors, lengths, reset, settings.text()))
