@@ -414,6 +414,17 @@ def test_weights_changed_in_place_and_replaced():
             module.weight_ih_l0.mul_(2)
         module.weight_hh_l0 = nn.Parameter(module.weight_hh_l0.detach() * 3)
     same(theirs(x), ours(x))
+    for change in (  # the first two leave no trace in the tensor's version: nothing of a weight may be kept
+        lambda m: m.weight_hh_l0.data.mul_(0.5),
+        lambda m: np.negative(m.bias_hh_l0.detach().numpy(), out=m.bias_hh_l0.detach().numpy()),
+        lambda m: setattr(m.weight_ih_l0, "data", m.weight_ih_l0.data.clone() * 2),
+    ):
+        with torch.no_grad():
+            before = ours(x)[0]
+            for module in (theirs, ours):
+                change(module)
+            assert not torch.equal(before, ours(x)[0])
+            same(theirs(x), ours(x))
     y = ours(x)[0]
     with torch.no_grad():
         ours.weight_hh_l0.add_(1)

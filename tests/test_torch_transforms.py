@@ -182,9 +182,9 @@ def calls(monkeypatch):
     for name in counts:
         kernel = getattr(operators.kernels, name)
 
-        def counted(*arguments, name=name, kernel=kernel):
+        def counted(*arguments, name=name, kernel=kernel, **options):
             counts[name] += 1
-            return kernel(*arguments)
+            return kernel(*arguments, **options)
 
         monkeypatch.setattr(operators.kernels, name, counted)
     return counts
@@ -242,6 +242,22 @@ def test_an_ensemble_with_gradients_per_sample_is_one_call(calls):
                 alone = g(parameters(layer), x[n])
                 for name in alone:
                     close(found[name][m, n], alone[name])
+
+
+def test_a_hessian_vector_product_is_one_pass(calls):
+    layer = make("GRU", 3, 4)
+    x = constant(5 * 2 * 3, 1).reshape(5, 2, 3)
+    weights = list(layer.parameters())
+    v = [constant(p.numel(), n).reshape(p.shape) for n, p in enumerate(weights)]
+
+    def product(**options):
+        first = torch.autograd.grad(layer(x)[0].square().sum(), weights, create_graph=True)
+        return torch.autograd.grad(first, weights, v, **options)
+
+    once = product()
+    assert (calls["hvp"], calls["jvp"]) == (1, 0)
+    close(once, product(create_graph=True))  # the same from the operators, one for each
+    assert (calls["hvp"], calls["jvp"]) == (2, 1)
 
 
 def test_hessian_of_a_module():

@@ -111,7 +111,7 @@ def _reverse(
         alone = any(cut[0]) and _is_alone((*p, *along, *g)) and not _watched()
         if alone:  # nobody asks for more derivatives: one pass for both
             both = kernels.hvp(down, lengths, reset, p, along, g, none[: len(g)], tout=any(cut[2]))
-            dp, dg = _placed(settings, want, both), both[want.count("1") :]
+            dp, dg = _placed(settings, want, both), both[want.count("1") :] or dg
         elif any(cut[0]):
             dp = _placed(settings, want, apply("hvp", down, lengths, reset, *p, *along, *_padded(settings, g), *none))
         if any(cut[2]):
