@@ -237,6 +237,23 @@ def test_memory_does_not_grow_with_the_sequence(kind, approximation):
     assert learner.nbytes == 8 * expected
 
 
+@pytest.mark.parametrize("approximation", [None, "diagonal"])
+def test_what_fades_becomes_zero(approximation):
+    """No denormal numbers, with which processors are slow."""
+    layer = fusedrnn.LSTM(1, 2, seed=0)
+    for weight in layer.parameters.values():
+        weight[:] = 0
+    layer.parameters["bias_ih_l0"][2:4] = 2.0  # f = 0.88
+    learner, x = rtrl.RTRL(layer, approximation=approximation), np.zeros((1, 1), np.float32)
+    before = 1.0
+    for _ in range(900):
+        learner.step(x)
+        after = float(learner.gradient(np.ones((1, 2), np.float32))["state"][1].max())
+        assert 0 < after < before or (after == 0 and before < 1e-36)
+        before = after
+    assert before == 0
+
+
 # ---- the approximation ---------------------------------------------------------------------------------------------
 
 
