@@ -48,6 +48,7 @@ struct Array {
 struct Sizes {
   int64_t T = 0, E = 1, B = 0, I = 0, H = 0;
   int32_t L = 1, D = 1;
+  int64_t K = 0;  // of the context
 };
 
 struct Problem {
@@ -78,6 +79,8 @@ struct Arguments {
   Array<3> tokens;           // in place of x: int32 (T,E,B); each stands for a one-hot vector of I, and has no gradient
   Array<4> h0, c0;           // (L*D,E,B,H)
   Params* params = nullptr;  // [L*D], layer-major, forward direction first
+  Array<3> context;          // (E,B,K): what layer 0 sees at every step beside x; null: nothing
+  Array<3> context_weights[2];  // of each direction: (E, G*H, K)
 };
 
 struct Results {

@@ -120,7 +120,7 @@ class Call {
     params_.emplace_back(static_cast<size_t>(s.L * s.D));
     std::vector<Params>& params = params_.back();
     const size_t count = list.is_none() ? 0 : py::len(list);
-    if (count == 0 && !required) return out;
+    if (count == 0 && !required) return context(given, role, access, required, out);
     if (count != params.size())
       checked_.value_error(std::string(role) + "params has " + std::to_string(count) +
                            " entries; expected L*D = " + std::to_string(params.size()));
@@ -148,6 +148,36 @@ class Call {
         checked_.type_error(ArrayName{role, "", index}.text() + " holds R or bR; this cell has neither");
     }
     out.params = params.data();
+    return context(given, role, access, required, out);
+  }
+
+  // The context and its weights, into `out`; both or none of them where they are required.
+  Arguments context(py::handle given, const char* role, Access access, bool required, Arguments out) {
+    Sizes& s = problem.sizes;
+    py::object context = get<"context">(given);
+    if (required && PyArray_Check(context.ptr()) && PyArray_NDIM(as_array(context.ptr())) == 3)
+      s.K = PyArray_DIM(as_array(context.ptr()), 2);
+    if (s.K > INT32_MAX) checked_.value_error("K is " + std::to_string(s.K) + "; expected less than 2**31");
+    if (!required && s.K == 0 && !context.is_none())
+      checked_.value_error(std::string(role) + "context is given; expected None: the call has no context");
+    out.context = checked_.array<3>(context, {role, "context"}, "(E, B, K)", {s.E, s.B, s.K}, access, 0);
+    if (required && out.context.data && s.K < 1) checked_.value_error("context has K = 0; expected K >= 1");
+    const py::object list = get<"context_weights">(given);
+    if (required && list.is_none() != context.is_none())
+      checked_.type_error("context and context_weights come both or not at all");
+    if (list.is_none()) return out;
+    if (!PySequence_Check(list.ptr()) || py::len(list) != static_cast<size_t>(s.D) || s.K == 0)
+      checked_.value_error(std::string(role) + "context_weights: expected a list of D = " + std::to_string(s.D) +
+                           " arrays beside a context");
+    const Dtype stored = problem.bf16_weights ? Dtype::bf16 : problem.dtype;
+    for (int d = 0; d < s.D; ++d) {
+      py::object entry = py::reinterpret_steal<py::object>(PySequence_GetItem(list.ptr(), d));
+      if (!entry) throw py::error_already_set();
+      const ArrayName name{role, d ? "context_weights[1]" : "context_weights[0]"};
+      if (required && entry.is_none()) checked_.type_error(name.text() + " is None");
+      out.context_weights[d] = checked_.array<3>(std::move(entry), name, "(E, G*H, K)",
+                                                 {s.E, facts_of(problem.cell).gates * s.H, s.K}, access, 0, stored);
+    }
     return out;
   }
 

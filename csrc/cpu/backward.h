@@ -7,7 +7,7 @@
 // Limit: FMA for 16 rows and more; for one row the recurrence is limited by reading R, the products by writing dW, dR.
 #pragma once
 
-#include "weights.h"
+#include "context.h"
 
 namespace fusedrnn::cpu::FUSEDRNN_ISA {
 
@@ -31,7 +31,7 @@ class Backward {
     p_[0] = &call.p;
     g_[0] = &call.g;
     if (P == 2) p_[1] = &call.v, g_[1] = &call.t;
-    inputs_ = layers_.widest();
+    inputs_ = larger(layers_.widest(), n_.K);
     ld_ = padded(n_.H);
     ld_da_ = cell_.sums * n_.H;
     const int64_t N = sets_.N, H = n_.H;
@@ -49,6 +49,14 @@ class Backward {
       Scratch& s = scratch_[g];
       s = Scratch();
       if (tape_.every) s.forward.allocate(cell_, inputs_, H, layers_.tokens() ? layers_.pairs() : 0, n_.I, workspace);
+      if (p_[0]->context.data) {
+        s.context.allocate(p_, n_, N, cell_, workspace);
+        for (int q = 0; q < P; ++q) {
+          s.dz[q] = take<S>(workspace, N * cell_.gates * H);
+          s.dz_rows[q] = take<const S*>(workspace, N);
+          for (int64_t i = 0; i < N; ++i) s.dz_rows[q][i] = s.dz[q] + i * cell_.gates * H;
+        }
+      }
       if (layers_.tokens()) {
         s.tokens = take<int32_t>(workspace, pairs_);
         s.columns = take<S>(workspace, table_.most * cell_.gates * H);
@@ -100,6 +108,7 @@ class Backward {
     const int group = groups_.group_of(team, part);
     for (int l = n_.L - 1; l >= 0; --l) {
       if (l == 0) zero_dx(part, group, groups_.used(team));
+      if (l == 0) zero_dcontext(team);
       for (int64_t set = group; set < sets_.count; set += groups_.used(team))
         for (int d = 0; d < n_.D; ++d) direction(part, scratch_[group], l, d, set);
       team.wait();
@@ -115,6 +124,9 @@ class Backward {
     S *d[2][P], *d_start[2][P];  // running dh, dc; what reached h0, c0; rows of ld_
     S *rh[P] = {}, *drh[P] = {}, *db, *sums;
     S *z[P] = {}, *kept[P] = {}, *c_kept[P] = {}, *state[2][P] = {};
+    Context<S, P> context;
+    S* dz[P] = {};  // da of layer 0's products with x and the context, summed over the steps of each row
+    const S** dz_rows[P] = {};
     int32_t* tokens = nullptr;
     S* columns = nullptr;  // dW of the tokens that occur, rows of gates * H
     const S **before[2][P], **x[P], **da_rows[P], **da_h_rows[kPhases][P], **rh_rows[P] = {}, **picked[P];
@@ -142,6 +154,9 @@ class Backward {
     const Sizes& n = call.problem->sizes;
     if (n.E <= 1) return false;
     const Arguments& dp = call.dp;
+    if (dp.context.data && !dp.context.stride[0]) return true;
+    for (const Array<3>& w : dp.context_weights)
+      if (w.data && !w.stride[0]) return true;
     if ((dp.x.data && !dp.x.stride[1]) || (dp.h0.data && !dp.h0.stride[1]) || (dp.c0.data && !dp.c0.stride[1]))
       return true;
     for (int i = 0; dp.params && i < n.L * n.D; ++i) {
@@ -160,6 +175,7 @@ class Backward {
     Part a{team, w, sets_.rows[set], l, d, set, int64_t{l} * n_.D + d, n_.D == 2 ? d == 1 : problem_.reverse};
     for (int q = 0; q < P; ++q) a.source[q] = layers_.source(q, l, set);
     pack(a);
+    if (context(a)) begin_context(a);
     begin(a);
     const Rows& rows = a.rows;
     for (int64_t s0 = rows.steps > 0 ? (rows.steps - 1) / chunk_ * chunk_ : -1; s0 >= 0; s0 -= chunk_) {
@@ -172,11 +188,13 @@ class Backward {
       if (tape_.every) rebuild(a, s0, s1);
       for (int64_t s = s1 - 1; s >= s0; --s) step(a, s, s0);
       products(a, s0, s1);
+      if (context(a)) sum_steps(a, s0, s1);
       a.fresh = false;
       team.wait();
     }
     finish(a);
     team.wait();
+    if (context(a)) context_gradient(a);
   }
 
   // ---- before the first chunk ----
@@ -298,6 +316,7 @@ class Backward {
           w.forward.token_product(cell_, b, w.tokens, pairs, w.z);
         else if (phase == 0)
           w.forward.input_product(cell_, b, x, pairs, w.z);
+        if (phase == 0 && context(a)) w.context.add(w.forward, cell_, b, rows, s0, s1, w.z);
         w.forward.state_product(phase, b, h, pairs, w.z);
         const int64_t u0 = w.forward.unit(b), units = w.forward.unit(b + 1) - u0;
         for (int64_t s = s0; s < s1; ++s) {
@@ -505,10 +524,10 @@ class Backward {
             rh_e[q] = rh[q] ? w.picked[q] + 3 * pairs_ : nullptr;
           }
           a.team.wait();
-          weight_gradients(a, *dp, e, count, da_e, x_e, h_e, rh_e);
+          weight_gradients(a, *dp, e, count, a.source[0].width, da_e, x_e, h_e, rh_e);
         }
       } else {
-        weight_gradients(a, *dp, sets_.count == 1 ? 0 : a.set, pairs, da, x, h, rh);
+        weight_gradients(a, *dp, sets_.count == 1 ? 0 : a.set, pairs, a.source[0].width, da, x, h, rh);
       }
     }
     if (wants_dx(a.l)) input_gradient(a, s0, s1);
@@ -518,12 +537,11 @@ class Backward {
              (p.bR.data && p.bR.stride[0]));
   }
 
-  void weight_gradients(Part& a, const Params& dp, int64_t e, int64_t R, const S* const* const* da,
+  void weight_gradients(Part& a, const Params& dp, int64_t e, int64_t R, int64_t inputs, const S* const* const* da,
                         const S* const* const* x, const S* const* const* h, const S* const* const* rh) {
     Scratch& w = a.w;
     Segment segment[3];
     const int count = segments(segment);
-    const int64_t inputs = a.source[0].width;
     for (int q = 0; q < P; ++q) {
       if (dp.W.data && x[q]) pack_panels(a.team, x[q], R, inputs, w.x_panels[q]);
       if (dp.R.data) pack_panels(a.team, h[q], R, n_.H, w.h_panels[q]);
@@ -544,7 +562,7 @@ class Backward {
           packed[q] = w.packed[q] + (s.column + kTile * i + m0) * pairs_;
           pack_columns(da[q], R, s.column + m0, m1 - m0, packed[q]);
         }
-        if (dp.W.data && s.w_row >= 0 && !a.source[0].token)
+        if (dp.W.data && s.w_row >= 0 && x[0])  // tokens: see token_gradient
           gradient(a, dp.W, e, s.w_row, m0, m1, inputs, R, packed, w.x_panels, x[0] != nullptr, P == 2 && x[P - 1]);
         if (dp.R.data && s.r_row >= 0) gradient(a, dp.R, e, s.r_row, m0, m1, n_.H, R, packed, w.h_panels, true, true);
       }
@@ -717,6 +735,103 @@ class Backward {
     }
     if (!a.fresh && a.source[0].token && dp_.params && dp_.params[a.ld].W.data) write_columns(a, dp_.params[a.ld].W);
     if (a.fresh && dp_.params && a.team.rank == 0) zero_gradients(dp_.params[a.ld], a.set, a.source[0].width);
+  }
+
+  // ---- the context ----
+
+  bool context(const Part& a) const { return a.l == 0 && p_[0]->context.data; }
+  int64_t sum_begin(const Part& a) const { return smaller(a.team.begin(x_tiles()) * L, cell_.gates * n_.H); }
+  int64_t sum_end(const Part& a) const { return smaller(a.team.end(x_tiles()) * L, cell_.gates * n_.H); }
+  int64_t x_tiles() const { return (cell_.gates * n_.H + L - 1) / L; }
+
+  void begin_context(Part& a) {
+    Scratch& w = a.w;
+    const int64_t m0 = sum_begin(a), m1 = sum_end(a);
+    for (int q = 0; q < P; ++q)
+      for (int64_t i = 0; i < sets_.N; ++i)
+        zero_row(w.dz[q] + i * cell_.gates * n_.H + m0, 1, larger<int64_t>(m1 - m0, 0));
+    w.context.fill(a.team, p_, a.rows, n_.K);
+    a.team.wait();
+    if (tape_.every)
+      w.context.multiply_all(w.forward, cell_, p_, a.d, sets_.count == 1 ? 0 : a.set, n_.H, n_.K, sets_.N,
+                             a.team.begin(w.forward.blocks()), a.team.end(w.forward.blocks()));
+  }
+
+  void sum_steps(Part& a, int64_t s0, int64_t s1) {
+    const int64_t m0 = sum_begin(a), m1 = sum_end(a);
+    if (m1 <= m0) return;
+    for (int q = 0; q < P; ++q)
+      for (int64_t s = s0; s < s1; ++s)
+        for (int64_t i = 0; i < a.rows.live[s]; ++i)
+          add_row(a.w.da_rows[q][a.rows.off[s] - a.rows.off[s0] + i] + m0, 1, a.w.dz[q] + i * cell_.gates * n_.H + m0,
+                  1, m1 - m0);
+  }
+
+  // Of the context and its weights: dz is what one step of the layer would have for da.
+  void context_gradient(Part& a) {
+    Scratch& w = a.w;
+    const Rows& rows = a.rows;
+    const S *const *dz[P], *const *ctx[P];
+    for (int q = 0; q < P; ++q) dz[q] = w.dz_rows[q], ctx[q] = w.context.given[q] ? w.context.rows[q] : nullptr;
+    Params dp;
+    dp.W = dp_.context_weights[a.d];
+    Part first = a;
+    first.fresh = true;
+    if (dp.W.data && sets_.count == 1 && n_.E > 1 && dp.W.stride[0]) {
+      for (int64_t e = 0; e < n_.E; ++e) {
+        int64_t count = 0;
+        for (int64_t i = 0; i < sets_.N; ++i) {
+          if (rows.e[i] != e) continue;
+          for (int q = 0; q < P && a.team.rank == 0; ++q) {
+            w.picked[q][count] = dz[q][i];
+            w.picked[q][pairs_ + count] = ctx[q] ? ctx[q][i] : nullptr;
+          }
+          ++count;
+        }
+        const S *const *dz_e[P], *const *ctx_e[P];
+        for (int q = 0; q < P; ++q) dz_e[q] = w.picked[q], ctx_e[q] = ctx[q] ? w.picked[q] + pairs_ : nullptr;
+        a.team.wait();
+        weight_gradients(first, dp, e, count, n_.K, dz_e, ctx_e, nullptr, nullptr);
+      }
+    } else if (dp.W.data) {
+      weight_gradients(first, dp, sets_.count == 1 ? 0 : a.set, sets_.N, n_.K, dz, ctx, nullptr, nullptr);
+    }
+    if (!dp_.context.data) return;
+    static constexpr int in_order[4] = {0, 1, 2, 3}, n_first[3] = {2, 0, 1};
+    const int64_t ld = padded(n_.K), e = sets_.count == 1 ? 0 : a.set;
+    for (int q = 0; q < P; ++q) shape(w.W[q], cell_.gates * n_.H, n_.K, a.team.size);
+    a.team.wait();
+    const Panels<S>& first_W = w.W[0];
+    const int64_t b0 = a.team.begin(first_W.blocks()), b1 = a.team.end(first_W.blocks());
+    for (int64_t b = b0; b < b1; ++b) {
+      for (int q = 0; q < P; ++q) {
+        const Array<3>& m = p_[q]->context_weights[a.d];
+        if (m.data)
+          pack_rows(w.W[q], b, element<S>(m, e), m.stride[1], m.stride[2], n_.H, cell_.gates,
+                    cell_.sums > cell_.gates ? n_first : in_order);
+      }
+      multiply(w.W[0], b, dz[P - 1], sets_.N, static_cast<S*>(nullptr), 0, w.dx[P - 1], ld);
+      if constexpr (P == 2)
+        if (p_[1]->context_weights[a.d].data) multiply(w.W[1], b, dz[0], sets_.N, w.dx[1], ld, w.dx[1], ld);
+    }
+    const int64_t c0 = smaller(b0 * first_W.block * L, n_.K), c1 = smaller(b1 * first_W.block * L, n_.K);
+    for (int64_t i = 0; i < sets_.N && c1 > c0; ++i) {
+      const S* from = w.dx[P - 1] + i * ld + c0;
+      S* to = element<S>(dp_.context, rows.e[i], rows.b[i], c0);
+      if (a.d == 0 && !dcontext_adds_up())
+        copy_row(from, 1, to, dp_.context.stride[2], c1 - c0);
+      else
+        add_row(from, 1, to, dp_.context.stride[2], c1 - c0);
+    }
+    a.team.wait();
+  }
+
+  bool dcontext_adds_up() const { return n_.E > 1 && !dp_.context.stride[0]; }
+  void zero_dcontext(const Team& team) const {
+    if (!dp_.context.data || !dcontext_adds_up()) return;
+    for (int64_t b = team.begin(n_.B); b < team.end(n_.B); ++b)
+      zero_row(element<S>(dp_.context, 0, b), dp_.context.stride[2], n_.K);
+    team.wait();
   }
 
   // ---- tokens: dW has columns only for those that occur. They are added up together, then written. ----

@@ -194,6 +194,8 @@ struct Sets {
     for (int64_t i = 0; i < count; ++i) rows[i] = make_rows(problem, one ? 0 : i, one ? n.E : i + 1, workspace);
   }
   static bool shared(const Arguments& p, const Sizes& n) {
+    for (const Array<3>& w : p.context_weights)
+      if (w.data && w.stride[0]) return false;
     if (!p.params) return true;
     for (int i = 0; i < n.L * n.D; ++i) {
       const Params& w = p.params[i];

@@ -6,7 +6,7 @@
 // more; the bandwidth of the cache that holds R for one row.
 #pragma once
 
-#include "weights.h"
+#include "context.h"
 
 namespace fusedrnn::cpu::FUSEDRNN_ISA {
 
@@ -39,6 +39,7 @@ class Forward {
       s = Scratch();
       s.weights.allocate(cell_, inputs, n_.H, layers_.tokens() ? layers_.pairs() : 0, n_.I, workspace);
       if (layers_.tokens()) s.tokens = take<int32_t>(workspace, pairs);
+      if (p_[0]->context.data) s.context.allocate(p_, n_, N, cell_, workspace);
       for (int q = 0; q < P; ++q) {
         s.z[q] = take<S>(workspace, pairs * ldz);
         s.x[q] = take<const S*>(workspace, pairs);
@@ -75,6 +76,7 @@ class Forward {
     S *z[P], *copied[P] = {}, *h[2][P], *c[P] = {}, *rh[P] = {};
     const S **x[P], **h_rows[2][P], **rh_rows[P] = {};
     int32_t* tokens = nullptr;
+    Context<S, P> context;
   };
 
   void direction(const Team& team, Scratch& w, int l, int d, int64_t set) {
@@ -101,6 +103,8 @@ class Forward {
     const int64_t u0 = w.weights.unit(first), u1 = w.weights.unit(end);
     start(w, rows, reversed, ld, u0, u1);
     finish_padding(rows, l, d, u0, u1);
+    const bool context = l == 0 && p_[0]->context.data;
+    if (context) context_product(team, w, rows, d, e, first, end);
     for (int64_t s0 = 0; s0 < rows.steps; s0 += chunk_) {
       const int64_t s1 = smaller(s0 + chunk_, rows.steps), pairs = rows.off[s1] - rows.off[s0];
       const S* const* x[P];
@@ -115,6 +119,7 @@ class Forward {
           token_product(w, b, pairs);
         else
           w.weights.input_product(cell_, b, x, pairs, w.z);
+        if (context) w.context.add(w.weights, cell_, b, rows, s0, s1, w.z);
       }
       for (int64_t s = s0; s < s1; ++s) {
         if (cell_.two_products) {
@@ -132,6 +137,15 @@ class Forward {
     if constexpr (P == 1 && sizeof(S) == 4)
       if (problem_.bf16_weights) return w.weights.template token_product<Half>(cell_, block, w.tokens, pairs, w.z);
     w.weights.token_product(cell_, block, w.tokens, pairs, w.z);
+  }
+
+  void context_product(const Team& team, Scratch& w, const Rows& rows, int d, int64_t e, int64_t first, int64_t end) {
+    w.context.fill(team, p_, rows, n_.K);
+    team.wait();
+    if constexpr (P == 1 && sizeof(S) == 4)
+      if (problem_.bf16_weights)
+        return w.context.template multiply_all<Half>(w.weights, cell_, p_, d, e, n_.H, n_.K, rows.N, first, end);
+    w.context.multiply_all(w.weights, cell_, p_, d, e, n_.H, n_.K, rows.N, first, end);
   }
 
   // The state before the first step; rows of length 0 have it as their last one, too.

@@ -21,6 +21,7 @@ from .cells.cell import Cell
 
 _FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
 _WEIGHT_AXES = dict(zip(parameters.KINDS, (arrays.WEIGHT_IH, arrays.WEIGHT_HH, arrays.BIAS, arrays.BIAS), strict=True))
+_WEIGHT_AXES["weight_ch"] = arrays.WEIGHT_CH
 
 
 def fail(op: str, name: str, got: str, expected: str, fix: str = "", error: type[Exception] = ValueError) -> NoReturn:
@@ -38,6 +39,8 @@ class Call:
     dtype: np.dtype[Any]
     names: list[str]  # of the parameters, flat
     params: list[np.ndarray]
+    context: np.ndarray | None
+    context_params: dict[str, np.ndarray]  # of layer 0's directions; empty without a context
     batch_first: bool
     unbatched: bool
     sets: bool  # whether results have an E axis
@@ -51,6 +54,7 @@ class Call:
         p = self.problem
         self.sizes = {"T": p.T, "E": p.E, "B": p.B, "I": p.I, "H": p.H, "L": p.L, "J": p.D * p.H, "S": p.L * p.D}
         self.sizes["G"] = self.cell.gates * p.H
+        self.sizes["K"] = 0 if self.context is None else self.context.shape[-1]
 
     @property
     def on_cuda(self) -> bool:
@@ -85,7 +89,7 @@ class Call:
         if array.shape == expected:
             return
         sizes, letters = self.sizes, self.letters(axes)
-        used = [a for a in "TEBIHL" if a in letters]
+        used = [a for a in "TEBIHLK" if a in letters]
         where = ", ".join(f"{a}={sizes[a]}" + (f" from {self.sources[a]}" if a in self.sources else "") for a in used)
         if not fix and array.ndim == 2 and array.shape[::-1] == expected:
             fix = "Did you pass its transpose?"
@@ -232,6 +236,7 @@ def call(
     lengths: Any,
     reset: Any,
     reset_to: str,
+    context: Any,
     dropout: float,
     seed: int,
     clip_cell: float | None,
@@ -258,7 +263,7 @@ def call(
         expected = f"{shapes[0]}, or {shapes[1]} without a batch, or {shapes[2]} axes with E weight sets"
         fail(op, "x", f"has shape {x.shape}", expected)
     h0, c0 = state_parts(op, "state", cell, state)
-    names, flat = _flatten(op, cell_name, params, L, D)
+    names, flat, context_params = _flatten(op, cell_name, params, L, D, context is not None)
     if tokens:
         is_whole(op, "x", x)
         if x_rank == 4 and not any(a.ndim == len(weight_axes(n)) for n, a in zip(names, flat, strict=True)):
@@ -272,7 +277,7 @@ def call(
     else:
         dtype, like = x.dtype, "x"
     bf16 = dtype == np.float32 and isinstance(flat[0], np.ndarray) and flat[0].dtype == np.uint16
-    for name, array in zip(names, flat, strict=True):
+    for name, array in (*zip(names, flat, strict=True), *context_params.items()):
         if bf16 and name.startswith("weight"):
             if is_array(op, name, array).dtype != np.uint16:
                 fix = "Weights are bfloat16 all or none: see fusedrnn.params.to_bfloat16."
@@ -286,6 +291,8 @@ def call(
         is_float(op, "state" if c0 is None else "state[0]", h0, dtype, like)
     if c0 is not None:
         is_float(op, "state[1]", c0, dtype, like)
+    if context is not None:
+        is_float(op, "context", context, dtype, like)
 
     if type(x) is not np.ndarray:
         together(op, x, [*zip(names, flat, strict=True), ("state" if c0 is None else "state[0]", h0), ("state[1]", c0)])
@@ -311,13 +318,18 @@ def call(
     given = [("x", x, 3 - tokens), *((n, a, len(weight_axes(n)) - 1) for n, a in zip(names, flat, strict=True))]
     given += [("state", h0, state_rank), ("state", c0, state_rank)]
     given += [("lengths", lengths, state_rank - 2), ("reset", reset, state_rank - 1)]
+    given += [("context", context, state_rank - 1), *((n, a, 2) for n, a in context_params.items())]
     for name, array, rank in given:
         if array is not None and array.ndim == rank + 1 and "E" not in found:
             lies = x_axes if name == "x" else _with_sets(name, batch_first, unbatched)
             found["E"], sources["E"] = array.shape[lies.index("E")], name
     sets = "E" in found
     found.setdefault("E", 1)
-    for letter, fix in (("I", "x has no features."), ("H", ""), ("E", "")):
+    if context is not None:
+        found["K"], sources["K"] = context.shape[-1] if context.ndim else 0, "context"
+    for letter, fix in (("I", "x has no features."), ("H", ""), ("E", ""), ("K", "")):
+        if letter not in found:
+            continue
         if found[letter] < 1:
             fail(op, sources[letter], f"has {letter}={found[letter]}", f"{letter} >= 1", fix)
 
@@ -346,6 +358,8 @@ def call(
         dtype,
         names,
         flat,
+        context,
+        context_params,
         bool(batch_first),
         unbatched,
         sets,
@@ -358,6 +372,14 @@ def call(
         axes = weight_axes(name)
         layer = n // (D * (len(names) // (L * D)))
         result.expect(name, array, axes if array.ndim == len(axes) else axes[1:], layer=layer)
+    for name, array in context_params.items():
+        axes = weight_axes(name)
+        result.expect(name, array, axes if array.ndim == len(axes) else axes[1:])
+    if context is not None:
+        axes = arrays.data_axes(arrays.CONTEXT, False, unbatched, sets)
+        shared = axes.replace("E", "")
+        fix = "The context is one vector for each row, the same at every step."
+        result.expect("context", context, shared if context.ndim == len(shared) else axes, fix)
     for name, part in (("state" if c0 is None else "state[0]", h0), ("state[1]", c0)):
         if part is not None:
             axes = arrays.data_axes(arrays.STATE, False, unbatched, sets)
@@ -387,6 +409,8 @@ def _with_sets(name: str, batch_first: bool, unbatched: bool) -> str:
     """How an argument lies when it has an E axis."""
     if name == "state":
         return arrays.data_axes(arrays.STATE, False, unbatched, True)
+    if name == "context":
+        return arrays.data_axes(arrays.CONTEXT, False, unbatched, True)
     if name in ("lengths", "reset"):
         return arrays.data_axes(getattr(arrays, name.upper()), batch_first, unbatched, True)
     return weight_axes(name)
@@ -440,27 +464,37 @@ def _reset(op: str, reset: Any) -> Any:
     return array
 
 
-def _flatten(op: str, cell: str, params: Any, L: int, D: int) -> tuple[list[str], list[np.ndarray]]:
-    """Parameters as names and arrays, flat in torch.nn's order."""
+def _flatten(
+    op: str, cell: str, params: Any, L: int, D: int, context: bool
+) -> tuple[list[str], list[np.ndarray], dict[str, np.ndarray]]:
+    """Parameters as names and arrays, flat in torch.nn's order, and those of the context."""
+    extra = parameters.context_names(D == 2) if context else []
     if isinstance(params, Mapping):
         bias = "bias_ih_l0" in params or "bias_hh_l0" in params
-        wanted = parameters.names(L, D == 2, bias, cell)
-        if list(params) == wanted:
-            return wanted, list(params.values())
-        for name in wanted:
-            if name not in params:
-                fail(op, "params", f"has no {name}", f"all of {', '.join(wanted)}", "Biases come both or not at all.")
-        for name in params:
-            if name not in wanted:
-                fix = f"num_layers={L} and bidirectional={D == 2} say how many there are."
-                fail(op, "params", f"has {name!r}", f"only {', '.join(wanted)}", fix)
-        return wanted, [params[name] for name in wanted]
+        own = parameters.names(L, D == 2, bias, cell)
+        wanted = own + extra
+        given = list(params)
+        if given != wanted:
+            for name in wanted:
+                if name not in params:
+                    fix = "Biases come both or not at all." if name not in extra else "It belongs to context."
+                    fail(op, "params", f"has no {name}", f"all of {', '.join(wanted)}", fix)
+            for name in given:
+                if name not in wanted:
+                    fix = f"num_layers={L} and bidirectional={D == 2} say how many there are."
+                    if name.startswith("weight_ch"):
+                        fix = "It belongs to a context: pass context=."
+                    fail(op, "params", f"has {name!r}", f"only {', '.join(wanted)}", fix)
+        return own, [params[name] for name in own], {name: params[name] for name in extra}
     if not isinstance(params, Sequence) or isinstance(params, str):
         fix = "fusedrnn.params.init makes new ones."
         expected = "a dict under torch.nn's names or a flat list in its order"
         fail(op, "params", f"is {arrays.kind(params)}", expected, fix, TypeError)
-    with_bias, without = (len(parameters.kinds(cell, bias)) * L * D for bias in (True, False))
+    with_bias, without = (len(parameters.kinds(cell, bias)) * L * D + len(extra) for bias in (True, False))
     if len(params) not in (with_bias, without):
         expected = f"{with_bias} arrays (with biases) or {without} (without) for num_layers={L}, {D} direction(s)"
+        if extra:
+            expected += f", the last {len(extra)} for context"
         fail(op, "params", f"has {len(params)} arrays", expected)
-    return parameters.names(L, D == 2, len(params) == with_bias, cell), list(params)
+    own = parameters.names(L, D == 2, len(params) == with_bias, cell)
+    return own, list(params[: len(own)]), dict(zip(extra, params[len(own) :], strict=True))

@@ -40,6 +40,7 @@ class _Layer:
         *,
         clip_grad: float | None = None,
         recompute: bool = False,
+        context_size: int = 0,
         dtype: Any = np.float32,
         seed: int | None = None,
         backend: str | None = None,
@@ -55,6 +56,7 @@ class _Layer:
         self.clip_grad = clip_grad
         check.limit(op, "clip_grad", clip_grad)
         self.recompute = bool(recompute)
+        self.context_size = check.integer(op, "context_size", context_size, 0)
         self.dtype = np.dtype(dtype)
         if self.dtype not in (np.float32, np.float64):
             check.fail(op, "dtype", f"is {self.dtype}", "float32 or float64", error=TypeError)
@@ -73,6 +75,7 @@ class _Layer:
             self.bias,
             self.dtype,
             self.seed,
+            self.context_size,
         )
         self._forget()
 
@@ -89,7 +92,7 @@ class _Layer:
             native: Any = backends.load("native")
             self._lane = None
             make: Any = native.Lane if native else None
-            if backends.choose(self.backend) is native and CELLS[self._cell].state_product:
+            if backends.choose(self.backend) is native and CELLS[self._cell].state_product and not self.context_size:
                 directions, clip_cell = 2 if self.bidirectional else 1, self._clip_cell or 0.0
                 self._lane = make(self._cell, self.num_layers, directions, self.batch_first, clip_cell)
             self._lane_for = settings
@@ -99,15 +102,23 @@ class _Layer:
         return {}
 
     def __call__(
-        self, x: _Array, state: Any = None, lengths: Any = None, reset: Any = None, return_cells: bool = False
+        self,
+        x: _Array,
+        state: Any = None,
+        lengths: Any = None,
+        reset: Any = None,
+        return_cells: bool = False,
+        *,
+        context: Any = None,
     ) -> Any:
         """Run the layer: (y, state), or (y, state, cells) with return_cells. In training mode `backward` may follow.
 
         x (T,B,I), (B,T,I) with batch_first, or (T,I); or tokens, integers of one axis less that stand for one-hot
         vectors of input_size: `fusedrnn.LSTM(vocabulary, H)(tokens)` looks columns of weight_ih_l0 up (fusedrnn.ops).
+        context (B,K), with K = context_size: what layer 0 sees at every step beside x; `backward` has its gradient.
         Raises TypeError or ValueError before anything is written.
         """
-        if not self.training and lengths is None and reset is None and not return_cells:
+        if not self.training and lengths is None and reset is None and not return_cells and context is None:
             self._tape = None
             lane = self._find_lane()
             if lane is not None:
@@ -117,7 +128,7 @@ class _Layer:
         seed = self._mask_seed()
         # The new tape takes over the old one's memory; a call that fails leaves the old one whole.
         tape = self.__dict__.pop("_tape", None)
-        options = {"lengths": lengths, "reset": reset, "return_cells": return_cells, "reuse": tape}
+        options = {"lengths": lengths, "reset": reset, "return_cells": return_cells, "reuse": tape, "context": context}
         try:
             *result, tape = self._run(x, state, seed=seed or 0, training=self.training, **options)
         finally:
@@ -165,7 +176,7 @@ class _Layer:
         result: dict[str, Any] = getattr(ops, f"{self._op}_backward")(self._tape, dy, dstate, dcells)
         return result
 
-    def step(self, x_t: _Array, state: Any = None) -> Any:
+    def step(self, x_t: Any, state: Any = None, *, context: Any = None) -> Any:
         """One time step of streaming inference: (y_t, state). No dropout, no tape, one direction only.
 
         x_t (B,I) or (I,), or tokens (B,) or one integer; state None (zeros), or what the last step returned; y_t (B,H)
@@ -183,7 +194,7 @@ class _Layer:
         lane = self._lane
         if lane is None or self._lane_for != (self.backend, config.backend):
             lane = self._find_lane()
-        if lane is not None:
+        if lane is not None and context is None:
             result = lane.step(x_t, state, self.parameters)
             if result is not None:
                 return result
@@ -200,7 +211,7 @@ class _Layer:
             expected = "(B,) or one integer" if tokens else "(B,I) or (I,)"
             check.fail(op, "x_t", f"has shape {x_t.shape}", expected, "One time step has no time axis.")
         time = 1 if self.batch_first and x_t.ndim == 2 - tokens else 0
-        y, state, _ = self._run(x_t[:, None] if time else x_t[None], state)[:3]
+        y, state, _ = self._run(x_t[:, None] if time else x_t[None], state, context=context)[:3]
         return (y[:, 0] if time else y[0]), state
 
     def train(self, mode: bool = True) -> Any:
@@ -272,6 +283,7 @@ class _Layer:
     def __repr__(self) -> str:
         parts = [str(self.input_size), str(self.hidden_size)]
         plain = {"num_layers": 1, "bias": True, "batch_first": False, "dropout": 0.0, "bidirectional": False}
+        plain["context_size"] = 0
         parts += [f"{name}={getattr(self, name)}" for name, usual in plain.items() if getattr(self, name) != usual]
         return f"{type(self).__name__}({', '.join(parts)})"
 
@@ -283,7 +295,8 @@ class LSTM(_Layer):
 
     input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional: as torch.nn's. clip_cell: |c| is
     limited to it after every step. clip_grad: |dh|, |dc| are limited to it at every step of backward. recompute: keep
-    half the tape or less and rebuild the gates in backward. dtype: float32 or float64. seed: of the initial weights and
+    half the tape or less and rebuild the gates in backward. context_size: K, for a layer that takes context (B,K).
+    dtype: float32 or float64. seed: of the initial weights and
     of the dropout masks. backend: "native", "numba", "reference", or None for the best.
 
     >>> layer = fusedrnn.LSTM(3, 4, num_layers=2, seed=0)

@@ -9,11 +9,16 @@ Arrays (float32 or float64, all of one dtype, any strides; nothing large is copi
     cells    (layers,) + y's shape: c of every layer and step for the LSTM, h for the others
     lengths  integers (B,): row b ends before step lengths[b]; any order, 0 allowed (the state is carried through)
     reset    bool or uint8 (T,B), (B,T) with batch_first: row b begins a new sequence at step t
+    context  (B,K), or (K,) without a batch: what layer 0 sees at every step beside x, through weights of its own
     params   a dict under torch.nn's names, or a flat list in torch.nn's order (see fusedrnn.params)
 
 Ensembles: parameters with one more axis in front, (E, ...), are E models in one call. Then y has an E axis too,
 (T,E,B,H) or (E,B,T,H) with batch_first, and a state (layers*directions, E, B, H). x, states, lengths, resets and
 parameters without an E axis are shared; the gradient of what is shared is the sum over E.
+
+Context: a vector for each row, the same at every step: an image's features, an encoder's summary. weight_ch_l0 (G*H, K)
+(and weight_ch_l0_reverse) is among the parameters, behind the others in a flat list, and W_c context joins W x. The
+product is made once a call; backward has an entry "context". Resets do not touch it.
 
 Tokens: an integer x (of any integer type) without its last axis, (T,B), (B,T) or (T,), stands for the one-hot vectors
 of its values: x[t, b] = k is a 1 at input k, 0 <= k < I = weight_ih_l0.shape[1]. Then x W^T is a column of W, looked up
@@ -47,7 +52,7 @@ class Tape:
     call: check.Call
     backend: backends.Backend
     arguments: Arguments
-    inputs: dict[str, Any]  # the user's x, h, c and parameters by name, None where not given
+    inputs: dict[str, Any]  # the user's x, h, c, context and parameters by name, None where not given
     buffer: Any  # None: another tape has it
 
     @property
@@ -69,6 +74,7 @@ def lstm(
     lengths: Any = None,
     reset: Any = None,
     reset_to: str = "zero",
+    context: Any = None,
     dropout: float = 0.0,
     seed: int = 0,
     clip_cell: float | None = None,
@@ -113,6 +119,7 @@ def lstm(
         lengths=lengths,
         reset=reset,
         reset_to=reset_to,
+        context=context,
         dropout=dropout,
         seed=seed,
         clip_cell=clip_cell,
@@ -135,6 +142,7 @@ def gru(
     lengths: Any = None,
     reset: Any = None,
     reset_to: str = "zero",
+    context: Any = None,
     dropout: float = 0.0,
     seed: int = 0,
     clip_grad: float | None = None,
@@ -166,6 +174,7 @@ def gru(
         lengths=lengths,
         reset=reset,
         reset_to=reset_to,
+        context=context,
         dropout=dropout,
         seed=seed,
         clip_cell=None,
@@ -188,6 +197,7 @@ def rnn(
     lengths: Any = None,
     reset: Any = None,
     reset_to: str = "zero",
+    context: Any = None,
     dropout: float = 0.0,
     seed: int = 0,
     clip_grad: float | None = None,
@@ -219,6 +229,7 @@ def rnn(
         lengths=lengths,
         reset=reset,
         reset_to=reset_to,
+        context=context,
         dropout=dropout,
         seed=seed,
         clip_cell=None,
@@ -240,6 +251,7 @@ def mingru(
     lengths: Any = None,
     reset: Any = None,
     reset_to: str = "zero",
+    context: Any = None,
     dropout: float = 0.0,
     seed: int = 0,
     clip_grad: float | None = None,
@@ -272,6 +284,7 @@ def mingru(
         lengths=lengths,
         reset=reset,
         reset_to=reset_to,
+        context=context,
         dropout=dropout,
         seed=seed,
         clip_cell=None,
@@ -293,6 +306,7 @@ def minlstm(
     lengths: Any = None,
     reset: Any = None,
     reset_to: str = "zero",
+    context: Any = None,
     dropout: float = 0.0,
     seed: int = 0,
     clip_grad: float | None = None,
@@ -326,6 +340,7 @@ def minlstm(
         lengths=lengths,
         reset=reset,
         reset_to=reset_to,
+        context=context,
         dropout=dropout,
         seed=seed,
         clip_cell=None,
@@ -338,8 +353,8 @@ def minlstm(
 def lstm_backward(tape: Tape, dy: _Array | None = None, dstate: Any = None, dcells: _Array | None = None) -> Any:
     """Gradients from those of y, of the final state (h, c; either may be None) and of cells; None: zero.
 
-    Returns a dict of new arrays: "x" (not for tokens), "state" (a pair) and one entry per parameter name, each in its
-    argument's shape.
+    Returns a dict of new arrays: "x" (not for tokens), "state" (a pair), "context" (where there was one) and one entry
+    per parameter name, each in its argument's shape.
     Raises TypeError or ValueError as `lstm` does.
 
     >>> params = fusedrnn.params.init("lstm", 3, 4, bias=False, seed=0)
@@ -373,7 +388,8 @@ def minlstm_backward(tape: Tape, dy: _Array | None = None, dstate: Any = None, d
 def jvp(tape: Tape, tangents: Mapping[str, Any], return_cells: bool = False) -> Any:
     """Tangents of the results of the call that made the tape, along tangents of its arguments (forward mode).
 
-    tangents: a dict with any of "x", "state" and the parameters' names, each in its argument's shape; the rest is zero.
+    tangents: a dict with any of "x", "state", "context" and the parameters' names, each in its argument's shape; the
+    rest is zero.
     Returns (ty, tstate), or (ty, tstate, tcells) with return_cells.
     Raises TypeError or ValueError as `lstm` does.
 
@@ -446,8 +462,11 @@ def _forward(
         if not chosen.__name__.endswith("native"):
             backends.log.info("%s computes with bfloat16 weights as float32", chosen.__name__.rpartition(".")[2])
             call.params = [parameters.widen(a) if a.dtype == np.uint16 else a for a in call.params]
+            call.context_params = parameters.from_bfloat16(call.context_params)
             problem.bf16_weights = False
-    inputs = {"x": x, "h": h0, "c": c0} | dict(zip(call.names, call.params, strict=True))
+    inputs = {"x": x, "h": h0, "c": c0} | dict(zip(call.names, call.params, strict=True)) | call.context_params
+    if call.context is not None:
+        inputs["context"] = call.context
     arguments = _arguments(call, inputs)
     public, out = _new_results(call, return_cells)
     if not training:
@@ -498,6 +517,8 @@ def _axes(call: check.Call, name: str, ndim: int) -> tuple[str, str]:
         return call.x_axes, arrays.X if "I" in call.x_axes else arrays.TOKENS
     if name in ("h", "c"):
         canonical, full = arrays.STATE, call.state_axes
+    elif name == "context":
+        canonical, full = arrays.CONTEXT, arrays.data_axes(arrays.CONTEXT, False, call.unbatched, call.sets)
     else:
         full = canonical = check.weight_axes(name)
     return (full if ndim == len(full) else full.replace("E", "")), canonical
@@ -514,7 +535,8 @@ def _arguments(call: check.Call, given: Mapping[str, Any]) -> Arguments:
         return arrays.view(array, axes, canonical, call.problem.E)
 
     params = _params(call, {name: place(name) for name in call.names})
-    return Arguments(place("x"), place("h"), place("c"), params)
+    weights = [place(name) for name in call.context_params] or None
+    return Arguments(place("x"), place("h"), place("c"), params, place("context"), weights)
 
 
 def _params(call: check.Call, arrays_by_name: Mapping[str, Any]) -> list[Any]:
@@ -587,7 +609,7 @@ def _tangents(op: str, tape: Tape, tangents: Mapping[str, Any]) -> Arguments:
         given["h"], given["c"] = check.state_parts(op, "tangents['state']", call.cell, given.pop("state"))
     for name, array in given.items():
         if name not in tape.inputs:
-            expected = ", ".join(["x", "state", *call.names])
+            expected = ", ".join([*(name for name in tape.inputs if name not in ("h", "c")), "state"])
             check.fail(op, "tangents", f"has {name!r}", f"some of {expected}")
         if array is None:
             continue
@@ -640,4 +662,6 @@ def _new_arguments(tape: Tape) -> Any:
         return {**x, "state": state, **grads}
 
     params = _params(call, canonical)
-    return public, Arguments(canonical.get("x"), canonical["h"], canonical.get("c"), params), finish
+    weights = [canonical[name] for name in call.context_params] or None
+    state = canonical["h"], canonical.get("c")
+    return public, Arguments(canonical.get("x"), *state, params, canonical.get("context"), weights), finish

@@ -6,7 +6,8 @@ Per layer k and direction (suffix "" or "_reverse"), with G gates (LSTM 4: i, f,
 input size and I_k = directions * H above. A dict under these names is what torch.nn's state_dict holds, so PyTorch
 needs no conversion. `cell` is "rnn_tanh", "rnn_relu", "lstm", "gru", "gru_reset_before" (Keras's reset_after=False,
 ONNX's linear_before_reset=0), "cifg" (the coupled LSTM, 3: i, g, o), "mingru" (2: z, n) or "minlstm" (3: i, f, g). The
-last two have no weight_hh and no bias_hh.
+last two have no weight_hh and no bias_hh. With a context of K numbers (see fusedrnn.ops) layer 0 also has
+`weight_ch_l0` (G*H, K), and `weight_ch_l0_reverse`, behind all others.
 """
 
 from __future__ import annotations
@@ -53,8 +54,23 @@ def names(num_layers: int = 1, bidirectional: bool = False, bias: bool = True, c
     return [f"{kind}_l{layer}{suffix}" for layer in range(num_layers) for suffix in suffixes for kind in each]
 
 
+def context_names(bidirectional: bool = False) -> list[str]:
+    """The names of the context's weights.
+
+    >>> fusedrnn.params.context_names()
+    ['weight_ch_l0']
+    """
+    return ["weight_ch_l0", "weight_ch_l0_reverse"] if bidirectional else ["weight_ch_l0"]
+
+
 def shapes(
-    cell: str, input_size: int, hidden_size: int, num_layers: int = 1, bidirectional: bool = False, bias: bool = True
+    cell: str,
+    input_size: int,
+    hidden_size: int,
+    num_layers: int = 1,
+    bidirectional: bool = False,
+    bias: bool = True,
+    context_size: int = 0,
 ) -> dict[str, tuple[int, ...]]:
     """The shape of every parameter, by name.
 
@@ -71,6 +87,8 @@ def shapes(
         else:
             below = input_size if name.startswith("weight_ih_l0") else hidden_size * (2 if bidirectional else 1)
             result[name] = (rows, below)
+    if context_size:
+        result |= dict.fromkeys(context_names(bidirectional), (rows, context_size))
     return result
 
 
@@ -83,6 +101,7 @@ def init(
     bias: bool = True,
     dtype: Any = np.float32,
     seed: int | None = None,
+    context_size: int = 0,
 ) -> dict[str, np.ndarray]:
     """New parameters, uniform in [-1/sqrt(H), 1/sqrt(H)] as in torch.nn (the same distribution, not the same numbers).
 
@@ -91,7 +110,7 @@ def init(
     """
     rng = np.random.default_rng(seed)
     bound = hidden_size**-0.5
-    wanted = shapes(cell, input_size, hidden_size, num_layers, bidirectional, bias)
+    wanted = shapes(cell, input_size, hidden_size, num_layers, bidirectional, bias, context_size)
     return {name: rng.uniform(-bound, bound, shape).astype(dtype) for name, shape in wanted.items()}
 
 

@@ -68,6 +68,8 @@ class Arguments:
     h0: Any = None  # (L*D,E,B,H)
     c0: Any = None
     params: list[Params] = field(default_factory=list)  # [L*D], layer-major, forward direction first
+    context: Any = None  # (E,B,K): what layer 0 sees at every step beside x
+    context_weights: Any = None  # [D] of (E,G*H,K), where there is a context
 
 
 @dataclass(slots=True)

@@ -572,6 +572,7 @@ class _Walk:
             else:
                 self.restart = boundary
         self.restarts: Any = self.restart.any(1)
+        self.extra: Any = None  # the context's part of the products with x, (N,G*H)
         self.clip_cell, self.clip_grad = dtype.type(problem.clip_cell), dtype.type(problem.clip_grad)
 
     def chunks(self) -> list[range]:
@@ -592,9 +593,13 @@ class _Walk:
     def input_product(self, x: Any) -> Any:
         """x W^T of many steps, (n,N,G*H): a product, or for tokens (n,E,B) the columns of W that they stand for."""
         if not holds_tokens(x):
-            return self.times(x, self.WT)
-        columns = self.WT[np.arange(self.problem.E)[:, None], x] if len(self.W) > 1 else self.WT[0][x]
-        return columns.reshape(len(x), self.N, -1)
+            product = self.times(x, self.WT)
+        else:
+            columns = self.WT[np.arange(self.problem.E)[:, None], x] if len(self.W) > 1 else self.WT[0][x]
+            product = columns.reshape(len(x), self.N, -1)
+        if self.extra is not None:
+            product += self.extra
+        return product
 
     def token_gradient(self, dW: Any, da: Any, tokens: Any) -> None:
         """da (n,N,G*H) added into the columns of dW (E,G*H,I) that tokens (n,E,B) stand for."""
@@ -690,7 +695,7 @@ class _Walk:
         self, x: Any, h0: Any, c0: Any, kept: Any, hs: Any, cs: Any, dy: Any, dcells: Any, dhn: Any, dcn: Any, dx: Any
     ) -> Any:
         """Backward. dy, dcells (T,E,B,H) or None; dhn, dcn (N,H). dx (T,E,B,I_l) is added to.
-        Returns dh0, dc0 (N,H) and the gradients of W, R, bW, bR."""
+        Returns dh0, dc0 (N,H), the gradients of W, R, bW, bR and that of `extra`."""
         problem, cell = self.problem, self.cell
         E, N, H = problem.E, self.N, problem.H
         to_initial = problem.reset_to_initial
@@ -699,6 +704,7 @@ class _Walk:
         dW = np.zeros((E, *self.W.shape[1:]), self.dtype)
         dR = np.zeros((E, cell.gates * H, H), self.dtype)
         dbW, dbR = np.zeros((E, cell.gates * H), self.dtype), np.zeros((E, cell.gates * H), self.dtype)
+        dextra = np.zeros((N, cell.gates * H), self.dtype)
         nothing = np.zeros((N, H), self.dtype)
         back = np.empty((N, H), self.dtype)
         for chunk in self.chunks()[::-1]:
@@ -747,6 +753,8 @@ class _Walk:
                         dc0[rows] += dc[rows]
                     dh[rows] = 0
                     dc[rows] = 0
+            if self.extra is not None:
+                dextra += da_x.sum(0)
             if tokens:
                 self.token_gradient(dW, da_x, x_part)
             else:
@@ -762,8 +770,8 @@ class _Walk:
             if da_h is not da_x:
                 dbR += da_h.reshape(n, E, problem.B, -1).sum((0, 2))
         if not cell.state_product:
-            return dh0 + dh, dc0 + dc, (dW, None, dbW, None)
-        return dh0 + dh, dc0 + dc, (dW, dR, dbW, dbW if cell.x_sum == cell.h_sum else dbR)
+            return dh0 + dh, dc0 + dc, (dW, None, dbW, None), dextra
+        return dh0 + dh, dc0 + dc, (dW, dR, dbW, dbW if cell.x_sum == cell.h_sum else dbR), dextra
 
 
 # The stack of layers and directions.
@@ -823,6 +831,15 @@ def _safe(problem: Problem, tokens: Any) -> Any:
     return tokens.astype(np.intp)
 
 
+def _context_product(problem: Problem, p: Arguments, d: int, dtype: Any) -> Any:
+    """What the context adds to layer 0's products with x at every step: (N,G*H), or None."""
+    if p.context is None:
+        return None
+    return np.ascontiguousarray(p.context @ p.context_weights[d].swapaxes(1, 2), dtype).reshape(
+        problem.E * problem.B, -1
+    )
+
+
 def _input(problem: Problem, p: Arguments, kept: list[Any], masks: Any, layer: int) -> Any:
     """What a layer takes in, and the dropout factors in it (None: none)."""
     if layer == 0:
@@ -851,6 +868,8 @@ def forward(problem: Problem, p: Arguments, out: Results, tape: Any) -> None:
                 kept.append((None, hs, np.empty(shape, dtype) if cell.cell_state else hs))
             walk = _Walk(problem, cell, p.params[n], problem.reverse or d == 1, dtype)
             masks = walk.active
+            if layer == 0:
+                walk.extra = _context_product(problem, p, d, dtype)
             gates, hs, cs = kept[n]
             h0, c0 = _rows(problem, p.h0, n, dtype), _rows(problem, p.c0, n, dtype)
             walk.run(x, h0, c0, gates, hs, cs)
@@ -886,11 +905,18 @@ def backward(problem: Problem, p: Arguments, tape: Any, g: Results, dp: Argument
             n = layer * D + d
             part = slice(d * H, (d + 1) * H)
             walk = _Walk(problem, cell, p.params[n], problem.reverse or d == 1, dtype)
+            if layer == 0:
+                walk.extra = _context_product(problem, p, d, dtype)
             h0, c0 = _rows(problem, p.h0, n, dtype), _rows(problem, p.c0, n, dtype)
             dhn, dcn = _rows(problem, g.hn, n, dtype), _rows(problem, g.cn, n, dtype)
             dy_part = None if dy is None else dy[..., part]
             dcells = None if g.cells is None else g.cells[layer][..., part]
-            dh0, dc0, result.params[n] = walk.run_back(x, h0, c0, *kept[n], dy_part, dcells, dhn, dcn, dx)
+            walked = walk.run_back(x, h0, c0, *kept[n], dy_part, dcells, dhn, dcn, dx)
+            dh0, dc0, result.params[n], dextra = walked
+            if walk.extra is not None:
+                dextra = dextra.reshape(E, B, -1)
+                result.context = dextra @ p.context_weights[d] + (0 if d == 0 else result.context)
+                result.context_weights = [*(result.context_weights or []), dextra.swapaxes(1, 2) @ p.context]
             result.h0[n], result.c0[n] = dh0.reshape(E, B, H), dc0.reshape(E, B, H)
         dy = dx if factors is None else dx * factors
     result.x = dy

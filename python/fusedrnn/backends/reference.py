@@ -96,6 +96,11 @@ def _wide_arguments(problem: Problem, p: Arguments, v: Arguments | None = None) 
                 p.params, tangents.params or [(None,) * 4] * len(p.params), strict=True
             )
         ],
+        _wide(p.context, tangents.context, dual),
+        [
+            _wide(W, vW, dual)
+            for W, vW in zip(p.context_weights or [], tangents.context_weights or [None] * problem.D, strict=False)
+        ],
     )
 
 
@@ -124,6 +129,9 @@ def store_results(to: Results, value: Results, tangent: bool = False) -> None:
 def store_arguments(to: Arguments, value: Arguments, tangent: bool = False) -> None:
     for name in ("x", "h0", "c0"):
         _store(getattr(to, name), getattr(value, name), 1, tangent)
+    _store(to.context, value.context, 0, tangent)
+    for array, array_value in zip(to.context_weights or [], value.context_weights or [], strict=False):
+        _store(array, array_value, 0, tangent)
     for arrays, values in zip(to.params, value.params, strict=False):
         for array, array_value in zip(arrays, values, strict=True):
             _store(array, array_value, 0, tangent)
@@ -182,14 +190,15 @@ def _outer(da: Any, x: Any) -> Any:
     return left @ right
 
 
-def _walk(problem: Problem, cell: Cell, x: Any, params: Any, h0: Any, c0: Any, backwards: bool) -> Any:
-    """One layer, one direction: y (T,E,B,H), cells (T,E,B,H), hn, cn, and what backward needs."""
+def _walk(problem: Problem, cell: Cell, x: Any, params: Any, extra: Any, h0: Any, c0: Any, backwards: bool) -> Any:
+    """One layer, one direction: y (T,E,B,H), cells (T,E,B,H), hn, cn, and what backward needs. extra: the context's
+    part of the sums (E,B,G*H), or 0."""
     W, R, bW, bR = params
     active = _active(problem)
     restart = _restart(problem, active, backwards)
     x = np.where(active, x, 0)  # so that padding, NaN included, reaches nothing
     sums = [0.0] * cell.sums
-    for block, s in zip(_blocks(_product(x, W, bW), cell.gates), cell.x_sum, strict=True):
+    for block, s in zip(_blocks(_product(x, W, bW) + extra, cell.gates), cell.x_sum, strict=True):
         sums[s] = sums[s] + block
     first_h, first_c = (h0, c0) if problem.reset_to_initial else (0.0, 0.0)
     y = np.zeros((*x.shape[:3], problem.H), x.dtype)
@@ -224,7 +233,7 @@ def _walk(problem: Problem, cell: Cell, x: Any, params: Any, h0: Any, c0: Any, b
 def _walk_back(
     problem: Problem, cell: Cell, kept: _Kept, params: Any, dy: Any, dcells: Any, dhn: Any, dcn: Any, backwards: bool
 ) -> Any:
-    """The other way: dx (T,E,B,I_l), dh0, dc0 and the gradients of W, R, bW, bR."""
+    """The other way: dx (T,E,B,I_l), dh0, dc0, the gradients of W, R, bW, bR, and of `extra`."""
     W, R, _, _ = params
     H = problem.H
     active = _active(problem)
@@ -270,7 +279,7 @@ def _walk_back(
         dR[:, 2 * H :] = _outer(da_h[..., 2 * H :], rhs)
     state_gradients = (dR, da_h.sum((0, 2))) if cell.state_product else (None, None)
     gradients = (_outer(da_x, kept.x), state_gradients[0], da_x.sum((0, 2)), state_gradients[1])
-    return da_x @ W, dh0 + dh_next, dc0 + dc_next, gradients
+    return da_x @ W, dh0 + dh_next, dc0 + dc_next, gradients, da_x.sum(0)
 
 
 # The stack of layers and directions.
@@ -283,6 +292,11 @@ def _backwards(problem: Problem, d: int) -> bool:
 def _state(problem: Problem, given: Any, like: Any) -> Any:
     shape = (problem.L * problem.D, problem.E, problem.B, problem.H)
     return np.zeros(shape, like.dtype) if given is None else given
+
+
+def _context_product(p: Arguments, d: int) -> Any:
+    """What the context adds to layer 0's sums at every step: (E,B,G*H), or 0."""
+    return 0.0 if p.context is None else p.context @ p.context_weights[d].swapaxes(-1, -2)
 
 
 def _forward(problem: Problem, p: Arguments) -> tuple[Results, list[_Kept]]:
@@ -298,7 +312,8 @@ def _forward(problem: Problem, p: Arguments) -> tuple[Results, list[_Kept]]:
         ys, cells = [], []
         for d in range(problem.D):
             n = layer * problem.D + d
-            walked = _walk(problem, cell, y, p.params[n], h0[n], c0[n], _backwards(problem, d))
+            extra = _context_product(p, d) if layer == 0 else 0.0
+            walked = _walk(problem, cell, y, p.params[n], extra, h0[n], c0[n], _backwards(problem, d))
             ys.append(walked[0])
             cells.append(walked[1])
             hn[n], cn[n] = walked[2], walked[3]
@@ -319,6 +334,8 @@ def _backward(problem: Problem, p: Arguments, g: Results) -> Arguments:
     for layer in reversed(range(problem.L)):
         dcells = np.zeros(shape, p.x.dtype) if g.cells is None else g.cells[layer]
         dx: Any = 0.0
+        dcontext: Any = 0.0
+        dweights: list[Any] = []
         for d in range(problem.D):
             n = layer * problem.D + d
             part = slice(d * problem.H, (d + 1) * problem.H)
@@ -326,10 +343,13 @@ def _backward(problem: Problem, p: Arguments, g: Results) -> Arguments:
             walked = _walk_back(problem, cell, kept[n], p.params[n], *dys, dhn[n], dcn[n], _backwards(problem, d))
             dx = dx + walked[0]
             dh0[n], dc0[n], params[n] = walked[1], walked[2], walked[3]
+            if layer == 0 and p.context is not None:
+                dcontext = dcontext + walked[4] @ p.context_weights[d]
+                dweights.append(walked[4].swapaxes(-1, -2) @ p.context)
         dy = dx
         if layer > 0 and problem.dropout > 0:
             dy = dy * dropout.scale(dy.shape, problem.dropout, problem.seed, layer - 1)
-    return Arguments(dy, dh0, dc0, params)
+    return Arguments(dy, dh0, dc0, params, dcontext, dweights)
 
 
 # Sums over paths.
