@@ -35,7 +35,9 @@ def build() -> ctypes.CDLL:
         path.parent.mkdir(exist_ok=True)
         flags = ["-std=c++20", "-O3", "-gencode", "arch=compute_90a,code=sm_90a", "-lineinfo", "-Xcompiler", "-fPIC"]
         flags += [f"-I{ROOT / 'csrc' / 'cuda'}", f"-I{ROOT / 'bench'}"]
-        units = [ROOT / "bench" / "gpu_kernels.cu", *(ROOT / "csrc" / "cuda").glob("*.cu")]
+        flags.append('-DFUSEDRNN_CUDA_ARCHITECTURES="sm_90a"')
+        cuda = ROOT / "csrc" / "cuda"
+        units = [ROOT / "bench" / "gpu_kernels.cu", *cuda.glob("*.cu"), cuda / "entry.cpp"]
         objects = [path.parent / (u.stem + ".o") for u in units]
         running = [subprocess.Popen(["nvcc", *flags, "-c", u, "-o", o]) for u, o in zip(units, objects, strict=True)]
         assert all([p.wait() == 0 for p in running]), "nvcc failed"

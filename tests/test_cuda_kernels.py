@@ -111,7 +111,7 @@ def test_thread_sanitizer(built):
 
 
 NVCC = shutil.which("nvcc") or ""
-ALL_OF = """#include "cuda/call.h"
+ALL_OF = """#include "cuda/gpu.h"
 namespace fusedrnn::cuda {
 template <class... S>
 void forwards(List<S...>, cudaStream_t s) { (launch(Forward<S>{}, 1, 0, false, s), ...); }
