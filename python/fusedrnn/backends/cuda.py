@@ -135,8 +135,13 @@ def _place_rows(problem: Any, like: DeviceArray) -> None:
         problem.reset = to_device(like, problem.reset.view(np.uint8))
 
 
-def _settings(problem: Problem, x: DeviceArray) -> tuple[int, bool]:
-    return (-1 if _route is None else ROUTES.index(_route)), _float32 == "tf32" and x.kind == "float32"
+def _settings(x: DeviceArray, tf32: bool) -> tuple[int, bool]:
+    return (-1 if _route is None else ROUTES.index(_route)), (tf32 or _float32 == "tf32") and x.kind == "float32"
+
+
+def _enough(call: Any, tape: DeviceArray | None) -> None:
+    if tape is not None and tape.nbytes < call.tape_bytes:
+        raise ValueError(f"fusedrnn: tape has {tape.nbytes} bytes; expected {call.tape_bytes}")
 
 
 def _took(call: Any, problem: Problem, x: DeviceArray, which: str) -> None:
@@ -152,21 +157,25 @@ def new_tape(problem: Problem, p: Arguments) -> DeviceArray:
     """Memory for the tape of a call."""
     _check(problem)
     _place_rows(problem, p.x)
-    call = _call(_extension.Forward, problem, p, Results(), True, *_settings(problem, p.x))
+    call = _call(_extension.Forward, problem, p, Results(), True, *_settings(p.x, False))
     return bytes_like(p.x, call.tape_bytes)
 
 
-def forward(problem: Problem, p: Arguments, out: Results, tape: DeviceArray | None) -> None:
+def forward(problem: Problem, p: Arguments, out: Results, tape: DeviceArray | None, tf32: bool = False) -> None:
     _check(problem)
     _place_rows(problem, p.x)
-    call = _call(_extension.Forward, problem, p, out, tape is not None, *_settings(problem, p.x))
+    call = _call(_extension.Forward, problem, p, out, tape is not None, *_settings(p.x, tf32))
+    _enough(call, tape)
     memory = bytes_like(p.x, call.workspace_bytes)
     _call(call.run, tape.pointer if tape else 0, memory.pointer, p.x.current_stream())
     _took(call, problem, p.x, "forward")
 
 
-def backward(problem: Problem, p: Arguments, tape: DeviceArray, g: Results, dp: Arguments) -> None:
-    call = _call(_extension.Backward, problem, p, g, dp, *_settings(problem, p.x))
+def backward(
+    problem: Problem, p: Arguments, tape: DeviceArray, g: Results, dp: Arguments, tf32: bool = False
+) -> None:
+    call = _call(_extension.Backward, problem, p, g, dp, *_settings(p.x, tf32))
+    _enough(call, tape)
     memory = bytes_like(p.x, call.workspace_bytes)
     _call(call.run, tape.pointer, memory.pointer, p.x.current_stream())
     _took(call, problem, p.x, "backward")

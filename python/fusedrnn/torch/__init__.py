@@ -10,6 +10,7 @@ or `fusedrnn.torch.replace(model)` for a model that is there already; or `lstm`,
 
 from . import clip, tbptt
 from .ctc import ctc_loss
+from .cuda import use_cuda_kernels
 from .functional import gru, lstm, rnn, route
 from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 from .replace import Report, replace, restore
@@ -31,4 +32,5 @@ __all__ = [
     "rnn",
     "route",
     "tbptt",
+    "use_cuda_kernels",
 ]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import dropout as draw
 
-from . import composite, operators
+from . import composite, cuda, operators
 from .how import How
 from .kernels import DTYPES
 
@@ -41,7 +41,10 @@ def set_route(text: str) -> None:
 def why_not(tensors: Sequence[Tensor | None]) -> str:
     """Why the kernels cannot take these tensors; "" if they can."""
     first = next(tensor for tensor in tensors if tensor is not None)
-    if first.device.type not in ("cpu", "meta"):
+    if first.device.type == "cuda":
+        if why := cuda.why_not():
+            return why
+    elif first.device.type not in ("cpu", "meta"):
         return f"no kernels for {first.device.type}"
     for tensor in tensors:
         if tensor is None:

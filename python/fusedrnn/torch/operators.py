@@ -28,7 +28,7 @@ from torch._C import _after_autograd_keyset, _AutoDispatchBelowAutograd, _functo
 from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import forward_ad
 
-from . import composite, how, kernels
+from . import composite, cuda, how, kernels
 from .how import How
 
 Tensors = tuple[Tensor | None, ...]
@@ -47,6 +47,8 @@ def _padded(settings: How, g: Sequence[Any]) -> tuple[Any, ...]:
 def _run(name: str, settings: How, lengths: Any, reset: Any, tensors: Sequence[Any]) -> tuple[Tensor, ...]:
     """The kernel."""
     parts = how.parts(name, settings, tensors)
+    if tensors[0].is_cuda:
+        return cuda.run(name, settings, lengths, reset, parts)
     if name == "backward":
         p, (tape,), g = parts
         return kernels.backward(settings, lengths, reset, p, tape, g)
@@ -389,6 +391,7 @@ def _make_operator(name: str, states: int, weights: int) -> Any:
         return whole(settings, apply(name, settings, lengths, reset, *tensors), tensors[0])
 
     _library.impl(full, kernel, "CPU")
+    _library.impl(full, kernel, "CUDA")
     torch.library.register_fake(f"fusedrnn::{full}", fake, lib=_library)
     _library.impl(full, autograd, "Autograd", with_keyset=True)
     _library.impl(full, transformed, "FuncTorchDynamicLayerFrontMode")
@@ -425,6 +428,8 @@ def _fake(name: str, settings: How, lengths: Any, reset: Any, tensors: Sequence[
         outputs = [x.new_empty(shape) for shape in kernels.result_shapes(settings, sizes)]
         if name == "forward":
             length = settings.tape_length(T, B, sizes.H)
+            if x.device.type == "cuda":
+                length = cuda.tape_elements(settings, T, B, sizes.H, x.dtype)
             outputs.append(x.new_empty((E, length), dtype=kernels.computing(x.dtype)))
         return tuple(outputs)
     outputs = []

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The PyTorch adapter's operations for CUDA tensors, on tensors of the host over the CPU twin of the device. (That
+torch calls them for CUDA tensors, no test without a GPU can show.)"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from fusedrnn.torch import cuda, kernels  # noqa: E402
+from fusedrnn.torch.how import How  # noqa: E402
+
+BUDGETS = {torch.float32: 3e-2, torch.float64: 1e-11, torch.bfloat16: 1e-1, torch.float16: 2e-2}  # float32: as TF32
+
+
+def tensors(how: How, E: int, shared: bool, dtype: Any, T: int = 5, B: int = 3, I: int = 4, H: int = 9) -> Any:  # noqa: E741
+    generator = torch.Generator().manual_seed(3)
+    shapes = kernels.argument_shapes(how, kernels.Sizes(T, E, B, I, H))
+    for n, axis in enumerate(how.argument_axes):
+        if shared and n >= 1 + how.states:
+            shapes[n] = (*shapes[n][:axis], 1, *shapes[n][axis + 1 :])
+    p = [(torch.rand(s, generator=generator, dtype=torch.float64) - 0.5).to(dtype) for s in shapes]
+    g = [torch.rand(s, generator=generator, dtype=torch.float64).to(dtype)
+         for s in kernels.result_shapes(how, kernels.Sizes(T, E, B, I, H))]  # fmt: skip
+    lengths = torch.tensor([[5, 0, 3]] * E)
+    reset = torch.rand((T, 1, B), generator=generator) < 0.3
+    return p, g, lengths, reset
+
+
+CALLS = [
+    (How("lstm", tape=True, cells=True), 1, False),
+    (How("lstm", 2, 2, tape=True), 2, True),
+    (How("gru", 2, 1, bias=False, reverse=True, reset_to_initial=True, tape=True), 1, False),
+    (How("gru_reset_before", tape=True), 2, False),
+    (How("rnn_tanh", 1, 2, tape=True), 1, False),
+    (How("lstm", recompute=True, tape=True), 1, False),
+]
+
+
+@pytest.mark.parametrize("dtype", list(BUDGETS), ids=str)
+@pytest.mark.parametrize("how, E, shared", CALLS, ids=lambda v: v.text() if isinstance(v, How) else str(v))
+def test_forward_and_backward(twin, how, E, shared, dtype):
+    p, g, lengths, reset = tensors(how, E, shared, dtype)
+    wide, wide_g = [t.double() for t in p], [t.double() for t in g]
+    *got, tape = cuda.run("forward", how, lengths, reset, [p])
+    *expected, kept = kernels.forward(how, lengths, reset, wide)
+    assert tape.shape[0] == E
+    down = how._replace(want="1" * how.arguments)
+    for each in (False, True):
+        down = down._replace(each=each)
+        grads = cuda.run("backward", down, lengths, reset, [p, (tape,), g])
+        wanted = kernels.backward(down, lengths, reset, wide, kept, wide_g)
+        again = cuda.run("backward", down, lengths, reset, [p, (None,), g])
+        assert all(torch.equal(a, b) for a, b in zip(grads, again, strict=True))
+        got, expected = [*got, *grads], [*expected, *wanted]
+    for n, (a, b) in enumerate(zip(got, expected, strict=True)):
+        assert a.dtype == dtype and a.shape == b.shape
+        torch.testing.assert_close(a.double(), b, rtol=4 * BUDGETS[dtype], atol=4 * BUDGETS[dtype], msg=f"output {n}")
+
+
+def test_other_operations_are_torchs_own(twin):
+    how = How("gru")
+    p, _, lengths, reset = tensors(how, 1, False, torch.float64)
+    along = [torch.ones_like(t) for t in p]
+    for a, b in zip(cuda.run("jvp", how, lengths, reset, [p, along]), kernels.jvp(how, lengths, reset, p, along),
+                    strict=True):  # fmt: skip
+        torch.testing.assert_close(a, b)
+
+
+def test_off_until_switched_on(twin):
+    assert "use_cuda_kernels(True)" in cuda.why_not()
+    cuda.use_cuda_kernels(True)
+    try:
+        assert cuda.why_not() == ""
+    finally:
+        cuda.use_cuda_kernels(False)
