@@ -317,6 +317,48 @@ void clip_value(const py::sequence& arrays, double limit, uintptr_t stream) {
   raise(cuda::clip_value(spans.data(), spans.size(), limit, reinterpret_cast<void*>(stream)));
 }
 
+// The checks that the front door has made of the four lists are not made again: they are on the device.
+struct CtcCall {
+  CtcCall(py::handle log_probs, const py::tuple& lists, int64_t blank, bool zero_infinity, py::handle loss,
+          py::handle dloss, py::handle dlog_probs, int64_t most_labels, int64_t longest_row)
+      : most(most_labels), longest(longest_row) {
+    const auto kind = log_probs.attr("kind").cast<std::string>();
+    call.dtype = dtype_of(kind, "log_probs");
+    if (call.dtype != Dtype::f32 && call.dtype != Dtype::f64) fail("log_probs must be float32 or float64");
+    const int64_t bytes = kSizes[static_cast<int>(call.dtype)];
+    const auto sizes = log_probs.attr("shape").cast<std::vector<int64_t> >();
+    if (sizes.size() != 3) fail("log_probs must have three axes (T, B, C)");
+    call.T = sizes[0], call.B = sizes[1], call.C = sizes[2];
+    call.blank = blank;
+    call.zero_infinity = zero_infinity;
+    const int64_t shape[3] = {call.T, call.B, call.C}, rows[1] = {call.B};
+    call.log_probs = array<3>(log_probs, "log_probs", shape, kind, bytes);
+    if (blank < 0 || blank >= call.C || most < 0 || longest < 0 || longest > call.T)
+      fail("blank, most_labels or longest is out of range");
+    const int64_t given[1] = {lists[0].attr("size").cast<int64_t>()};
+    call.labels = static_cast<const int64_t*>(array<1>(lists[0], "labels", given, "int64", 8).data);
+    const int64_t** places[] = {&call.first, &call.label_counts, &call.lengths};
+    for (size_t i = 0; i < 3; ++i)
+      *places[i] = static_cast<const int64_t*>(array<1>(lists[i + 1], "a list of rows", rows, "int64", 8).data);
+    const Array<1> out = array<1>(loss, "loss", rows, kind, bytes), by = array<1>(dloss, "dloss", rows, kind, bytes);
+    if (!out.data) fail("loss is None");
+    if (call.B > 1 && (out.stride[0] != 1 || (by.data && by.stride[0] != 1))) fail("loss and dloss must be contiguous");
+    call.loss = out.data;
+    call.dloss = by.data;
+    call.dlog_probs = array<3>(dlog_probs, "dlog_probs", shape, kind, bytes);
+  }
+  size_t workspace_bytes() const { return cuda::ctc_workspace_bytes(call, most, longest); }
+  void run(uintptr_t workspace, uintptr_t stream) const {
+    cuda::Status status;
+    const cuda::OnDevice device(call.loss, &status);
+    raise(status);
+    raise(cuda::ctc(call, most, longest, reinterpret_cast<void*>(workspace), reinterpret_cast<void*>(stream)));
+  }
+
+  Ctc call;
+  int64_t most, longest;
+};
+
 py::tuple devices() {
   std::vector<cuda::Found> found;
   const cuda::Status why = cuda::devices(&found);
@@ -371,6 +413,13 @@ void register_cuda(py::module_& module) {
   m.def("clip_norm", &clip_norm, py::arg("arrays"), py::arg("norm_type"), py::arg("max_norm"), py::arg("norm"),
         py::arg("workspace"), py::arg("stream"));
   m.def("clip_value", &clip_value, py::arg("arrays"), py::arg("limit"), py::arg("stream"));
+  py::class_<CtcCall>(m, "Ctc")
+      .def(
+          py::init<py::handle, const py::tuple&, int64_t, bool, py::handle, py::handle, py::handle, int64_t, int64_t>(),
+          py::arg("log_probs"), py::arg("lists"), py::arg("blank"), py::arg("zero_infinity"), py::arg("loss"),
+          py::arg("dloss"), py::arg("dlog_probs"), py::arg("most_labels"), py::arg("longest"))
+      .def_property_readonly("workspace_bytes", &CtcCall::workspace_bytes)
+      .def("run", &CtcCall::run, py::arg("workspace"), py::arg("stream"));
   m.def("upload", &upload, py::arg("to"), py::arg("buffer"), py::arg("stream"));
   m.def("download", &download, py::arg("buffer"), py::arg("from_"), py::arg("stream"));
 }

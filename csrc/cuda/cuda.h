@@ -54,6 +54,10 @@ Status clip_norm(const Span* spans, size_t count, double order, double max_norm,
 // Every element to [-limit, limit]; NaN stays NaN.
 Status clip_value(const Span* spans, size_t count, double limit, void* stream);
 
+// ---- CTC: all arrays of the call on the device. most, longest: the largest of label_counts and of lengths.
+size_t ctc_workspace_bytes(const Ctc& call, int64_t most, int64_t longest);
+Status ctc(const Ctc& call, int64_t most, int64_t longest, void* workspace, void* stream);
+
 // ---- the devices
 struct Found {
   std::string name;

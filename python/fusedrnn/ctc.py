@@ -33,7 +33,8 @@ def ctc_loss(
 ) -> Any:
     """The negative logarithm of the probability of each row's labels, summed over all ways to place them in time.
 
-    log_probs       (T,B,C), float32 or float64, any strides; or (T,C) for one row
+    log_probs       (T,B,C), float32 or float64, any strides, on the host or on a CUDA device (targets and lengths stay
+                    on the host, the results are where log_probs is); or (T,C) for one row
     targets         integers: (B,S), of which row b's first target_lengths[b] count; or the labels of all rows one after
                     the other, (sum of target_lengths,); for one row (S,). Classes in [0, C), not the blank
     input_lengths   B integers in [0, T]: the steps that count; one integer for one row
@@ -50,9 +51,9 @@ def ctc_loss(
     0.75
     """
     call = checked("ctc_loss", log_probs, targets, input_lengths, target_lengths, blank, zero_infinity)
-    loss = np.empty(call.log_probs.shape[1], call.log_probs.dtype)
-    call.run(loss, None, None)
-    return loss.reshape(()) if call.single else loss
+    loss, row = call.empty("B")
+    call.run(row, None, None)
+    return arrays.users(loss)
 
 
 def ctc_loss_backward(
@@ -82,12 +83,12 @@ def ctc_loss_backward(
     """
     op = "ctc_loss_backward"
     call = checked(op, log_probs, targets, input_lengths, target_lengths, blank, zero_infinity)
-    B, dtype = call.log_probs.shape[1], call.log_probs.dtype
     if dloss is not None:
-        dloss = numbers_of(op, "dloss", dloss, B, dtype)
-    loss, dlog_probs = np.empty(B, dtype), np.empty(call.log_probs.shape, dtype)
-    call.run(loss, dloss, dlog_probs)
-    return (loss.reshape(()), dlog_probs[:, 0]) if call.single else (loss, dlog_probs)
+        dloss = call.weights(op, dloss)
+    loss, row = call.empty("B")
+    dlog_probs, rows = call.empty("TBC")
+    call.run(row, dloss, rows)
+    return arrays.users((loss, dlog_probs))  # type: ignore[no-any-return]
 
 
 def ctc_greedy(log_probs: np.ndarray, input_lengths: Any = None, blank: int = 0) -> list[np.ndarray]:
@@ -160,8 +161,30 @@ class Call:
     zero_infinity: bool
     single: bool  # one row without B
 
-    def run(self, loss: np.ndarray, dloss: np.ndarray | None, dlog_probs: np.ndarray | None) -> None:
-        backends.choose().ctc(
+    def empty(self, axes: str) -> tuple[Any, Any]:
+        """A new array where log_probs is, as the user gets it and with its axis B."""
+        sizes = dict(zip("TBC", self.log_probs.shape, strict=True))
+        shape = tuple(sizes[a] for a in axes if not (a == "B" and self.single))
+        array = arrays.empty(shape, self.log_probs.dtype, self.log_probs)
+        return array, array[tuple(None if a == "B" and self.single else slice(None) for a in axes)]
+
+    def weights(self, op: str, dloss: Any) -> Any:
+        """dloss as the kernels take it."""
+        B, dtype = self.log_probs.shape[1], self.log_probs.dtype
+        given = arrays.on_device(dloss)
+        if isinstance(given, arrays.DeviceArray):
+            if not isinstance(self.log_probs, arrays.DeviceArray):
+                check.fail(op, "dloss", "is on a CUDA device", "numbers on the host, as log_probs is", error=TypeError)
+            if (given.shape, given.dtype) != ((B,), dtype) or (B > 1 and given.strides != (given.itemsize,)):
+                check.fail(op, "dloss", f"is {given.kind} {given.shape}", f"{dtype} ({B},) without gaps")
+            return given
+        numbers = numbers_of(op, "dloss", dloss, B, dtype)
+        if isinstance(self.log_probs, arrays.DeviceArray):
+            return backends.load("cuda").to_device(self.log_probs, numbers)
+        return numbers
+
+    def run(self, loss: Any, dloss: Any, dlog_probs: Any) -> None:
+        backends.choose(on_cuda=isinstance(self.log_probs, arrays.DeviceArray)).ctc(
             self.log_probs, self.labels, self.first, self.label_counts, self.lengths, self.blank, self.zero_infinity,
             loss, dloss, dlog_probs,
         )  # fmt: skip
@@ -204,7 +227,7 @@ def scores_of(op: str, name: str, value: Any, axes: str) -> tuple[np.ndarray, bo
     if array.ndim not in (2, 3):
         one = axes.replace("B, ", "")
         check.fail(op, name, f"has shape {array.shape}", f"three axes {axes}, or {one} for one row")
-    return (array[:, None], True) if array.ndim == 2 else (array, False)
+    return (array[:, None, :], True) if array.ndim == 2 else (array, False)
 
 
 def blank_of(op: str, blank: Any, C: int) -> int:
@@ -217,7 +240,9 @@ def blank_of(op: str, blank: Any, C: int) -> int:
 def checked(
     op: str, log_probs: Any, targets: Any, input_lengths: Any, target_lengths: Any, blank: Any, zero_infinity: Any
 ) -> Call:
-    log_probs, single = scores_of(op, "log_probs", log_probs, "(T, B, C)")
+    log_probs, single = scores_of(op, "log_probs", arrays.on_device(log_probs), "(T, B, C)")
+    if log_probs.dtype == np.float16:  # only on a device
+        check.fail(op, "log_probs", "has dtype float16", "float32 or float64", error=TypeError)
     T, B, C = log_probs.shape
     blank = blank_of(op, blank, C)
     lengths = lengths_of(op, "input_lengths", input_lengths, B, T, "T", single)

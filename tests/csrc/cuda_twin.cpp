@@ -6,6 +6,7 @@
 
 #include "bindings/bindings.h"
 #include "cuda/clip.h"
+#include "cuda/ctc.h"
 
 namespace fusedrnn::cuda {
 
@@ -32,6 +33,11 @@ Status clip_norm(const Span* spans, size_t count, double order, double max_norm,
 }
 Status clip_value(const Span* spans, size_t count, double limit, void* stream) {
   return clip_value_on<Twin>(spans, count, limit, stream);
+}
+
+size_t ctc_workspace_bytes(const Ctc& call, int64_t most, int64_t longest) { return ctc_bytes(call, most, longest); }
+Status ctc(const Ctc& call, int64_t most, int64_t longest, void* workspace, void* stream) {
+  return ctc_on<Twin>(call, most, longest, workspace, stream);
 }
 
 Status devices(std::vector<Found>* found) {

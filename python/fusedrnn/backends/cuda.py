@@ -212,3 +212,18 @@ def clip_norm(arrays: Sequence[DeviceArray], norm_type: float, max_norm: float) 
 
 def clip_value(arrays: Sequence[DeviceArray], limit: float) -> None:
     _call(_extension.clip_value, arrays, limit, arrays[0].stream)
+
+
+def ctc(
+    log_probs: DeviceArray, labels: Any, first: Any, label_counts: Any, lengths: Any, blank: int, zero_infinity: bool,
+    loss: DeviceArray, dloss: Any = None, dlog_probs: Any = None,
+) -> None:  # fmt: skip
+    """As _core.ctc; labels and the lists of rows come from the host."""
+    host = labels if len(labels) else np.zeros(1, np.int64), first, label_counts, lengths
+    lists = tuple(to_device(log_probs, a) for a in host)
+    most, longest = (int(a.max(initial=0)) for a in (label_counts, lengths))
+    call = _call(
+        _extension.Ctc, log_probs, lists, blank, zero_infinity, loss, dloss, dlog_probs, most, longest
+    )  # fmt: skip
+    memory = bytes_like(log_probs, call.workspace_bytes)
+    _call(call.run, memory.pointer, log_probs.stream)
