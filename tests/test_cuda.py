@@ -315,6 +315,11 @@ def test_errors_come_before_anything_is_written(twin, twin_extension):
         fusedrnn.lstm(chip(x), chip((np.zeros((1, 3, 6)),) * 2), there | {"weight_hh_l0": Chip(np.ones((24, 5)))})
     with pytest.raises(NotImplementedError, match="recompute=True"):
         fusedrnn.lstm(chip(x), None, there, recompute=True)
+    more = there | {"weight_ch_l0": Chip(np.ones((24, 2)))}
+    with pytest.raises(NotImplementedError, match="context on a CUDA device"):
+        fusedrnn.lstm(chip(x), None, more, context=Chip(np.ones((3, 2))))
+    with pytest.raises(NotImplementedError, match="cell 'mingru' on a CUDA device"):
+        fusedrnn.mingru(chip(x), None, chip(parameters.init("mingru", 4, 6, dtype=np.float64)))
     _, _, tape = fusedrnn.lstm(chip(x), None, there, training=True)
     with pytest.raises(NotImplementedError, match="jvp of arrays on a CUDA device"):
         fusedrnn.ops.jvp(tape, {"x": chip(x)})

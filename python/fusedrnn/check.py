@@ -252,7 +252,8 @@ def call(
     if reset_to not in ("zero", "initial"):
         fail(op, "reset_to", f"is {reset_to!r}", '"zero" or "initial"')
     if type(x) is not np.ndarray and arrays.device_array(x) is not None:
-        x, state, params, lengths, reset = map(arrays.on_device, (x, state, params, lengths, reset))
+        everything = (x, state, params, lengths, reset, context)
+        x, state, params, lengths, reset, context = map(arrays.on_device, everything)
     tokens = isinstance(x, np.ndarray) and x.dtype.kind in "iu"
     if not tokens:
         x = is_float(op, "x", x)

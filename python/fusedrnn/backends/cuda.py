@@ -84,10 +84,15 @@ def devices() -> tuple[list[dict[str, Any]], str]:
 CELLS = ("rnn_tanh", "rnn_relu", "lstm", "gru", "gru_reset_before")
 
 
-def _check(problem: Problem) -> None:
+def _check(problem: Problem, p: Arguments) -> None:
     if problem.cell not in CELLS:
         raise NotImplementedError(
             f"fusedrnn: cell {problem.cell!r} on a CUDA device: the CUDA kernels have {', '.join(CELLS)}. Copy the "
+            "arrays to the host"
+        )
+    if p.context is not None:
+        raise NotImplementedError(
+            "fusedrnn: context on a CUDA device: the CUDA kernels have none. Append it to x at every step, or copy the "
             "arrays to the host"
         )
     if problem.recompute:
@@ -155,14 +160,14 @@ def _took(call: Any, problem: Problem, x: DeviceArray, which: str) -> None:
 
 def new_tape(problem: Problem, p: Arguments) -> DeviceArray:
     """Memory for the tape of a call."""
-    _check(problem)
+    _check(problem, p)
     _place_rows(problem, p.x)
     call = _call(_extension.Forward, problem, p, Results(), True, *_settings(p.x, False))
     return bytes_like(p.x, call.tape_bytes)
 
 
 def forward(problem: Problem, p: Arguments, out: Results, tape: DeviceArray | None, tf32: bool = False) -> None:
-    _check(problem)
+    _check(problem, p)
     _place_rows(problem, p.x)
     call = _call(_extension.Forward, problem, p, out, tape is not None, *_settings(p.x, tf32))
     _enough(call, tape)
@@ -171,9 +176,7 @@ def forward(problem: Problem, p: Arguments, out: Results, tape: DeviceArray | No
     _took(call, problem, p.x, "forward")
 
 
-def backward(
-    problem: Problem, p: Arguments, tape: DeviceArray, g: Results, dp: Arguments, tf32: bool = False
-) -> None:
+def backward(problem: Problem, p: Arguments, tape: DeviceArray, g: Results, dp: Arguments, tf32: bool = False) -> None:
     call = _call(_extension.Backward, problem, p, g, dp, *_settings(p.x, tf32))
     _enough(call, tape)
     memory = bytes_like(p.x, call.workspace_bytes)
