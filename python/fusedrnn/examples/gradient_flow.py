@@ -114,4 +114,5 @@ def main(arguments: list[str] | None = None) -> Figure:
 
 
 if __name__ == "__main__":
+    fusedrnn.set_num_threads(1)  # on models this small more threads only wait for one another
     main()
