@@ -434,6 +434,7 @@ def test_the_next_block_is_taken_after_the_update():
         (object(), {}, "layer is a object; expected a fusedrnn RNN, LSTM, GRU"),
         (fusedrnn.GRU(I, H, bidirectional=True), {}, "layer is bidirectional; expected one direction"),
         (fusedrnn.GRU(I, H, clip_grad=1.0), {}, "layer has clip_grad=1.0; expected clip_grad=None"),
+        (fusedrnn.GRU(I, H, context_size=2), {}, "layer has weight_ch_l0; expected only weight_ih_l0, .*features of x"),
         (fusedrnn.GRU(I, H), {"approximation": "snap"}, "approximation is 'snap'; expected None"),
         (fusedrnn.GRU(I, H), {"state": np.zeros((1, B, H))}, "state has dtype float64; expected float32"),
         (fusedrnn.GRU(I, H), {"state": np.zeros((2, B, H), np.float32)}, r"state has shape \(2, 4, 5\); expected"),

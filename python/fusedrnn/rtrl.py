@@ -110,6 +110,10 @@ class RTRL:
         self._shapes = parameters.shapes(
             layer._cell, layer.input_size, layer.hidden_size, layer.num_layers, bias=layer.bias
         )
+        unknown = layer.parameters.keys() - self._shapes.keys()
+        if unknown:
+            fix = "A context can be given as more features of x."
+            check.fail("RTRL", "layer", f"has {', '.join(sorted(unknown))}", f"only {', '.join(self._shapes)}", fix)
         sizes = [layer.input_size] + [layer.hidden_size] * (layer.num_layers - 1)
         self._columns = [Columns.of(self._cell, I, layer.hidden_size, layer.bias) for I in sizes]
         self._diagonal = approximation == "diagonal" or (layer.num_layers == 1 and not self._cell.state_product)
