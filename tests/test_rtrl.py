@@ -451,6 +451,14 @@ def test_bad_learners(layer, options, match):
         rtrl.RTRL(layer, **options)
 
 
+def test_a_variant_of_a_cell_is_refused():
+    """Whatever changes the formula and is not in the cell's own functions."""
+    layer = fusedrnn.LSTM(I, H)
+    layer.variants = {"zoneout": 0.1}
+    with pytest.raises(ValueError, match="layer has zoneout=0.1; expected no zoneout. RTRL does not know that option"):
+        rtrl.RTRL(layer)
+
+
 def test_bad_weights():
     layer = make("lstm")
     learner = rtrl.RTRL(layer)

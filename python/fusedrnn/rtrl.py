@@ -93,7 +93,8 @@ class RTRL:
             expected = f"a fusedrnn {', '.join(one.__name__ for one in LAYERS)}"
             fix = "For a PyTorch module, make one of these and call its load_state_dict."
             check.fail("RTRL", "layer", f"is a {type(layer).__name__}", expected, fix, TypeError)
-        for name, value in layer._options().items():
+        options = {**layer._options(), **getattr(layer, "variants", {})}  # variants of cells: what changes a formula
+        for name, value in options.items():
             if value and name not in OPTIONS:
                 check.fail("RTRL", "layer", f"has {name}={value!r}", f"no {name}", "RTRL does not know that option.")
         if layer.bidirectional:
