@@ -58,9 +58,7 @@ def clip_each_norm_(grads: Any, max_norm: float, norm_type: float = 2.0, error_i
         if error_if_nonfinite:  # all are looked at before one is changed
             for name, array in pairs:
                 device_norm("clip_each_norm_", name, [array], -1, norm_type, True)
-        return like(
-            grads, iter([device_norm("clip_each_norm_", n, [a], max_norm, norm_type, False) for n, a in pairs])
-        )
+        return like(grads, iter([device_norm("clip_each_norm_", n, [a], max_norm, norm_type, False) for n, a in pairs]))
     norms = [norm_of([array], norm_type) for _, array in pairs]
     if error_if_nonfinite:
         for (name, _), norm in zip(pairs, norms, strict=True):

@@ -242,8 +242,11 @@ class Steps:
             return None
         none = np.zeros(1, np.uint8)
         marks = [
-            np.broadcast_to(none, steps_and_rows(x)) if reset is None else reset
-            if arrays.is_array(reset) else np.asarray(reset)
+            np.broadcast_to(none, steps_and_rows(x))
+            if reset is None
+            else reset
+            if arrays.is_array(reset)
+            else np.asarray(reset)
             for _, x, reset in self.blocks
         ]
         return self.joined([(t, mark) for (t, _, _), mark in zip(self.blocks, marks, strict=True)], begin, end)

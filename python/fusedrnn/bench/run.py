@@ -9,11 +9,14 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from . import machine, report
 from .rivals import OURS, OURS_TORCH, PEERS, RIVALS, environment
@@ -28,6 +31,7 @@ from .workloads import (
     NAMED,
     PASSES,
     RESETS,
+    Answers,
     Data,
     Workload,
     grid,
@@ -103,6 +107,8 @@ class Run:
         self.options = options
         self.path = path
         self.started = time.monotonic()
+        self.folder = tempfile.TemporaryDirectory()
+        self.truths: dict[tuple[Workload, str], Path] = {}
         self.versions = versions([title for title in RIVALS if title in options.rivals or title.startswith(OURS)])
         self.document: dict[str, Any] = {
             "machine": machine.facts() | {"name": path.parent.name},
@@ -133,24 +139,29 @@ class Run:
         found: dict[str, Any] = self.document["limits"][str(threads)]
         return found
 
+    def truth(self, w: Workload, which: str) -> Answers:
+        """The right answers, kept in a file from one number of threads to the next."""
+        path = self.truths.setdefault((w, which), Path(self.folder.name, f"{len(self.truths)}.npz"))
+        if not path.exists():
+            np.savez(path, **truth(Data(w), which))
+        with np.load(path) as found:
+            return dict(found)
+
     def threads(self, threads: int, todo: list[Case], advance: Any) -> None:
         """All cases on one number of threads."""
         limits = self.limits(threads)
         titles = [title for title in self.versions if any(title in case.titles for case in todo)]
-        known: Truths = {}
-        known_for: tuple[Any, ...] = ()
         with Team(titles, threads, self.options.clock) as team:
             for case in todo:
                 advance(f"{threads} thread{'s' * (threads > 1)}, {case.group}: {case.workload.name}, {case.which}", 0)
                 w = case.workload
                 wanted = [title for title in case.titles if title in titles]
-                taken = {RIVALS[title].takes(w) for title in wanted}
-                if known_for != (taken, case.which):
-                    known = {one: truth(Data(one), case.which) for one in taken}
-                    known_for = taken, case.which
+                truths: Truths = {
+                    taken: self.truth(taken, case.which) for taken in {RIVALS[t].takes(w) for t in wanted}
+                }
                 refused = {title: reason for title in wanted if (reason := RIVALS[title].refuses(w, case.which))}
                 running = [title for title in wanted if title not in refused]
-                results = team.measure(running, w, case.which, known, self.options.rounds, self.options.seconds)
+                results = team.measure(running, w, case.which, truths, self.options.rounds, self.options.seconds)
                 record = {"group": case.group, "pass": case.which, "threads": threads, "size": w.size}
                 record |= {name: value for name, value in asdict(w).items() if name != "passes"}
                 record |= {"flops": w.flops(case.which), "limit": machine.limit_seconds(w, case.which, threads, limits)}
