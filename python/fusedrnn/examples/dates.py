@@ -43,11 +43,6 @@ def numbers(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
     return ids, lengths
 
 
-def one_hot(ids: np.ndarray, count: int) -> np.ndarray:
-    rows: np.ndarray = np.eye(count, dtype=np.float32)[ids]
-    return rows
-
-
 class Model:
     """Letters -> LSTM -> its last state -> LSTM, told what it wrote last -> a score for each digit."""
 
@@ -62,8 +57,8 @@ class Model:
         ids, lengths = numbers(texts)
         targets, _ = numbers(isos)
         before = np.concatenate([np.full((1, len(texts)), BEGIN), targets[:-1]])  # what it should have written so far
-        _, state = self.encoder(one_hot(ids, len(LETTERS)), lengths=lengths)
-        y, _ = self.decoder(one_hot(before, OUT + 1), state)
+        _, state = self.encoder(ids, lengths=lengths)
+        y, _ = self.decoder(before, state)
         loss, dscores = cross_entropy(self.head(y), targets)
         head = self.head.backward(y, dscores)
         decoder = self.decoder.backward(head["x"])
@@ -74,11 +69,11 @@ class Model:
         """The likeliest digit at every step, which is told to the next; and how likely each was, (10,B,OUT)."""
         ids, lengths = numbers(texts)
         self.encoder.eval()
-        _, state = self.encoder(one_hot(ids, len(LETTERS)), lengths=lengths)
+        _, state = self.encoder(ids, lengths=lengths)
         self.encoder.train()
         last, scores = np.full(len(texts), BEGIN), []
         for _ in range(len("1974-03-05")):
-            y, state = self.decoder.step(one_hot(last, OUT + 1), state)
+            y, state = self.decoder.step(last, state)
             scores.append(self.head(y))
             last = scores[-1].argmax(axis=1)
         p = softmax(np.stack(scores))
