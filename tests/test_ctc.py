@@ -389,6 +389,13 @@ def test_beam_equals_prefix_search(on, width, C, sharp, dtype):
             assert log_prob <= full + 1e-4
 
 
+def test_a_prefix_that_fell_out_of_the_beam_comes_back(on):
+    # width 2: () and [1], then () and [2], and at the last step nothing but 1 is possible: [1] again, or [2, 1]
+    log_probs = np.log([[0.9, 0.06, 0.04], [0.6, 0.001, 0.399], [1e-9, 1 - 2e-9, 1e-9]])
+    ((labels, log_prob),) = fusedrnn.ctc_beam(log_probs, beam_width=2)
+    assert labels.tolist() == [1] and log_prob == pytest.approx(math.log(0.9 * 0.6), abs=1e-6)
+
+
 def test_beam_without_a_way(on):
     log_probs = np.full((3, 2, 2), -np.inf)
     log_probs[:, 1, 1] = 0

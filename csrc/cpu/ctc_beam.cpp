@@ -81,6 +81,8 @@ class Search {
   void step(int64_t t) {
     choose_labels(t);
     next_.clear();
+    // A prefix keeps its number, so what was marked for it may be a child that has fallen out of the beam since.
+    std::fill(child_of_.begin(), child_of_.end(), -1);
     const double blank = score(t, c_.blank);
     for (const Entry& entry : beam_) {  // those that stay, at their old places
       const double stay = entry.prefix > 0 ? entry.spelled + score(t, entry.label) : kNone;
