@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One-to-many: an LSTM is shown one image of a handwritten digit and writes a caption, letter by letter: 'a bold seven'.
+"""One-to-many: an LSTM is shown the image of a written digit and captions it, letter by letter: 'a bold seven'.
 The images are scikit-learn's digits, and their features enter every step as the layer's context; the figure is the
 share of held-out images whose caption is right to the last letter.
 """
