@@ -602,20 +602,19 @@ class Backward {
       t.last = valid - (nv - 1) * L;
       for (int j = 0; j < nv; ++j) t.offset[j] = j * L;
       for (int64_t m = m0; m < m1; m += kTile) {
-        t.c = base + (m - m0) * ld + column;
+        S* const c = base + (m - m0) * ld + column;
+        const int64_t rows = smaller<int64_t>(kTile, m1 - m);
+        for (int64_t i = kTile; i < smaller<int64_t>(2 * kTile, m1 - m); ++i)  // the next tile's place
+          for (int64_t j = 0; j < valid; j += 64 / int64_t{sizeof(S)}) __builtin_prefetch(c + i * ld + j, 1);
         bool begun = add;
         auto product = [&](int qa, int qb) {
-          t.packed = packed[qa] + (m - m0) * R;
           t.b = panels[qb] + column * R;
-          t.init = begun ? t.c : nullptr;
           // A tile has at most as many rows as registers allow.
-          for (int64_t i = 0; i < smaller<int64_t>(kTile, m1 - m); i += rows_of(nv)) {
-            Tile<S> part = t;
-            part.packed += i;
-            part.c += i * ld;
-            if (part.init) part.init += i * ld;
-            run_tile<S, true>(part,
-                              static_cast<int>(smaller<int64_t>(rows_of(nv), smaller<int64_t>(kTile, m1 - m) - i)), nv);
+          for (int64_t i = 0; i < rows; i += rows_of(nv)) {
+            t.packed = packed[qa] + (m - m0) * R + i;
+            t.c = c + i * ld;
+            t.init = begun ? t.c : nullptr;
+            run_tile<S, true>(t, static_cast<int>(smaller<int64_t>(rows_of(nv), rows - i)), nv);
           }
           begun = true;
         };
@@ -637,13 +636,28 @@ class Backward {
   void bias_gradient(const Part& a, const Params& dp, int64_t e, const Segment& s, int64_t m0, int64_t m1, int64_t R,
                      const S* const* da) {
     if (!dp.bW.data && !dp.bR.data) return;
-    for (int64_t m = m0; m < m1; m += L) {
-      const int64_t n = smaller<int64_t>(L, m1 - m);
-      Vec<S> sum(S(0));
-      for (int64_t r = 0; r < R; ++r) sum = sum + load(da[r] + s.column + m, n);
-      for (int64_t j = 0; j < n; ++j) {
-        if (dp.bW.data && s.w_row >= 0) write_bias(a, dp.bW, e, s.w_row + m + j, sum.v[j]);
-        if (dp.bR.data && s.r_row >= 0) write_bias(a, dp.bR, e, s.r_row + m + j, sum.v[j]);
+    constexpr int Wide = 4;  // registers at a time: rows are far apart
+    for (int64_t m = m0; m < m1; m += Wide * L) {
+      Vec<S> sum[Wide];
+      int64_t n[Wide];
+      for (int k = 0; k < Wide; ++k) {
+        sum[k] = Vec<S>(S(0));
+        n[k] = smaller<int64_t>(L, m1 - m - k * L);
+      }
+      if (n[Wide - 1] > 0) {
+        for (int64_t r = 0; r < R; ++r)
+#pragma GCC unroll 4
+          for (int k = 0; k < Wide; ++k) sum[k] = sum[k] + load(da[r] + s.column + m + k * L, k < Wide - 1 ? L : n[k]);
+      } else {
+        for (int64_t r = 0; r < R; ++r)
+          for (int k = 0; k < Wide && n[k] > 0; ++k) sum[k] = sum[k] + load(da[r] + s.column + m + k * L, n[k]);
+      }
+      for (int k = 0; k < Wide; ++k) {
+        for (int64_t j = 0; j < n[k]; ++j) {
+          const int64_t at = m + k * L + j;
+          if (dp.bW.data && s.w_row >= 0) write_bias(a, dp.bW, e, s.w_row + at, sum[k].v[j]);
+          if (dp.bR.data && s.r_row >= 0) write_bias(a, dp.bR, e, s.r_row + at, sum[k].v[j]);
+        }
       }
     }
   }

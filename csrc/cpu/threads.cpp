@@ -3,6 +3,7 @@
 
 #include <omp.h>
 #include <pthread.h>
+#include <sys/mman.h>
 
 #include <cstdlib>
 #include <new>
@@ -28,9 +29,16 @@ struct Kept {
 };
 thread_local Kept kept;
 
+// Null where there is none. Large memory asks for large pages: weights are read again at every step.
 void* allocate(size_t bytes) {
-  void* data = std::aligned_alloc(64, (bytes + 63) / 64 * 64);
-  if (!data) throw std::bad_alloc();
+  constexpr size_t page = size_t{2} << 20;
+  const bool large = bytes >= 2 * page;
+  const size_t unit = large ? page : 64;
+  bytes = (bytes + unit - 1) / unit * unit;
+  void* data = std::aligned_alloc(unit, bytes);
+#if defined(MADV_HUGEPAGE)
+  if (data && large) madvise(data, bytes, MADV_HUGEPAGE);
+#endif
   return data;
 }
 
@@ -67,7 +75,9 @@ void* Workspace::take(size_t bytes) {
     used_ += bytes;
     return data;
   }
-  Block* block = new (allocate(bytes + sizeof(Block))) Block;
+  void* data = allocate(bytes + sizeof(Block));
+  if (!data) throw std::bad_alloc();
+  Block* block = new (data) Block;
   block->next = blocks_;
   blocks_ = block;
   return block + 1;
@@ -84,7 +94,7 @@ Workspace::~Workspace() {
   if (!owner_) return;
   if (grow) {
     std::free(kept.data);
-    kept.data = std::aligned_alloc(64, total_);
+    kept.data = allocate(total_);
     kept.size = kept.data ? total_ : 0;
   }
   kept.busy = false;
