@@ -61,7 +61,6 @@ class Backward {
         s.tokens = take<int32_t>(workspace, pairs_);
         s.columns = take<S>(workspace, table_.most * cell_.gates * H);
       }
-      s.db = take<S>(workspace, ld_da_);
       for (int q = 0; q < P; ++q) {
         s.R[q][0].data = take<S>(workspace, cell_.state_product ? ld_ * cell_.gates * H : 0);
         s.W[q].data = take<S>(workspace, padded(inputs_) * cell_.gates * H);
@@ -122,7 +121,7 @@ class Backward {
     S *da[P], *packed[P], *x_panels[P], *h_panels[P], *dx[P], *copied[P];
     S* start[2][P];              // h0, c0, rows of H
     S *d[2][P], *d_start[2][P];  // running dh, dc; what reached h0, c0; rows of ld_
-    S *rh[P] = {}, *drh[P] = {}, *db, *sums;
+    S *rh[P] = {}, *drh[P] = {}, *sums;
     S *z[P] = {}, *kept[P] = {}, *c_kept[P] = {}, *state[2][P] = {};
     Context<S, P> context;
     S* dz[P] = {};  // da of layer 0's products with x and the context, summed over the steps of each row

@@ -108,7 +108,7 @@ int useful_threads(const Problem& problem, int threads) {
   const Sizes& n = problem.sizes;
   const double flops = work(problem), tasks = static_cast<double>(n.E) * n.D;
   const double step = flops / (static_cast<double>(n.T > 0 ? n.T : 1) * n.L * tasks);
-  if (flops < 2e5 || (step < 4e4 && (tasks < 2 || flops < 2e6))) return 1;
+  if (flops < 2e5 || (step < 1e5 && (tasks < 2 || flops < 2e6))) return 1;
   // More threads than cores could only wait for one another.
   return threads < 1 ? 1 : std::min(threads, processors());
 }

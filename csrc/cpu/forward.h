@@ -127,6 +127,7 @@ class Forward {
           team.wait();
         }
         each_tile(w, rows, set, l, d, s, s0, first, end, false);
+        hand_out(w, rows, set, l, d, s, u0, u1);
         if (s + 1 < rows.steps && rows.step_cut(reversed, s + 1)) restart(w, rows, reversed, ld, s + 1, u0, u1);
         if (cell_.state_product || s + 1 == s1) team.wait();
       }
@@ -253,37 +254,31 @@ class Forward {
           }
         }
         for (int64_t j = b0; j < b1; ++j) weights.state_product(phase, s & 1 ? b0 + b1 - 1 - j : j, a, t.rows, z);
-        if (gate) {
-          cell_.gate(t);
-        } else {
-          cell_.forward(t);
-          hand_out(w, rows, set, l, d, s, r, r + t.rows, u0, u1);
-        }
+        gate ? cell_.gate(t) : cell_.forward(t);
       }
     }
   }
 
   // h and c of units [u0, u1) after step s, to everyone who wants them.
-  void hand_out(Scratch& w, const Rows& rows, int64_t set, int l, int d, int64_t s, int64_t r0, int64_t r1, int64_t u0,
-                int64_t u1) {
-    const int64_t H = n_.H, column = d * H + u0, n = u1 - u0;
+  void hand_out(Scratch& w, const Rows& rows, int64_t set, int l, int d, int64_t s, int64_t u0, int64_t u1) {
+    const int64_t H = n_.H, column = d * H + u0, n = u1 - u0, live = rows.live[s];
     const bool reversed = n_.D == 2 ? d == 1 : problem_.reverse, last = l + 1 == n_.L;
     const int next = !(s & 1);
     for (int q = 0; q < P; ++q)
       if (S* to = layers_.plane(q, l, d, set))
-        for (int64_t i = r0; i < r1; ++i)
+        for (int64_t i = 0; i < live; ++i)
           copy_row(w.h[next][q] + i * ld_ + u0, 1, to + (rows.off[s] + i) * H + u0, 1, n);
     const S* h = w.h[next][P - 1] + u0;
     if (out_.y.data && last)
-      for (int64_t i = r0; i < r1; ++i)
+      for (int64_t i = 0; i < live; ++i)
         copy_row(h + i * ld_, 1, element<S>(out_.y, rows.time(reversed, s, i), rows.e[i], rows.b[i], column),
                  out_.y.stride[3], n);
     if (out_.cells.data)
-      for (int64_t i = r0; i < r1; ++i)
+      for (int64_t i = 0; i < live; ++i)
         copy_row(cell_.cell_state ? w.c[P - 1] + i * ld_ + u0 : h + i * ld_, 1,
                  element<S>(out_.cells, l, rows.time(reversed, s, i), rows.e[i], rows.b[i], column),
                  out_.cells.stride[4], n);
-    for (int64_t i = larger(r0, s + 1 < rows.steps ? rows.live[s + 1] : 0); i < r1; ++i)
+    for (int64_t i = s + 1 < rows.steps ? rows.live[s + 1] : 0; i < live; ++i)
       final_state(w, rows, next, i, l * n_.D + d, u0, u1);
   }
 

@@ -13,34 +13,49 @@
 
 namespace fusedrnn::cpu {
 
+// Members write a line each and read the others': one trip between cores and back. Many members share a counter.
 // Spins for about 2 us, then yields: on a busy machine a spinning thread would keep its partner from the core.
 class Barrier {
  public:
-  FUSEDRNN_FORCE void wait(int size) {
-    const int now = __atomic_load_n(&generation_, __ATOMIC_RELAXED);
-    if (__atomic_add_fetch(&arrived_, 1, __ATOMIC_ACQ_REL) == size) {
-      __atomic_store_n(&arrived_, 0, __ATOMIC_RELAXED);
-      __atomic_store_n(&generation_, now + 1, __ATOMIC_RELEASE);
-      return;
-    }
-    for (int spins = 0; __atomic_load_n(&generation_, __ATOMIC_ACQUIRE) == now;) {
-      if (++spins < 64)
-        pause();
-      else
-        sched_yield();
-    }
+  FUSEDRNN_FORCE void wait(int rank, int size) {
+    if (size > kLines) return count(size);
+    const uint32_t now = __atomic_load_n(&lines_[rank].value, __ATOMIC_RELAXED) + 1;
+    __atomic_store_n(&lines_[rank].value, now, __ATOMIC_RELEASE);
+    // One that is ahead has gone through this meeting and waits at the next.
+    for (int other = 0; other < size; ++other)
+      for (int spins = 0; static_cast<int32_t>(__atomic_load_n(&lines_[other].value, __ATOMIC_ACQUIRE) - now) < 0;)
+        pause(spins);
   }
 
  private:
-  static FUSEDRNN_FORCE void pause() {
+  static constexpr int kLines = 8;
+  struct alignas(64) Line {
+    uint32_t value = 0;
+  };
+
+  FUSEDRNN_FORCE void count(int size) {
+    uint32_t &arrived = lines_[0].value, &generation = lines_[1].value;
+    const uint32_t now = __atomic_load_n(&generation, __ATOMIC_RELAXED);
+    if (__atomic_add_fetch(&arrived, 1, __ATOMIC_ACQ_REL) == static_cast<uint32_t>(size)) {
+      __atomic_store_n(&arrived, 0, __ATOMIC_RELAXED);
+      __atomic_store_n(&generation, now + 1, __ATOMIC_RELEASE);
+      return;
+    }
+    for (int spins = 0; __atomic_load_n(&generation, __ATOMIC_ACQUIRE) == now;) pause(spins);
+  }
+  static FUSEDRNN_FORCE void pause(int& spins) {
+    if (++spins > 64) {
+      sched_yield();
+      return;
+    }
 #if defined(__x86_64__)
     __builtin_ia32_pause();
 #elif defined(__aarch64__)
     asm volatile("yield");
 #endif
   }
-  alignas(64) int arrived_ = 0;
-  alignas(64) int generation_ = 0;
+
+  Line lines_[kLines];
 };
 
 struct Team {
@@ -48,7 +63,7 @@ struct Team {
   Barrier* barrier;
 
   FUSEDRNN_FORCE void wait() const {
-    if (size > 1) barrier->wait(size);
+    if (size > 1) barrier->wait(rank, size);
   }
   // This member's part of n things: [begin(n), end(n)).
   FUSEDRNN_FORCE int64_t begin(int64_t n) const { return n * rank / size; }
