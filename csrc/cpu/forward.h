@@ -105,6 +105,7 @@ class Forward {
     finish_padding(rows, l, d, u0, u1);
     const bool context = l == 0 && p_[0]->context.data;
     if (context) context_product(team, w, rows, d, e, first, end);
+    const bool by_rows = !source_of[0].token && !context && cell_.state_product && cut_by_rows(team, inputs);
     for (int64_t s0 = 0; s0 < rows.steps; s0 += chunk_) {
       const int64_t s1 = smaller(s0 + chunk_, rows.steps), pairs = rows.off[s1] - rows.off[s0];
       const S* const* x[P];
@@ -114,7 +115,7 @@ class Forward {
       }
       if (source_of[0].token) source_of[0].fill_tokens(team, rows, reversed, s0, s1, w.tokens);
       team.wait();
-      for (int64_t b = first; b < end; ++b) {
+      for (int64_t b = first; b < end && !by_rows; ++b) {
         if (source_of[0].token)
           token_product(w, b, pairs);
         else
@@ -122,15 +123,28 @@ class Forward {
         if (context) w.context.add(w.weights, cell_, b, rows, s0, s1, w.z);
       }
       for (int64_t s = s0; s < s1; ++s) {
+        const int64_t live = rows.live[s], next = s + 1 < rows.steps ? rows.live[s + 1] : 0;
+        if (by_rows) {
+          const Share mine{0, w.weights.blocks(), 0, H, team.begin(live), team.end(live)};
+          if (cell_.two_products) each_tile(w, rows, set, l, d, s, s0, mine, true, x, pairs);
+          each_tile(w, rows, set, l, d, s, s0, mine, false, cell_.two_products ? nullptr : x, pairs);
+          hand_out(w, rows, set, l, d, s, mine);
+          if (next != live) team.wait();  // rows change hands
+          if (next && rows.step_cut(reversed, s + 1))
+            restart(w, rows, reversed, ld, s + 1, {0, 0, 0, H, team.begin(next), team.end(next)});
+          continue;
+        }
+        const Share mine{first, end, u0, u1, 0, live};
         if (cell_.two_products) {
-          each_tile(w, rows, set, l, d, s, s0, first, end, true);
+          each_tile(w, rows, set, l, d, s, s0, mine, true, nullptr, pairs);
           team.wait();
         }
-        each_tile(w, rows, set, l, d, s, s0, first, end, false);
-        hand_out(w, rows, set, l, d, s, u0, u1);
-        if (s + 1 < rows.steps && rows.step_cut(reversed, s + 1)) restart(w, rows, reversed, ld, s + 1, u0, u1);
+        each_tile(w, rows, set, l, d, s, s0, mine, false, nullptr, pairs);
+        hand_out(w, rows, set, l, d, s, mine);
+        if (next && rows.step_cut(reversed, s + 1)) restart(w, rows, reversed, ld, s + 1, {0, 0, u0, u1, 0, next});
         if (cell_.state_product || s + 1 == s1) team.wait();
       }
+      if (by_rows) team.wait();
     }
   }
 
@@ -149,6 +163,16 @@ class Forward {
     w.context.multiply_all(w.weights, cell_, p_, d, e, n_.H, n_.K, rows.N, first, end);
   }
 
+  // What a member does in a step: some blocks of units of all rows, or all units of some rows.
+  struct Share {
+    int64_t first, end, u0, u1, r0, r1;
+  };
+  // By rows, no step needs a meeting; but every member reads all weights at every step, so they must fit its own cache.
+  bool cut_by_rows(const Team& team, int64_t inputs) const {
+    const int64_t bytes = (inputs + n_.H) * cell_.gates * ld_ * int64_t{sizeof(S)} * P;
+    return team.size > 1 && sets_.N >= 8 * team.size && bytes <= int64_t{512} << 10;
+  }
+
   // The state before the first step; rows of length 0 have it as their last one, too.
   void start(Scratch& w, const Rows& rows, bool reversed, int64_t ld, int64_t u0, int64_t u1) {
     const int64_t padded = u1 > u0 && u1 == n_.H ? ld_ : u1;
@@ -164,7 +188,7 @@ class Forward {
       }
       if (rows.length[i] == 0) final_state(w, rows, 0, i, ld, u0, u1);
     }
-    if (rows.steps && rows.step_cut(reversed, 0)) restart(w, rows, reversed, ld, 0, u0, u1);
+    if (rows.steps && rows.step_cut(reversed, 0)) restart(w, rows, reversed, ld, 0, {0, 0, u0, u1, 0, rows.live[0]});
   }
 
   // h0 (which = 0) or c0 (1) of row i into `to`, if given.
@@ -174,8 +198,9 @@ class Forward {
   }
 
   // Rows that begin a new sequence at step s: their state before it.
-  void restart(Scratch& w, const Rows& rows, bool reversed, int64_t ld, int64_t s, int64_t u0, int64_t u1) {
-    for (int64_t i = 0; i < rows.live[s]; ++i) {
+  void restart(Scratch& w, const Rows& rows, bool reversed, int64_t ld, int64_t s, const Share& mine) {
+    const int64_t u0 = mine.u0, u1 = mine.u1;
+    for (int64_t i = mine.r0; i < mine.r1; ++i) {
       if (!rows.is_cut(reversed, s, i)) continue;
       for (int q = 0; q < P; ++q) {
         S* state[2] = {w.h[s & 1][q] + i * ld_, cell_.cell_state ? w.c[q] + i * ld_ : nullptr};
@@ -210,10 +235,14 @@ class Forward {
     }
   }
 
-  // One step of the rows alive: product with the state, then the cell, block by block and a few rows at a time.
-  void each_tile(Scratch& w, const Rows& rows, int64_t set, int l, int d, int64_t s, int64_t s0, int64_t first,
-                 int64_t end, bool gate) {
-    const int64_t N = sets_.N, H = n_.H, live = rows.live[s], pair = rows.off[s], chunk_pair = pair - rows.off[s0];
+  // One step of the rows alive: product with the state, then the cell, block by block and a few rows at a time. With x
+  // (rows of the chunk) given, the product with x, too.
+  void each_tile(Scratch& w, const Rows& rows, int64_t set, int l, int d, int64_t s, int64_t s0, const Share& mine,
+                 bool gate, const S* const* const* x, int64_t pairs) {
+    const int64_t N = sets_.N, H = n_.H, pair = rows.off[s], chunk_pair = pair - rows.off[s0];
+    const int64_t live = mine.r1 - mine.r0, first = mine.first, end = mine.end;
+    if (live == 0) return;
+    const bool part = rows.live[s] > 1;
     const int now = s & 1, phase = cell_.two_products && !gate;
     const ForwardWeights<S, P>& weights = w.weights;
     // A few rows: several blocks before their cells, which then overlap. Every other step the other way round: what was
@@ -223,9 +252,9 @@ class Forward {
     for (int64_t k = 0; k < parts; ++k) {
       const int64_t b0 = first + together * (s & 1 ? parts - 1 - k : k), b1 = smaller(b0 + together, end);
       const int64_t u0 = weights.unit(b0), u1 = weights.unit(b1);
-      for (int64_t r = 0; r < live; r += kRowsAtOnce) {
+      for (int64_t r = mine.r0; r < mine.r1; r += kRowsAtOnce) {
         ForwardTile<S, P> t{};
-        t.rows = smaller(kRowsAtOnce, live - r);
+        t.rows = smaller(kRowsAtOnce, mine.r1 - r);
         t.units = u1 - u0;
         t.ldz = weights.ldz;
         t.ld = ld_;
@@ -253,32 +282,38 @@ class Forward {
                          u1 - u0);
           }
         }
-        for (int64_t j = b0; j < b1; ++j) weights.state_product(phase, s & 1 ? b0 + b1 - 1 - j : j, a, t.rows, z);
+        const S* const* at_x[P] = {};
+        for (int q = 0; q < P && x; ++q) at_x[q] = x[q] ? x[q] + chunk_pair + r : nullptr;
+        for (int64_t j = b0; j < b1; ++j) {
+          const int64_t block = s & 1 ? b0 + b1 - 1 - j : j;
+          if (x) weights.input_product(cell_, block, at_x, t.rows, z, pairs > 1);
+          weights.state_product(phase, block, a, t.rows, z, part);
+        }
         gate ? cell_.gate(t) : cell_.forward(t);
       }
     }
   }
 
-  // h and c of units [u0, u1) after step s, to everyone who wants them.
-  void hand_out(Scratch& w, const Rows& rows, int64_t set, int l, int d, int64_t s, int64_t u0, int64_t u1) {
-    const int64_t H = n_.H, column = d * H + u0, n = u1 - u0, live = rows.live[s];
+  // This member's h and c after step s, to everyone who wants them.
+  void hand_out(Scratch& w, const Rows& rows, int64_t set, int l, int d, int64_t s, const Share& mine) {
+    const int64_t H = n_.H, u0 = mine.u0, u1 = mine.u1, column = d * H + u0, n = u1 - u0;
     const bool reversed = n_.D == 2 ? d == 1 : problem_.reverse, last = l + 1 == n_.L;
     const int next = !(s & 1);
     for (int q = 0; q < P; ++q)
       if (S* to = layers_.plane(q, l, d, set))
-        for (int64_t i = 0; i < live; ++i)
+        for (int64_t i = mine.r0; i < mine.r1; ++i)
           copy_row(w.h[next][q] + i * ld_ + u0, 1, to + (rows.off[s] + i) * H + u0, 1, n);
     const S* h = w.h[next][P - 1] + u0;
     if (out_.y.data && last)
-      for (int64_t i = 0; i < live; ++i)
+      for (int64_t i = mine.r0; i < mine.r1; ++i)
         copy_row(h + i * ld_, 1, element<S>(out_.y, rows.time(reversed, s, i), rows.e[i], rows.b[i], column),
                  out_.y.stride[3], n);
     if (out_.cells.data)
-      for (int64_t i = 0; i < live; ++i)
+      for (int64_t i = mine.r0; i < mine.r1; ++i)
         copy_row(cell_.cell_state ? w.c[P - 1] + i * ld_ + u0 : h + i * ld_, 1,
                  element<S>(out_.cells, l, rows.time(reversed, s, i), rows.e[i], rows.b[i], column),
                  out_.cells.stride[4], n);
-    for (int64_t i = s + 1 < rows.steps ? rows.live[s + 1] : 0; i < live; ++i)
+    for (int64_t i = larger(mine.r0, s + 1 < rows.steps ? rows.live[s + 1] : 0); i < mine.r1; ++i)
       final_state(w, rows, next, i, l * n_.D + d, u0, u1);
   }
 

@@ -40,6 +40,7 @@ struct Tile {
   int64_t ldc;
   int64_t offset[4];  // of register j in a row of C (and of init)
   int64_t last;       // lanes of the last register that exist in C
+  bool part;          // its rows are a part of those that are multiplied
 };
 
 template <class S, int MR, int NV, bool Packed>
@@ -66,26 +67,28 @@ void tile_kernel(const Tile<S>& t) {
   const int64_t ldb = t.ldb, K = t.K;
   int64_t k = 0;
   // One row: several chains over k, or the FMA's latency would be the limit. As many whatever NV is, because the width
-  // of a panel may depend on the number of threads.
+  // of a panel may depend on the number of threads; not where one thread of several has one row of many.
   if constexpr (MR == 1 && !Packed) {
-    constexpr int Chains = 2;
-    V chain[Chains][NV];
+    if (!t.part) {
+      constexpr int Chains = 2;
+      V chain[Chains][NV];
 #pragma GCC unroll 8
-    for (int c = 0; c < Chains; ++c)
+      for (int c = 0; c < Chains; ++c)
 #pragma GCC unroll 4
-      for (int j = 0; j < NV; ++j) chain[c][j] = V(S(0));
-    for (; k + Chains <= K; k += Chains, b += Chains * ldb) {
+        for (int j = 0; j < NV; ++j) chain[c][j] = V(S(0));
+      for (; k + Chains <= K; k += Chains, b += Chains * ldb) {
 #pragma GCC unroll 8
-      for (int c = 0; c < Chains; ++c) {
-        const V av(a[0][k + c]);
+        for (int c = 0; c < Chains; ++c) {
+          const V av(a[0][k + c]);
 #pragma GCC unroll 4
-        for (int j = 0; j < NV; ++j) chain[c][j] = chain[c][j] + av * load(b + c * ldb + j * V::lanes);
+          for (int j = 0; j < NV; ++j) chain[c][j] = chain[c][j] + av * load(b + c * ldb + j * V::lanes);
+        }
       }
-    }
 #pragma GCC unroll 8
-    for (int c = 0; c < Chains; ++c)
+      for (int c = 0; c < Chains; ++c)
 #pragma GCC unroll 4
-      for (int j = 0; j < NV; ++j) acc[0][j] = acc[0][j] + chain[c][j];
+        for (int j = 0; j < NV; ++j) acc[0][j] = acc[0][j] + chain[c][j];
+    }
   }
   for (; k < K; ++k, b += ldb) {
     V bv[NV];
@@ -283,10 +286,10 @@ void multiply_unpacked(const Panels<S>& w, int64_t first, int64_t end, Tile<S> t
   }
 }
 
-// C rows [0, n) of one block. `rows`: A.
+// C rows [0, n) of one block. `rows`: A. part: other threads multiply other rows.
 template <class S>
 void multiply(const Panels<S>& w, int64_t block, const S* const* rows, int64_t n, const S* init, int64_t ldi, S* c,
-              int64_t ldc) {
+              int64_t ldc, bool part = false) {
   const int64_t first = block * w.block * w.gates;
   const int64_t end = smaller((block + 1) * w.block, w.tiles()) * w.gates;
   const int width = w.width();
@@ -294,6 +297,7 @@ void multiply(const Panels<S>& w, int64_t block, const S* const* rows, int64_t n
   t.K = w.K;
   t.ldi = ldi;
   t.ldc = ldc;
+  t.part = part;
   if (w.source) {
     t.init = init;
     t.c = c;
@@ -322,8 +326,8 @@ void multiply(const Panels<S>& w, int64_t block, const S* const* rows, int64_t n
     }
     // Tiles of equal height: a last one of one row would be slow.
     const int64_t parts = n <= rows_of(nv) ? 1 : (n + rows_of(nv) - 1) / rows_of(nv);
-    for (int64_t part = 0, r = 0; part < parts; ++part) {
-      const int64_t next = part + 1 == parts ? n : n * (part + 1) / parts;
+    for (int64_t i = 0, r = 0; i < parts; ++i) {
+      const int64_t next = i + 1 == parts ? n : n * (i + 1) / parts;
       t.rows = rows + r;
       t.init = init ? init + r * ldi : nullptr;
       t.c = c + r * ldc;

@@ -81,14 +81,14 @@ struct ForwardWeights {
     }
   }
 
-  // z of `n` pairs, one block of units: bias + x W^T. `x[q]`: row pointers, null where not given.
-  void input_product(const CellTable<S, P>& cell, int64_t block, const S* const* const* x, int64_t n,
-                     S* const* z) const {
-    multiply(W[0], block, x[0], n, bias[0], 0, z[0], ldz);
+  // z of `n` pairs, one block of units: bias + x W^T. `x[q]`: row pointers, null where not given. part: see multiply.
+  void input_product(const CellTable<S, P>& cell, int64_t block, const S* const* const* x, int64_t n, S* const* z,
+                     bool part = false) const {
+    multiply(W[0], block, x[0], n, bias[0], 0, z[0], ldz, part);
     if constexpr (P == 2) {
       bool begun = false;
       auto add = [&](const Panels<S>& w, const S* const* rows) {
-        multiply(w, block, rows, n, begun ? z[1] : bias[1], begun ? ldz : 0, z[1], ldz);
+        multiply(w, block, rows, n, begun ? z[1] : bias[1], begun ? ldz : 0, z[1], ldz, part);
         begun = true;
       };
       if (x[1]) add(W[0], x[1]);
@@ -114,12 +114,13 @@ struct ForwardWeights {
   }
 
   // z += h R^T (phase 0), (r h) R^T (phase 1).
-  void state_product(int phase, int64_t block, const S* const* const* h, int64_t n, S* const* z) const {
+  void state_product(int phase, int64_t block, const S* const* const* h, int64_t n, S* const* z,
+                     bool part = false) const {
     if (!has_R[0]) return;
-    multiply(R[0][phase], block, h[0], n, z[0], ldz, z[0], ldz);
+    multiply(R[0][phase], block, h[0], n, z[0], ldz, z[0], ldz, part);
     if constexpr (P == 2) {
-      multiply(R[0][phase], block, h[1], n, z[1], ldz, z[1], ldz);
-      if (has_R[1]) multiply(R[1][phase], block, h[0], n, z[1], ldz, z[1], ldz);
+      multiply(R[0][phase], block, h[1], n, z[1], ldz, z[1], ldz, part);
+      if (has_R[1]) multiply(R[1][phase], block, h[0], n, z[1], ldz, z[1], ldz, part);
     }
   }
 
