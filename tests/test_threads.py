@@ -82,6 +82,30 @@ def test_any_number_of_threads_gives_the_same_bits(kind, dtype):
             assert_same_bits(other, results[0])
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(
+    ("kind", "options"), [("LSTM", {"recompute": True}), ("GRU", {}), ("GRU", {"reset_after": False}), ("RNN", {})]
+)
+def test_threads_that_share_the_rows_give_the_same_bits(kind, options, dtype):
+    """Many rows and small weights: rows that end pass to another thread, at last one row is alive; restarts."""
+    T, B, H = 11, 33, 40
+    rng = np.random.default_rng(3)
+    x = rng.standard_normal((T, B, H)).astype(dtype)
+    lengths = np.r_[T, rng.integers(0, T, B - 3), T - 2, 0]
+    reset = rng.random((T, B)) < 0.2
+    results = []
+    for threads in (1, 2, 2):
+        fusedrnn.set_num_threads(threads)
+        layer = getattr(fusedrnn, kind)(H, H, num_layers=2, seed=1, dtype=dtype, backend="native", **options)
+        y, state = layer(x, lengths=lengths, reset=reset)
+        grads = layer.backward(np.cos(y), state)
+        again, last = layer.eval()(x)
+        dstate = grads.pop("state")
+        results.append([y, *grads.values(), again, *np.atleast_1d(*dstate), *np.atleast_1d(*state), last[0]])
+    for other in results[1:]:
+        assert_same_bits(other, results[0])
+
+
 def test_set_num_threads():
     fusedrnn.set_num_threads(3)
     assert fusedrnn.get_num_threads() == 3
