@@ -8,6 +8,7 @@
 
 #include "bindings/bindings.h"
 #include "bindings/tensor.h"
+#include "cpu/generate.h"
 
 namespace fusedrnn::bindings {
 
@@ -200,6 +201,7 @@ class Call {
   }
 
   double work() const { return cpu::work(problem); }
+  Checked& checked() { return checked_; }
 
   Problem problem;
 
@@ -295,6 +297,46 @@ void hvp(py::handle problem, py::handle p, py::handle v, py::handle g, py::handl
   cpu::hvp(call.problem, arguments, tangents, gradients, second, out, threads, forward);
 }
 
+// Draws drawn.shape[0] tokens for every row. T = E = D = 1; p.x (1,1,B) is what the rows read first.
+void generate(py::handle problem, py::handle p, py::handle out, py::object head, py::object head_bias, py::object drawn,
+              py::object ended, int64_t first, double temperature, int64_t top_k, int64_t stop) {
+  Call call("generate: ", problem);
+  call.dtype_of(p);
+  call.refuse_bf16();
+  const Arguments arguments = call.arguments(p, "", Access::read, true);
+  const Results results = call.results(out, "out.", Access::write);
+  const Sizes& s = call.problem.sizes;
+  Checked& checked = call.checked();
+  if (s.T != 1 || s.E != 1 || s.D != 1 || !arguments.tokens.data || arguments.context.data || call.problem.reverse ||
+      call.problem.lengths.data || call.problem.reset.data || !results.hn.data ||
+      (facts_of(call.problem.cell).cell_state && !results.cn.data))
+    checked.value_error("expected T = E = D = 1, tokens for x, hn (and cn), and no context, lengths, reset, reverse");
+  if (!(temperature >= 0) || std::isinf(temperature) || top_k < 0 || first < 0 || stop < -1 || stop >= s.I)
+    checked.value_error("expected temperature >= 0, top_k >= 0, first >= 0 and -1 <= stop < I");
+  cpu::Generation g;
+  g.first = first;
+  g.temperature = temperature;
+  g.top_k = top_k;
+  g.stop = stop;
+  g.head = checked.array<2>(std::move(head), {"", "head"}, "(I, H)", {s.I, s.H}, Access::read);
+  g.head_bias = checked.array<1>(std::move(head_bias), {"", "head_bias"}, "(I,)", {s.I}, Access::read);
+  if (!g.head.data) checked.type_error("head is None");
+  const bool drawn_fits = PyArray_Check(drawn.ptr()) && PyArray_NDIM(as_array(drawn.ptr())) == 2 &&
+                          PyArray_TYPE(as_array(drawn.ptr())) == NPY_INT64 &&
+                          PyArray_DIM(as_array(drawn.ptr()), 1) == s.B && PyArray_ISCARRAY(as_array(drawn.ptr()));
+  const bool ended_fits = PyArray_Check(ended.ptr()) && PyArray_NDIM(as_array(ended.ptr())) == 1 &&
+                          PyArray_TYPE(as_array(ended.ptr())) == NPY_BOOL &&
+                          PyArray_DIM(as_array(ended.ptr()), 0) == s.B && PyArray_ISCARRAY(as_array(ended.ptr()));
+  if (!drawn_fits || !ended_fits)
+    checked.value_error("expected drawn int64 (steps, B) and ended bool (B,), contiguous and writable");
+  g.steps = PyArray_DIM(as_array(drawn.ptr()), 0);
+  g.drawn = static_cast<int64_t*>(PyArray_DATA(as_array(drawn.ptr())));
+  g.ended = static_cast<uint8_t*>(PyArray_DATA(as_array(ended.ptr())));
+  const int threads = threads_now();
+  const Released released(call.work() * static_cast<double>(g.steps));
+  cpu::generate(call.problem, arguments, results, g, threads);
+}
+
 }  // namespace
 
 void register_layer(py::module_& module) {
@@ -304,6 +346,9 @@ void register_layer(py::module_& module) {
   module.def("jvp", &jvp, py::arg("problem"), py::arg("p"), py::arg("v"), py::arg("tout"));
   module.def("hvp", &hvp, py::arg("problem"), py::arg("p"), py::arg("v"), py::arg("g"), py::arg("t"), py::arg("tdp"),
              py::arg("tout") = py::none());
+  module.def("generate", &generate, py::arg("problem"), py::arg("p"), py::arg("out"), py::arg("head"),
+             py::arg("head_bias"), py::arg("drawn"), py::arg("ended"), py::arg("first"), py::arg("temperature"),
+             py::arg("top_k"), py::arg("stop"));
 }
 
 }  // namespace fusedrnn::bindings

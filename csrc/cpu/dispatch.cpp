@@ -2,9 +2,9 @@
 // Chooses the instruction set once, at run time, and hands every call to its table.
 //
 // How csrc/cpu is compiled (-std=c++20 -O3 -fopenmp -fvisibility=hidden for all; OpenMP is needed by threads.cpp only):
-//   once:     dispatch.cpp rows.cpp threads.cpp ctc_beam.cpp
-//   per ISA:  forward.cpp backward.cpp clip.cpp ctc.cpp hmm.cpp and a file for each of CMake's CELLS, each with
-//   -DFUSEDRNN_ISA=<name>
+//   once:     dispatch.cpp draw.cpp rows.cpp threads.cpp ctc_beam.cpp
+//   per ISA:  forward.cpp backward.cpp generate.cpp clip.cpp ctc.cpp hmm.cpp and a file for each of CMake's CELLS, each
+//   with -DFUSEDRNN_ISA=<name>
 //             -ffp-contract=fast -fno-math-errno -fno-trapping-math and
 //     baseline  (nothing more)
 //     avx2      -mavx2 -mfma -mf16c
@@ -19,6 +19,7 @@
 #include <cstring>
 
 #include "cpu.h"
+#include "generate.h"
 #include "isa.h"
 #include "rows.h"
 #include "threads.h"
@@ -32,6 +33,7 @@ struct Table {
   void (*backward)(const Call&);
   void (*jvp)(const Call&);
   void (*hvp)(const Call&);
+  void (*generate)(const Problem&, const Arguments&, const Results&, const Generation&, int);
   double (*sum_of_squares[2])(const void*, int64_t);
   double (*sum_of_sizes[2])(const void*, int64_t);
   double (*largest_size[2])(const void*, int64_t);
@@ -70,6 +72,7 @@ bool has_avx512() {
    isa::backward,                                                         \
    isa::jvp,                                                              \
    isa::hvp,                                                              \
+   isa::generate,                                                         \
    {read<float, isa::sum_of_squares>, read<double, isa::sum_of_squares>}, \
    {read<float, isa::sum_of_sizes>, read<double, isa::sum_of_sizes>},     \
    {read<float, isa::largest_size>, read<double, isa::largest_size>},     \
@@ -170,6 +173,10 @@ void hvp(const Problem& problem, const Arguments& p, const Arguments& v, const R
   call.dp = tdp;
   call.out = tout;
   table().hvp(call);
+}
+
+void generate(const Problem& problem, const Arguments& p, const Results& out, const Generation& g, int threads) {
+  table().generate(problem, p, out, g, useful_threads(problem, threads));
 }
 
 std::vector<const char*> isas_built() {

@@ -8,6 +8,7 @@
 
 #include "gemm.h"
 #include "isa.h"
+#include "philox.h"
 #include "rows.h"
 
 namespace fusedrnn::cpu::FUSEDRNN_ISA {
@@ -157,24 +158,9 @@ struct Dropout {
     uint64_t drawn = ~uint64_t{0};
     for (int64_t j = 0; j < count; ++j) {
       const uint64_t n = first + static_cast<uint64_t>(j);
-      if (n / 4 != drawn) draw(drawn = n / 4, layer, word);
+      if (n / 4 != drawn) philox(seed, drawn = n / 4, static_cast<uint32_t>(layer), 0, word);
       row[j] = word[n % 4] < limit ? S(0) : row[j] * scale;
     }
-  }
-
- private:
-  void draw(uint64_t block, int layer, uint32_t* word) const {
-    uint32_t c0 = static_cast<uint32_t>(block), c1 = static_cast<uint32_t>(block >> 32);
-    uint32_t c2 = static_cast<uint32_t>(layer), c3 = 0;
-    uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
-    for (int round = 0; round < 10; ++round, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) {
-      const uint64_t a = uint64_t{0xD2511F53u} * c0, b = uint64_t{0xCD9E8D57u} * c2;
-      c0 = static_cast<uint32_t>(b >> 32) ^ c1 ^ k0;
-      c2 = static_cast<uint32_t>(a >> 32) ^ c3 ^ k1;
-      c1 = static_cast<uint32_t>(b);
-      c3 = static_cast<uint32_t>(a);
-    }
-    word[0] = c0, word[1] = c1, word[2] = c2, word[3] = c3;
   }
 };
 

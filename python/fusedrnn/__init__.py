@@ -14,9 +14,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import backends, clip, hmm, ops, params, report, rtrl, tbptt
+    from . import backends, clip, generation, hmm, ops, params, report, rtrl, tbptt
     from .config import get_num_threads, set_backend, set_num_threads
     from .ctc import ctc_beam, ctc_greedy, ctc_loss, ctc_loss_backward
+    from .generation import generate
     from .layers import GRU, LSTM, RNN, MinGRU, MinLSTM
     from .ops import (
         gru,
@@ -38,11 +39,12 @@ _HOMES = {
     "ops": tuple(f"{op}{end}" for end in ("", "_backward") for op in ("lstm", "gru", "rnn", "mingru", "minlstm")),
     "ctc": ("ctc_beam", "ctc_greedy", "ctc_loss", "ctc_loss_backward"),
     "layers": ("LSTM", "GRU", "RNN", "MinGRU", "MinLSTM"),
+    "generation": ("generate",),
     "config": ("set_backend", "set_num_threads", "get_num_threads"),
     "report": ("info",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
-_MODULES = ("backends", "clip", "hmm", "ops", "params", "report", "rtrl", "tbptt")
+_MODULES = ("backends", "clip", "generation", "hmm", "ops", "params", "report", "rtrl", "tbptt")
 
 __all__ = [
     "GRU",
@@ -56,6 +58,8 @@ __all__ = [
     "ctc_greedy",
     "ctc_loss",
     "ctc_loss_backward",
+    "generate",
+    "generation",
     "get_num_threads",
     "gru",
     "gru_backward",

@@ -38,6 +38,21 @@ def tape_elements(problem: Problem) -> int: ...
 def forward(problem: Problem, p: Arguments, out: Results, tape: _Array | None = None) -> None: ...
 def backward(problem: Problem, p: Arguments, tape: _Array, g: Results, dp: Arguments) -> None: ...
 def jvp(problem: Problem, p: Arguments, v: Arguments, tout: Results) -> None: ...
+
+# Draws drawn.shape[0] tokens for each row: csrc/cpu/generate.h. T = E = D = 1, p.x (1,1,B) integers, out.hn (and cn).
+def generate(
+    problem: Problem,
+    p: Arguments,
+    out: Results,
+    head: _Array,  # (I,H)
+    head_bias: _Array | None,  # (I,)
+    drawn: _Array,  # int64 (steps,B), written
+    ended: _Array,  # bool (B,), read and written
+    first: int,
+    temperature: float,
+    top_k: int,
+    stop: int,
+) -> None: ...
 def hvp(
     problem: Problem, p: Arguments, v: Arguments, g: Results, t: Results, tdp: Arguments, tout: Results | None = None
 ) -> None: ...

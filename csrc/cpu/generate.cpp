@@ -1,0 +1,189 @@
+// SPDX-License-Identifier: Apache-2.0
+// One step after the other through all layers:   z = W[:, token] + b + h R^T, h = cell(z);   logits = h head^T + bias
+// Read: tokens, h0, c0, weights, head. Written: the tokens drawn, hn, cn. Overwrites.
+// Route: all weights are packed once a call, so a call should have some steps; a thread owns blocks of units, and meets
+// the others once a layer, once for the logits and once for the draw.
+// Limit: one row reads all weights every step, from the cache that holds them.
+#include "generate.h"
+
+#include "weights.h"
+
+namespace fusedrnn::cpu::FUSEDRNN_ISA {
+namespace {
+
+template <class S>
+class Generate {
+  static constexpr int L = Vec<S>::lanes;
+  static constexpr int64_t kRowsAtOnce = 48, kUnitsAtOnce = 768;  // as in forward.h
+
+ public:
+  Generate(const Problem& problem, const Arguments& p, const Results& out, const Generation& g, int threads,
+           Workspace& workspace)
+      : problem_(problem), n_(problem.sizes), cell_(table_of<S, 1>(problem.cell)), p_(p), out_(out), g_(g) {
+    const int64_t B = n_.B, H = n_.H;
+    ld_ = (H + L - 1) / L * L;
+    layers_ = static_cast<Layer*>(workspace.take(sizeof(Layer) * static_cast<size_t>(n_.L)));
+    for (int l = 0; l < n_.L; ++l) {
+      Layer& layer = layers_[l];
+      layer = Layer();
+      layer.weights.allocate(cell_, l ? H : 0, H, l ? 0 : g.steps * B, n_.I, workspace);
+      for (int parity = 0; parity < 2; ++parity) {
+        layer.h[parity] = zeros(workspace, B * ld_);
+        layer.h_rows[parity] = take<const S*>(workspace, B);
+        for (int64_t i = 0; i < B; ++i) layer.h_rows[parity][i] = layer.h[parity] + i * ld_;
+      }
+      layer.c = zeros(workspace, B * ld_);
+    }
+    z_ = take<S>(workspace, B * ld_ * cell_.sums);
+    rh_ = zeros(workspace, B * ld_);
+    rh_rows_ = take<const S*>(workspace, B);
+    for (int64_t i = 0; i < B; ++i) rh_rows_[i] = rh_ + i * ld_;
+    head_.K = H;
+    head_.units = n_.I;
+    head_.block = block_tiles(1, head_.tiles(), threads);
+    head_.data = take<S>(workspace, head_.elements());
+    ld_logits_ = head_.tiles() * L;
+    head_bias_ = zeros(workspace, ld_logits_);
+    logits_ = take<S>(workspace, B * ld_logits_);
+    tokens_ = take<int32_t>(workspace, B);
+    drawing_ = take<double>(workspace, 2 * n_.I * threads);
+  }
+
+  void run(const Team& team) {
+    start(team);
+    for (int64_t s = 0; s < g_.steps; ++s) {
+      for (int l = 0; l < n_.L; ++l) layer(team, l, s);
+      const int64_t first = team.begin(head_.blocks()), end = team.end(head_.blocks());
+      const S* const* h = layers_[n_.L - 1].h_rows[!(s & 1)];
+      for (int64_t b = first; b < end; ++b) multiply(head_, b, h, n_.B, head_bias_, 0, logits_, ld_logits_);
+      team.wait();
+      for (int64_t i = team.begin(n_.B); i < team.end(n_.B); ++i) draw(team, s, i);
+      team.wait();
+    }
+    for (int64_t i = team.begin(n_.B); i < team.end(n_.B); ++i)
+      for (int l = 0; l < n_.L; ++l) {
+        copy_row(layers_[l].h[g_.steps & 1] + i * ld_, 1, element<S>(out_.hn, l, 0, i), out_.hn.stride[3], n_.H);
+        if (out_.cn.data) copy_row(layers_[l].c + i * ld_, 1, element<S>(out_.cn, l, 0, i), out_.cn.stride[3], n_.H);
+      }
+  }
+
+ private:
+  struct Layer {
+    ForwardWeights<S, 1> weights;
+    S *h[2], *c;
+    const S** h_rows[2];
+  };
+
+  static S* zeros(Workspace& workspace, int64_t count) {
+    S* out = take<S>(workspace, count);
+    zero_row(out, 1, count);
+    return out;
+  }
+
+  void start(const Team& team) {
+    static constexpr int gate[1] = {0};
+    for (int l = 0; l < n_.L; ++l) {
+      const Params* p[1] = {&p_.params[l]};
+      const int64_t tokens = g_.steps * n_.B;
+      layers_[l].weights.pack(team, cell_, p, 0, l ? n_.H : n_.I, n_.H, tokens, n_.B, l ? -1 : tokens);
+    }
+    for (int64_t b = team.begin(head_.blocks()); b < team.end(head_.blocks()); ++b)
+      pack_transposed(head_, b, element<S>(g_.head, 0, 0), g_.head.stride[0], g_.head.stride[1], n_.I, gate);
+    if (team.rank == 0 && g_.head_bias.data)
+      copy_row(static_cast<const S*>(g_.head_bias.data), g_.head_bias.stride[0], head_bias_, 1, n_.I);
+    for (int64_t i = team.begin(n_.B); i < team.end(n_.B); ++i) {
+      tokens_[i] = *element<int32_t>(p_.tokens, 0, 0, i);
+      for (int l = 0; l < n_.L; ++l) {
+        if (p_.h0.data) copy_row(element<S>(p_.h0, l, 0, i), p_.h0.stride[3], layers_[l].h[0] + i * ld_, 1, n_.H);
+        if (p_.c0.data) copy_row(element<S>(p_.c0, l, 0, i), p_.c0.stride[3], layers_[l].c + i * ld_, 1, n_.H);
+      }
+    }
+    team.wait();
+  }
+
+  void layer(const Team& team, int l, int64_t s) {
+    const ForwardWeights<S, 1>& weights = layers_[l].weights;
+    const int64_t first = team.begin(weights.blocks()), end = team.end(weights.blocks());
+    const S* const* below[1] = {l ? layers_[l - 1].h_rows[!(s & 1)] : nullptr};
+    S* z[1] = {z_};
+    for (int64_t b = first; b < end; ++b) {
+      if (l == 0)
+        weights.token_product(cell_, b, tokens_, n_.B, z);
+      else
+        weights.input_product(cell_, b, below, n_.B, z);
+    }
+    if (cell_.two_products) {
+      tiles(l, s, first, end, true);
+      team.wait();
+    }
+    tiles(l, s, first, end, false);
+    team.wait();
+  }
+
+  void tiles(int l, int64_t s, int64_t first, int64_t end, bool gate) {
+    Layer& layer = layers_[l];
+    const ForwardWeights<S, 1>& weights = layer.weights;
+    const int now = s & 1, phase = cell_.two_products && !gate;
+    const int64_t together = larger<int64_t>(1, kUnitsAtOnce / larger<int64_t>(1, n_.B * weights.unit(1)));
+    for (int64_t b0 = first; b0 < end; b0 += together) {
+      const int64_t b1 = smaller(b0 + together, end), u0 = weights.unit(b0);
+      for (int64_t r = 0; r < n_.B; r += kRowsAtOnce) {
+        ForwardTile<S, 1> t{};
+        t.rows = smaller(kRowsAtOnce, n_.B - r);
+        t.units = weights.unit(b1) - u0;
+        t.ldz = weights.ldz;
+        t.ld = ld_;
+        t.H = n_.H;
+        t.clip = problem_.clip_cell > 0 ? static_cast<S>(problem_.clip_cell) : static_cast<S>(__builtin_inf());
+        S* z[1] = {z_ + r * weights.ldz};
+        const S* const* rows[1] = {(phase ? rh_rows_ : layer.h_rows[now]) + r};
+        t.z[0] = z[0] + u0 * cell_.sums;
+        t.h_prev[0] = layer.h[now] + r * ld_ + u0;
+        t.h[0] = layer.h[!now] + r * ld_ + u0;
+        t.c[0] = cell_.cell_state ? layer.c + r * ld_ + u0 : nullptr;
+        t.rh[0] = cell_.two_products ? rh_ + r * ld_ + u0 : nullptr;
+        for (int64_t b = b0; b < b1; ++b) weights.state_product(phase, b, rows, t.rows, z);
+        gate ? cell_.gate(t) : cell_.forward(t);
+      }
+    }
+  }
+
+  void draw(const Team& team, int64_t s, int64_t i) {
+    int64_t token = g_.stop;
+    if (!g_.ended[i])
+      token = draw_token(logits_ + i * ld_logits_, n_.I, g_, problem_.seed, g_.first + s, i,
+                         drawing_ + 2 * n_.I * team.rank);
+    if (token == g_.stop) g_.ended[i] = 1;
+    g_.drawn[s * n_.B + i] = token;
+    tokens_[i] = static_cast<int32_t>(token);
+  }
+
+  const Problem& problem_;
+  const Sizes& n_;
+  const CellTable<S, 1>& cell_;
+  const Arguments& p_;
+  const Results& out_;
+  const Generation& g_;
+  int64_t ld_, ld_logits_;
+  Layer* layers_;
+  S *z_, *rh_, *head_bias_, *logits_;
+  const S** rh_rows_;
+  Panels<S> head_;
+  int32_t* tokens_;
+  double* drawing_;
+};
+
+template <class S>
+void run(const Problem& problem, const Arguments& p, const Results& out, const Generation& g, int threads) {
+  Workspace workspace;
+  Generate<S> work(problem, p, out, g, threads, workspace);
+  parallel(threads, [](void* it, const Team& team) { static_cast<Generate<S>*>(it)->run(team); }, &work);
+}
+
+}  // namespace
+
+void generate(const Problem& problem, const Arguments& p, const Results& out, const Generation& g, int threads) {
+  problem.dtype == Dtype::f64 ? run<double>(problem, p, out, g, threads) : run<float>(problem, p, out, g, threads);
+}
+
+}  // namespace fusedrnn::cpu::FUSEDRNN_ISA
