@@ -8,7 +8,6 @@
 
 #include "bindings/bindings.h"
 #include "bindings/tensor.h"
-#include "cpu/generate.h"
 
 namespace fusedrnn::bindings {
 

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "../api.h"
+#include "generate.h"
 
 namespace fusedrnn::cpu {
 

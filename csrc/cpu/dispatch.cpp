@@ -19,7 +19,6 @@
 #include <cstring>
 
 #include "cpu.h"
-#include "generate.h"
 #include "isa.h"
 #include "rows.h"
 #include "threads.h"
