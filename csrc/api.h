@@ -51,6 +51,40 @@ struct Sizes {
   int64_t K = 0;  // of the context
 };
 
+// ONNX's list; alpha and beta where it has them. A slope is taken from the value, so alpha >= 0 for leaky_relu,
+// thresholded_relu and elu, alpha != 0 for scaled_tanh.
+enum class ActivationKind : int32_t {
+  sigmoid,
+  tanh,
+  relu,
+  affine,
+  leaky_relu,
+  thresholded_relu,
+  scaled_tanh,
+  hard_sigmoid,
+  elu,
+  softsign,
+  softplus
+};
+constexpr const char* activation_names[] = {"Sigmoid",         "Tanh",       "Relu",        "Affine", "LeakyRelu",
+                                            "ThresholdedRelu", "ScaledTanh", "HardSigmoid", "Elu",    "Softsign",
+                                            "Softplus"};
+struct Activation {
+  ActivationKind kind = ActivationKind::sigmoid;
+  double alpha = 0, beta = 0;
+};
+
+// What goes beyond a plain cell: README.md, "The stepwise engine".
+struct Variant {
+  bool given = false;
+  Activation activations[3];  // of the gates, of g or n, of c
+  int64_t proj = 0;           // units of h; 0: no projection, so H
+  bool peepholes = false, layer_norm = false;
+  double clip_gates = 0;
+  double zoneout_h = 0, zoneout_c = 0, recurrent_dropout = 0;
+  bool training = false;  // the last three draw
+};
+
 struct Problem {
   CellKind cell = CellKind::lstm;
   Dtype dtype = Dtype::f32;
@@ -65,13 +99,28 @@ struct Problem {
   uint64_t seed = 0;              // of the dropout mask: the same seed gives the same mask on every backend
   Array<2> lengths;               // int64 (E,B); null = T for every row
   Array<3> reset;                 // uint8 (T,E,B): row b begins a new sequence at step t
+  Variant variant;
 };
+constexpr int64_t outputs_of(const Problem& problem) {  // units of h
+  return problem.variant.proj > 0 ? problem.variant.proj : problem.sizes.H;
+}
+constexpr bool has_cell_state(const Problem& problem) {  // a GRU with projection carries m beside h
+  return facts_of(problem.cell).cell_state || problem.variant.proj > 0;
+}
 
 // One layer in one direction. W (E, G*H, I_l), R (E, G*H, H), bW, bR (E, G*H); I_l = I, then D*H. Cells without a
 // product with the state have no R and no bR.
 struct Params {
   Array<3> W, R;
   Array<2> bW, bR;
+};
+
+// What a variant adds, per layer and direction. With a projection h has P units, so that R is (E, G*H, P).
+struct Extras {
+  Array<3> hr;                // (E,P,H): h = m hr^T
+  Array<2> ph;                // (E,3*H) of i, f, o; (E,2*H) of i, o for cifg
+  Array<2> gain_ih, gain_hh;  // (E,G*H)
+  Array<2> gain_c, bias_c;    // (E,H)
 };
 
 struct Arguments {
@@ -81,6 +130,7 @@ struct Arguments {
   Params* params = nullptr;  // [L*D], layer-major, forward direction first
   Array<3> context;          // (E,B,K): what layer 0 sees at every step beside x; null: nothing
   Array<3> context_weights[2];  // of each direction: (E, G*H, K)
+  Extras* extras = nullptr;     // [L*D], with a variant
 };
 
 struct Results {

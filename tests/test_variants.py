@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,10 @@ import pytest
 
 import close
 import fusedrnn
+from fusedrnn import params as parameters
+from fusedrnn.backends import Arguments, Results, Variant, reference
+from fusedrnn.cells import CELLS
+from shapes import Case, build
 
 T, B, I, H = 7, 5, 6, 9
 
@@ -71,3 +76,377 @@ def test_coupled_against_onnx(backend, lengths):
     close.check("y", y, want_y[:, 0], 2e-6)
     close.check("h", h, want_h, 2e-6)
     close.check("c", c, want_c, 2e-6)
+
+
+# ---- the stepwise engine against the judge, and the judge against those who have these cells ----
+
+ODD = (("Elu", 0.5, 0.0), ("Softsign", 0.0, 0.0), ("ScaledTanh", 1.3, 0.7))
+GENTLE = (("HardSigmoid", 0.3, 0.4), ("Softsign", 0.0, 0.0), ("ScaledTanh", 0.9, 0.7))  # bounded: errors stay small
+USUAL = (("Sigmoid", 0.0, 0.0), ("Tanh", 0.0, 0.0), ("Tanh", 0.0, 0.0))
+DRAWN = {"zoneout_h": 0.2, "zoneout_c": 0.3, "recurrent_dropout": 0.4, "training": True}
+LSTM_VARIANTS: list[dict[str, Any]] = [
+    {},
+    {"proj_size": 3},
+    {"peepholes": True},
+    {"layer_norm": True},
+    {"clip_gates": 0.6},
+    {"activations": ODD},
+    DRAWN,
+    {"zoneout_h": 0.2, "zoneout_c": 0.3},
+    {"proj_size": 5, "peepholes": True, "layer_norm": True, "clip_gates": 1.5, "activations": GENTLE, **DRAWN},
+]
+VARIANTS = [(cell, v) for cell in ("lstm", "cifg") for v in LSTM_VARIANTS]
+VARIANTS += [
+    ("gru", {k: v for k, v in one.items() if k != "peepholes"}) for one in LSTM_VARIANTS if one != {"peepholes": True}
+]
+VARIANTS += [
+    (cell, one)
+    for cell in ("gru_reset_before", "rnn_tanh", "rnn_relu")
+    for one in ({}, DRAWN, {"clip_gates": 0.6, "activations": GENTLE, **DRAWN})
+]
+SHAPES = [
+    Case(T=6, B=5, I=4, H=7),
+    Case(T=5, B=1, I=3, H=17),
+    Case(T=7, B=6, I=3, H=9, L=2, D=2, lengths="any", reset=0.3, clip_grad=0.3, dropout=0.4, layout="strided"),
+    Case(T=6, B=4, I=5, H=16, E=2, L=2, lengths="any", reset=0.3, to_initial=True, layout="shared", bias=False),
+]
+
+
+def variant_data(case: Case, cell: str, options: dict[str, Any], dtype: Any) -> Any:
+    """The arrays of a case with a variant: problem, p, g, and empty results and gradients."""
+    options = dict(options)
+    lstm = cell in ("lstm", "cifg")
+    count = 3 if lstm else 2 if cell.startswith("gru") else 1
+    usual = USUAL if cell != "rnn_relu" else (("Relu", 0.0, 0.0),)
+    variant = Variant(tuple(options.pop("activations", usual))[-count if count == 1 else 0 :][:count], **options)
+    clip_cell = 0.8 if case.clip_grad and lstm else 0.0
+    data = build(replace(case, cell=cell, clip_cell=clip_cell), dtype)
+    problem, p, g = data.problem, data.p, data.g
+    problem.variant = variant
+    P, H, G = variant.proj_size or problem.H, problem.H, CELLS[cell].gates
+    rng = np.random.default_rng(7)
+    E, S, D = problem.E, problem.L * problem.D, problem.D
+
+    def new(*shape: int, scale: float = 0.5, about: float = 0.0, share: bool = True) -> np.ndarray:
+        if share and case.layout == "shared":
+            return np.broadcast_to((about + rng.uniform(-1, 1, (1, *shape[1:])) * scale).astype(dtype), shape)
+        return (about + rng.uniform(-1, 1, shape) * scale).astype(dtype)
+
+    p.params = [
+        (W if n < D else new(E, G * H, D * P), new(E, G * H, P), bW, bR) for n, (W, _, bW, bR) in enumerate(p.params)
+    ]
+    if p.h0 is not None:
+        p.h0 = new(S, E, problem.B, P, share=False)
+    second = lstm or variant.proj_size > 0
+    p.c0 = new(S, E, problem.B, H, share=False) if second and p.h0 is not None else None
+    norm, norm_c = variant.layer_norm, variant.layer_norm and lstm
+    p.extras = [
+        (
+            new(E, P, H) if variant.proj_size else None,
+            new(E, (G - 1) * H) if variant.peepholes else None,
+            new(E, G * H, about=1.0) if norm else None,
+            new(E, G * H, about=1.0) if norm else None,
+            new(E, H, about=1.0) if norm_c else None,
+            new(E, H) if norm_c else None,
+        )
+        for _ in range(S)
+    ]
+    T, B, L = problem.T, problem.B, problem.L
+    g = Results(
+        new(T, E, B, D * P, share=False),
+        new(S, E, B, P, share=False),
+        new(S, E, B, H, share=False) if second else None,
+        new(L, T, E, B, D * H, share=False),
+    )
+    return problem, p, g
+
+
+def variant_run(route: Any, problem: Any, p: Any, g: Any, dtype: Any) -> dict[str, np.ndarray]:
+    """Forward (with and without a tape) and backward into poisoned arrays."""
+
+    def like(a: Any) -> Any:
+        if a is None:
+            return None
+        if a.ndim and a.shape[0] > 1 and a.strides[0] == 0:
+            one = np.full((1, *a.shape[1:]), np.nan, dtype)
+            return np.lib.stride_tricks.as_strided(one, a.shape, (0, *one.strides[1:]))
+        return np.full(a.shape, np.nan, dtype)
+
+    out, plain = (Results(*(like(a) for a in (g.y, g.hn, g.cn, g.cells))) for _ in range(2))
+    tape = np.full(route.tape_elements(problem), np.nan, dtype)
+    route.forward(problem, p, out, tape)
+    route.forward(problem, p, plain, None)
+    dp = Arguments(
+        np.full(p.x.shape, np.nan, dtype),
+        like(g.hn),
+        like(g.cn),
+        [tuple(map(like, one)) for one in p.params],
+        extras=[tuple(map(like, one)) for one in p.extras],
+    )
+    route.backward(problem, p, tape, g, dp)
+    found = {"y": out.y, "hn": out.hn, "cn": out.cn, "cells": out.cells}
+    found |= {f"inference {name}": a for name, a in (("y", plain.y), ("hn", plain.hn), ("cells", plain.cells))}
+    found |= {"dx": dp.x, "dh0": dp.h0, "dc0": dp.c0}
+    for n, (params, extras) in enumerate(zip(dp.params, dp.extras, strict=True)):
+        for name, a in zip(("W", "R", "bW", "bR", *parameters.EXTRAS), (*params, *extras), strict=True):
+            found[f"d{name}[{n}]"] = a
+    return {name: a for name, a in found.items() if a is not None}
+
+
+@pytest.mark.parametrize("case", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    ("cell", "options"), VARIANTS, ids=lambda v: v if isinstance(v, str) else "-".join(v) or "plain"
+)
+def test_variant_against_the_judge(kernels, cell, options, case):
+    for dtype in ("float64", "float32") if case.T == 6 else ("float64",):
+        problem, p, g = variant_data(case, cell, options, dtype)
+        got, want = (
+            variant_run(route, problem, p, g, kind) for route, kind in ((kernels, dtype), (reference, "float64"))
+        )
+        assert got.keys() == want.keys()
+        for name, array in want.items():
+            close.check(
+                f"{cell} {options} {case} {dtype}: {name}", got[name], array, 1e-12 if dtype == "float64" else 5e-5
+            )
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru", "gru_reset_before"])
+def test_threads_change_no_bit(kernels, cell):
+    """One to three threads, on work large enough to use them."""
+    options = {**DRAWN} if cell == "gru_reset_before" else {"proj_size": 33, "layer_norm": True, **DRAWN}
+    problem, p, g = variant_data(Case(T=12, B=13, I=40, H=70, L=2, lengths="any"), cell, options, "float32")
+    before, results = fusedrnn.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            fusedrnn.set_num_threads(threads)
+            results.append(variant_run(kernels, problem, p, g, "float32"))
+    finally:
+        fusedrnn.set_num_threads(before)
+    for other in results[1:]:
+        for name, array in results[0].items():
+            np.testing.assert_array_equal(array, other[name], err_msg=name)
+
+
+def torch_loss(y: Any, *states: Any) -> Any:
+    return (y * y).sum() + sum((s * s * s).sum() for s in states)
+
+
+@pytest.mark.parametrize("lengths", [None, [4, 6, 1, 6, 3]])
+def test_projection_against_torch(backend, lengths):
+    torch = pytest.importorskip("torch")
+    layer = torch.nn.LSTM(4, 7, 2, bidirectional=True, proj_size=3, dtype=torch.float64)
+    ours = fusedrnn.LSTM(4, 7, 2, bidirectional=True, proj_size=3, dtype=np.float64)
+    ours.load_state_dict({name: a.detach() for name, a in layer.named_parameters()})
+    assert list(ours.parameters) == [name for name, _ in layer.named_parameters()]
+    x = torch.randn(6, 5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    packed = x
+    if lengths:
+        packed = torch.nn.utils.rnn.pack_padded_sequence(x, torch.tensor(lengths), enforce_sorted=False)
+    y, (h, c) = layer(packed)
+    if lengths:
+        y = torch.nn.utils.rnn.pad_packed_sequence(y)[0]
+    torch_loss(y, h, c).backward()
+    got_y, (got_h, got_c) = ours(x.detach().numpy(), lengths=lengths)
+    close.check("y", got_y, y.detach(), 1e-14)
+    close.check("h", got_h, h.detach(), 1e-14)
+    close.check("c", got_c, c.detach(), 1e-14)
+    grads = ours.backward(2 * got_y, (3 * got_h**2, 3 * got_c**2))
+    close.check("dx", grads["x"], x.grad, 1e-13)
+    for name, weight in layer.named_parameters():
+        close.check(name, grads[name], weight.grad, 1e-13)
+
+
+def torch_norm_loop(kind: str, x: Any, p: dict[str, Any], h: Any, c: Any) -> Any:
+    """LayerNorm cells as Ba et al. write them, in torch."""
+    import torch
+
+    def norm(a: Any, gain: Any, bias: Any) -> Any:
+        return torch.nn.functional.layer_norm(a, a.shape[-1:], gain, bias)
+
+    ys = []
+    for x_t in x:
+        ax = norm(x_t @ p["weight_ih_l0"].T, p["gain_ih_l0"], p["bias_ih_l0"])
+        ah = norm(h @ p["weight_hh_l0"].T, p["gain_hh_l0"], p["bias_hh_l0"])
+        if kind == "LSTM":
+            i, f, g, o = (ax + ah).chunk(4, -1)
+            c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+            h = o.sigmoid() * norm(c, p["gain_c_l0"], p["bias_c_l0"]).tanh()
+        else:
+            (rx, zx, nx), (rh, zh, nh) = ax.chunk(3, -1), ah.chunk(3, -1)
+            z = (zx + zh).sigmoid()
+            h = (1 - z) * (nx + (rx + rh).sigmoid() * nh).tanh() + z * h
+        ys.append(h)
+    return torch.stack(ys), h, c
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_layer_norm_against_torch(backend, kind):
+    torch = pytest.importorskip("torch")
+    ours = getattr(fusedrnn, kind)(4, 9, layer_norm=True, dtype=np.float64, seed=2)
+    rng = np.random.default_rng(0)
+    for array in ours.parameters.values():
+        array += rng.uniform(-0.3, 0.3, array.shape)
+    p = {name: torch.from_numpy(a.copy()).requires_grad_() for name, a in ours.parameters.items()}
+    x = torch.from_numpy(rng.standard_normal((6, 3, 4))).requires_grad_()
+    zero = torch.zeros(3, 9, dtype=torch.float64)
+    y, h, c = torch_norm_loop(kind, x, p, zero, zero)
+    states = (h, c) if kind == "LSTM" else (h,)
+    torch_loss(y, *states).backward()
+    got, state = ours(x.detach().numpy())
+    close.check("y", got, y.detach(), 1e-13)
+    parts = state if kind == "LSTM" else (state,)
+    dstate = tuple(3 * s**2 for s in parts)
+    grads = ours.backward(2 * got, dstate if kind == "LSTM" else dstate[0])
+    close.check("dx", grads["x"], x.grad, 1e-12)
+    for name, weight in p.items():
+        close.check(name, grads[name], weight.grad, 1e-12)
+
+
+ONNX_ACTIVATIONS = [
+    ("Relu", None, None), ("Affine", 0.7, 0.1), ("LeakyRelu", 0.2, None), ("ThresholdedRelu", 0.3, None),
+    ("ScaledTanh", 0.8, 0.6), ("HardSigmoid", 0.3, 0.4), ("Elu", 0.7, None), ("Softsign", None, None),
+    ("Softplus", None, None),
+]  # fmt: skip
+
+
+def onnx_attributes(activations: list[Any]) -> dict[str, Any]:
+    """As ONNX wants them: alpha and beta only of those that have one, in order."""
+    found: dict[str, Any] = {"activations": [one[0] for one in activations]}
+    for place, key in ((1, "activation_alpha"), (2, "activation_beta")):
+        values = [one[place] for one in activations if one[place] is not None]
+        if values:
+            found[key] = values
+    return found
+
+
+@pytest.mark.parametrize("one", ONNX_ACTIVATIONS, ids=lambda one: one[0])
+def test_activations_against_onnx(one):
+    """onnxruntime's RNN, with each activation of ONNX's list."""
+    params, x = lstm_weights(1), random(T, B, I, seed=4, scale=2)
+    W, R, bias = fusedrnn.params.to_onnx("rnn_tanh", params)
+    want = onnx_run("RNN", {"X": x, "W": W, "R": R, "B": bias}, H, **onnx_attributes([one]))[0][:, 0]
+    ours = (one[0], *[a for a in one[1:] if a is not None])
+    y, _, _ = fusedrnn.rnn(x, None, params, activations=[ours])
+    close.check(one[0], y, want, 5e-6)
+
+
+@pytest.mark.parametrize("coupled", [False, True])
+def test_lstm_against_onnx(coupled):
+    """Peepholes, activations, clip and lengths at once."""
+    gates, lengths = (3 if coupled else 4), [7, 3, 5, 1, 7]
+    params, x = lstm_weights(gates), random(T, B, I, seed=4, scale=2)
+    W, R, bias = fusedrnn.params.to_onnx("lstm", with_forget_gate(params) if coupled else params)
+    i, f, o = random(3, H, seed=8)
+    params["weight_ph_l0"] = np.concatenate([i, o] if coupled else [i, f, o])
+    h0, c0 = random(1, B, H, seed=5), random(1, B, H, seed=6)
+    inputs = {"X": x, "W": W, "R": R, "B": bias, "sequence_lens": np.array(lengths, np.int32)}
+    inputs |= {"initial_h": h0, "initial_c": c0, "P": np.concatenate([i, o, f])[None]}
+    activations = [("HardSigmoid", 0.3, 0.4), ("Softsign", None, None), ("ScaledTanh", 0.8, 0.6)]
+    attributes = onnx_attributes(activations) | {"clip": 0.7, "input_forget": int(coupled)}
+    want_y, want_h, want_c = onnx_run("LSTM", inputs, H, **attributes)
+    ours = [("HardSigmoid", 0.3, 0.4), "Softsign", ("ScaledTanh", 0.8, 0.6)]
+    options: dict[str, Any] = {"peepholes": True, "activations": ours, "clip_gates": 0.7, "coupled": coupled}
+    y, (h, c), _ = fusedrnn.lstm(x, (h0, c0), params, lengths=lengths, **options)
+    close.check("y", y, want_y[:, 0], 5e-6)
+    close.check("h", h, want_h, 5e-6)
+    close.check("c", c, want_c, 5e-6)
+
+
+@pytest.mark.parametrize("reset_after", [False, True])
+def test_gru_against_onnx(reset_after):
+    params, x, lengths = lstm_weights(3), random(T, B, I, seed=4, scale=2), [7, 3, 5, 1, 7]
+    W, R, bias = fusedrnn.params.to_onnx("gru", params)
+    inputs = {"X": x, "W": W, "R": R, "B": bias, "sequence_lens": np.array(lengths, np.int32)}
+    inputs["initial_h"] = h0 = random(1, B, H, seed=5)
+    attributes = onnx_attributes([("HardSigmoid", 0.3, 0.4), ("Softsign", None, None)])
+    want_y, want_h = onnx_run("GRU", inputs, H, linear_before_reset=int(reset_after), **attributes)
+    ours: Any = [("HardSigmoid", 0.3, 0.4), "Softsign"]
+    y, h, _ = fusedrnn.gru(x, h0, params, lengths=lengths, activations=ours, reset_after=reset_after)
+    close.check("y", y, want_y[:, 0], 5e-6)
+    close.check("h", h, want_h, 5e-6)
+
+
+EVERYTHING: list[tuple[str, dict[str, Any]]] = [
+    ("LSTM", {"peepholes": True, "layer_norm": True, "proj_size": 3, "zoneout": (0.2, 0.1), "recurrent_dropout": 0.3}),
+    ("LSTM", {"coupled": True, "activations": ["HardSigmoid", ("Elu", 0.5), "Softplus"], "clip_gates": 2.0}),
+    ("GRU", {"proj_size": 3, "layer_norm": True, "zoneout": 0.2}),
+    ("GRU", {"reset_after": False, "recurrent_dropout": 0.3, "zoneout": 0.1}),
+    ("RNN", {"zoneout": 0.3, "recurrent_dropout": 0.2}),
+]
+
+
+@pytest.mark.parametrize(("kind", "options"), EVERYTHING, ids=lambda v: v if isinstance(v, str) else "-".join(v))
+def test_gradients_by_differences(backend, kind, options):
+    """Every parameter and x, along a random direction."""
+    rng = np.random.default_rng(3)
+    layer = getattr(fusedrnn, kind)(4, 5, num_layers=2, dtype=np.float64, seed=1, **options)
+    x = rng.standard_normal((6, 3, 4))
+    way = {name: rng.standard_normal(a.shape) for name, a in (layer.parameters | {"x": x}).items()}
+
+    def loss(s: float) -> tuple[float, np.ndarray]:
+        kept = layer.state_dict()
+        layer.draws = 0  # the same masks again
+        for name, array in layer.parameters.items():
+            array += s * way[name]
+        y = layer(x + s * way["x"])[0]
+        layer.load_state_dict(kept)
+        return float((y * y).sum()), y
+
+    slope = (loss(1e-6)[0] - loss(-1e-6)[0]) / 2e-6
+    grads = layer.backward(2 * loss(0.0)[1])
+    total = sum(float((grads[name] * w).sum()) for name, w in way.items())
+    assert abs(total - slope) < 1e-6 * max(1.0, abs(slope))
+
+
+def test_zoneout_and_recurrent_dropout_draw_and_expect():
+    """In evaluation nothing is drawn, in training every call draws anew; all kept: the state stays what it was."""
+    x = random(5, 3, 4)
+    layer = fusedrnn.LSTM(4, 6, zoneout=0.5, recurrent_dropout=0.5, seed=0)
+    assert not np.array_equal(layer(x)[0], layer(x)[0])
+    layer.eval()
+    np.testing.assert_array_equal(layer(x)[0], layer(x)[0])
+    frozen = fusedrnn.GRU(4, 6, zoneout=1.0, seed=0)
+    start = random(1, 3, 6)
+    y, h = frozen(x, start)
+    np.testing.assert_array_equal(y, np.broadcast_to(start, y.shape))
+    # the expectation: an evaluation step of zoneout p moves 1 - p of the way
+    plain, half = fusedrnn.GRU(4, 6, seed=0).eval(), fusedrnn.GRU(4, 6, zoneout=0.25, seed=0).eval()
+    a, b = plain(x[:1], start)[0], half(x[:1], start)[0]
+    close.check("expected", b, 0.75 * a + 0.25 * start, 1e-6)
+
+
+def test_jvp_and_hvp_of_a_variant_run_on_the_reference(caplog):
+    params = fusedrnn.params.init("lstm", 3, 4, layer_norm=True, seed=0)
+    x = random(5, 2, 3)
+    y, _, tape = fusedrnn.lstm(x, None, params, layer_norm=True, training=True)
+    with caplog.at_level("INFO", logger="fusedrnn"):
+        ty, _ = fusedrnn.ops.jvp(tape, {"x": x})
+    assert "jvp of this variant runs on the reference" in caplog.text
+    s = 1e-2
+    ends = [fusedrnn.lstm(x * (1 + d), None, params, layer_norm=True)[0] for d in (s, -s)]
+    close.check("ty", (ends[0] - ends[1]) / (2 * s), ty, 1e-3)
+    assert fusedrnn.ops.hvp(tape, {"x": x}, dy=y)["gain_c_l0"].shape == (4,)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: fusedrnn.GRU(3, 4, reset_after=False, layer_norm=True), "layer_norm is True; expected none of it"),
+        (lambda: fusedrnn.GRU(3, 4, peepholes=True), "peepholes is unknown; expected an option it has: proj_size"),
+        (lambda: fusedrnn.LSTM(3, 4, activations=["Sigmoid"]), "expected 3 of them"),
+        (lambda: fusedrnn.LSTM(3, 4, activations=["Sigmoid", "Tanh", "Sine"]), "has 'Sine'; expected one of Sigmoid"),
+        (lambda: fusedrnn.RNN(3, 4, activations=[("Elu", -1.0)]), r"Elu with alpha -1.0; expected alpha >= 0"),
+        (lambda: fusedrnn.LSTM(3, 4, zoneout=(0.1, 1.5)), r"zoneout is 1.5; expected a probability"),
+        (
+            lambda: fusedrnn.LSTM(3, 4, proj_size=2, recompute=True)(random(2, 2, 3)),
+            "recompute is True; expected False",
+        ),
+        (
+            lambda: fusedrnn.lstm(random(2, 2, 3), None, fusedrnn.params.init("lstm", 3, 4), proj_size=2),
+            "params has no weight_hr_l0",
+        ),
+    ],
+)
+def test_wrong_options(make, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        make()

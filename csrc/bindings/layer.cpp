@@ -67,6 +67,8 @@ class Call {
       PyErr_Clear();
       checked_.value_error("seed is " + std::string(py::repr(seed)) + "; expected an int, 0 <= seed < 2**64");
     }
+    const py::object options = get<"variant">(given);
+    if (!options.is_none()) variant(options);
     problem.lengths = checked_.lengths(get<"lengths">(given), {s.E, s.B}, s.T);
     problem.reset = checked_.reset(get<"reset">(given), {s.T, s.E, s.B});
   }
@@ -110,10 +112,12 @@ class Call {
       out.x = checked_.array<4>(std::move(x), {role, "x"}, "(T, E, B, I)", {s.T, s.E, s.B, s.I}, access, 1);
     }
     if (required && !out.x.data && !tokens_) checked_.type_error(std::string(role) + "x is None");
-    const int64_t state[4] = {s.L * s.D, s.E, s.B, s.H};
-    out.h0 = checked_.array<4>(get<"h0">(given), {role, "h0"}, "(L*D, E, B, H)", state, access, 1);
+    if (tokens_ && problem.variant.given) checked_.value_error("x holds tokens; expected float input with a variant");
+    const int64_t Q = outputs_of(problem);  // H without a projection
+    const int64_t state[4] = {s.L * s.D, s.E, s.B, s.H}, h_state[4] = {s.L * s.D, s.E, s.B, Q};
+    out.h0 = checked_.array<4>(get<"h0">(given), {role, "h0"}, "(L*D, E, B, H)", h_state, access, 1);
     out.c0 = checked_.array<4>(get<"c0">(given), {role, "c0"}, "(L*D, E, B, H)", state, access, 1);
-    if (!facts_of(problem.cell).cell_state && out.c0.data)
+    if (!has_cell_state(problem) && out.c0.data)
       checked_.value_error(std::string(role) + "c0 is given; only cells with c have it");
 
     py::object list = get<"params">(given);
@@ -132,13 +136,13 @@ class Call {
       const int index = static_cast<int>(k);
       if (!py::isinstance<py::tuple>(entry) || py::len(entry) != 4)
         checked_.type_error(ArrayName{role, "", index}.text() + " is no tuple (W, R, bW, bR)");
-      const int64_t inputs = static_cast<int64_t>(k) < s.D ? s.I : s.D * s.H;
+      const int64_t inputs = static_cast<int64_t>(k) < s.D ? s.I : s.D * Q;
       const int64_t rows = facts_of(problem.cell).gates * s.H;
       const py::tuple tuple = py::reinterpret_borrow<py::tuple>(entry);
       const Dtype stored = problem.bf16_weights ? Dtype::bf16 : problem.dtype;
       params[k].W =
           checked_.array<3>(tuple[0], {role, "W", index}, "(E, G*H, I_l)", {s.E, rows, inputs}, access, 0, stored);
-      params[k].R = checked_.array<3>(tuple[1], {role, "R", index}, "(E, G*H, H)", {s.E, rows, s.H}, access, 0, stored);
+      params[k].R = checked_.array<3>(tuple[1], {role, "R", index}, "(E, G*H, H)", {s.E, rows, Q}, access, 0, stored);
       params[k].bW = checked_.array<2>(tuple[2], {role, "bW", index}, "(E, G*H)", {s.E, rows}, access, 0);
       params[k].bR = checked_.array<2>(tuple[3], {role, "bR", index}, "(E, G*H)", {s.E, rows}, access, 0);
       const bool has_R = facts_of(problem.cell).state_product;
@@ -148,6 +152,7 @@ class Call {
         checked_.type_error(ArrayName{role, "", index}.text() + " holds R or bR; this cell has neither");
     }
     out.params = params.data();
+    if (problem.variant.given) out.extras = extras(get<"extras">(given), role, access, required);
     return context(given, role, access, required, out);
   }
 
@@ -162,6 +167,8 @@ class Call {
       checked_.value_error(std::string(role) + "context is given; expected None: the call has no context");
     out.context = checked_.array<3>(context, {role, "context"}, "(E, B, K)", {s.E, s.B, s.K}, access, 0);
     if (required && out.context.data && s.K < 1) checked_.value_error("context has K = 0; expected K >= 1");
+    if (out.context.data && problem.variant.given)
+      checked_.value_error("context is given; expected none with a variant");
     const py::object list = get<"context_weights">(given);
     if (required && list.is_none() != context.is_none())
       checked_.type_error("context and context_weights come both or not at all");
@@ -184,11 +191,13 @@ class Call {
   Results results(py::handle given, const char* role, Access access) {
     const Sizes& s = problem.sizes;
     Results out;
-    out.y = checked_.array<4>(get<"y">(given), {role, "y"}, "(T, E, B, D*H)", {s.T, s.E, s.B, s.D * s.H}, access, -1);
+    out.y = checked_.array<4>(get<"y">(given), {role, "y"}, "(T, E, B, D*H)",
+                              {s.T, s.E, s.B, s.D * outputs_of(problem)}, access, -1);
+    const int64_t h_state[4] = {s.L * s.D, s.E, s.B, outputs_of(problem)};
     const int64_t state[4] = {s.L * s.D, s.E, s.B, s.H};
-    out.hn = checked_.array<4>(get<"hn">(given), {role, "hn"}, "(L*D, E, B, H)", state, access, -1);
+    out.hn = checked_.array<4>(get<"hn">(given), {role, "hn"}, "(L*D, E, B, H)", h_state, access, -1);
     out.cn = checked_.array<4>(get<"cn">(given), {role, "cn"}, "(L*D, E, B, H)", state, access, -1);
-    if (!facts_of(problem.cell).cell_state && out.cn.data)
+    if (!has_cell_state(problem) && out.cn.data)
       checked_.value_error(std::string(role) + "cn is given; only cells with c have it");
     out.cells = checked_.array<5>(get<"cells">(given), {role, "cells"}, "(L, T, E, B, D*H)",
                                   {s.L, s.T, s.E, s.B, s.D * s.H}, access, -1);
@@ -199,12 +208,95 @@ class Call {
     return checked_.tape(std::move(given), cpu::tape_elements(problem), access);
   }
 
+  // Tangents of variants are the reference's.
+  void refuse_variant() const {
+    if (problem.variant.given)
+      checked_.value_error("variant is given; expected none: its tangents are the reference's");
+  }
+
   double work() const { return cpu::work(problem); }
   Checked& checked() { return checked_; }
 
   Problem problem;
 
  private:
+  // The options beyond a plain cell.
+  void variant(py::handle given) {
+    Variant& v = problem.variant;
+    v.given = true;
+    v.proj = integer<"proj_size">(given, 0);
+    v.peepholes = boolean<"peepholes">(given);
+    v.layer_norm = boolean<"layer_norm">(given);
+    v.clip_gates = real<"clip_gates">(given);
+    v.zoneout_h = real<"zoneout_h">(given);
+    v.zoneout_c = real<"zoneout_c">(given);
+    v.recurrent_dropout = real<"recurrent_dropout">(given);
+    v.training = boolean<"training">(given);
+    const CellFacts& cell = facts_of(problem.cell);
+    const bool before = problem.cell == CellKind::gru_reset_before, rnn = cell.gates == 1;
+    if (v.zoneout_h > 1 || v.zoneout_c > 1 || v.recurrent_dropout > 1)
+      checked_.value_error("variant has a probability over 1; expected 0..1");
+    if (!cell.state_product || (v.peepholes && !cell.cell_state) || ((v.proj || v.layer_norm) && (before || rnn)))
+      checked_.value_error("variant asks " + std::string(cell.name) + " for what it does not have");
+    if (problem.recompute || problem.bf16_weights)
+      checked_.value_error("variant is given with recompute or bf16_weights; expected neither");
+    const py::object list = get<"activations">(given);
+    const size_t count = cell.cell_state ? 3 : rnn ? 1 : 2;
+    if (!py::isinstance<py::tuple>(list) || py::len(list) != count)
+      checked_.value_error("variant.activations is no tuple of " + std::to_string(count));
+    for (size_t k = 0; k < count; ++k) {
+      const py::object one = py::reinterpret_borrow<py::tuple>(list)[k];
+      Activation& to = v.activations[k];
+      if (!py::isinstance<py::tuple>(one) || py::len(one) != 3)
+        checked_.value_error("variant.activations has an entry that is no (name, alpha, beta)");
+      const py::tuple parts = py::reinterpret_borrow<py::tuple>(one);
+      const auto* end = std::end(activation_names);
+      const std::string name = py::str(parts[0]);
+      const auto* found = std::find(std::begin(activation_names), end, name);
+      if (found == end) checked_.value_error("variant.activations has " + name + ", which is none of ONNX's");
+      to.kind = static_cast<ActivationKind>(found - activation_names);
+      to.alpha = PyFloat_AsDouble(parts[1].ptr());
+      to.beta = PyFloat_AsDouble(parts[2].ptr());
+      if (PyErr_Occurred()) throw py::error_already_set();
+    }
+  }
+
+  Extras* extras(py::handle list, const char* role, Access access, bool required) {
+    const Sizes& s = problem.sizes;
+    const Variant& v = problem.variant;
+    const CellFacts& cell = facts_of(problem.cell);
+    const size_t count = list.is_none() ? 0 : py::len(list);
+    if (count == 0 && !required) return nullptr;
+    if (count != static_cast<size_t>(s.L * s.D))
+      checked_.value_error(std::string(role) + "extras has " + std::to_string(count) +
+                           " entries; expected L*D = " + std::to_string(s.L * s.D));
+    extras_.emplace_back(count);
+    for (size_t k = 0; k < count; ++k) {
+      const py::object entry =
+          py::reinterpret_steal<py::object>(PySequence_GetItem(list.ptr(), static_cast<Py_ssize_t>(k)));
+      if (!entry) throw py::error_already_set();
+      if (entry.is_none() && !required) continue;
+      const int index = static_cast<int>(k);
+      if (!py::isinstance<py::tuple>(entry) || py::len(entry) != 6)
+        checked_.type_error(ArrayName{role, "extras", index}.text() + " is no tuple of six");
+      const py::tuple t = py::reinterpret_borrow<py::tuple>(entry);
+      Extras& to = extras_.back()[k];
+      const int64_t rows = cell.gates * s.H;
+      to.hr = checked_.array<3>(t[0], {role, "weight_hr", index}, "(E, P, H)", {s.E, v.proj, s.H}, access, 0);
+      to.ph = checked_.array<2>(t[1], {role, "weight_ph", index}, "(E, (G-1)*H)", {s.E, rows - s.H}, access, 0);
+      to.gain_ih = checked_.array<2>(t[2], {role, "gain_ih", index}, "(E, G*H)", {s.E, rows}, access, 0);
+      to.gain_hh = checked_.array<2>(t[3], {role, "gain_hh", index}, "(E, G*H)", {s.E, rows}, access, 0);
+      to.gain_c = checked_.array<2>(t[4], {role, "gain_c", index}, "(E, H)", {s.E, s.H}, access, 0);
+      to.bias_c = checked_.array<2>(t[5], {role, "bias_c", index}, "(E, H)", {s.E, s.H}, access, 0);
+      const bool norm_c = v.layer_norm && cell.cell_state;
+      const bool wanted[6] = {v.proj > 0, v.peepholes, v.layer_norm, v.layer_norm, norm_c, norm_c};
+      for (size_t i = 0; i < 6; ++i)
+        if (t[i].is_none() ? wanted[i] && required : !wanted[i])
+          checked_.type_error(ArrayName{role, "extras", index}.text() + " has an array too few or too many");
+    }
+    return extras_.back().data();
+  }
+
   static constexpr int64_t unbounded = int64_t{1} << 60;
 
   template <Text name>
@@ -240,6 +332,7 @@ class Call {
   Checked checked_;
   bool tokens_ = false;
   std::vector<std::vector<Params>> params_;  // what Arguments::params point to
+  std::vector<std::vector<Extras>> extras_;  // ... and Arguments::extras
 };
 
 size_t tape_elements(py::handle problem) { return cpu::tape_elements(Call("tape_elements: ", problem).problem); }
@@ -273,6 +366,7 @@ void jvp(py::handle problem, py::handle p, py::handle v, py::handle tout) {
   Call call("jvp: ", problem);
   call.dtype_of(p);
   call.refuse_bf16();
+  call.refuse_variant();
   const Arguments arguments = call.arguments(p, "", Access::read, true);
   const Arguments tangents = call.arguments(v, "v.", Access::read, false);
   const Results out = call.results(tout, "tout.", Access::write);
@@ -285,6 +379,7 @@ void hvp(py::handle problem, py::handle p, py::handle v, py::handle g, py::handl
   Call call("hvp: ", problem);
   call.dtype_of(p);
   call.refuse_bf16();
+  call.refuse_variant();
   const Arguments arguments = call.arguments(p, "", Access::read, true);
   const Arguments tangents = call.arguments(v, "v.", Access::read, false);
   const Results gradients = call.results(g, "g.", Access::read);

@@ -3,8 +3,8 @@
 //
 // How csrc/cpu is compiled (-std=c++20 -O3 -fopenmp -fvisibility=hidden for all; OpenMP is needed by threads.cpp only):
 //   once:     dispatch.cpp draw.cpp rows.cpp threads.cpp ctc_beam.cpp
-//   per ISA:  forward.cpp backward.cpp generate.cpp clip.cpp ctc.cpp hmm.cpp and a file for each of CMake's CELLS, each
-//   with -DFUSEDRNN_ISA=<name>
+//   per ISA:  forward.cpp backward.cpp stepwise.cpp generate.cpp clip.cpp ctc.cpp hmm.cpp and a file for each of
+//   CMake's CELLS, each with -DFUSEDRNN_ISA=<name>
 //             -ffp-contract=fast -fno-math-errno -fno-trapping-math and
 //     baseline  (nothing more)
 //     avx2      -mavx2 -mfma -mf16c
@@ -33,6 +33,8 @@ struct Table {
   void (*jvp)(const Call&);
   void (*hvp)(const Call&);
   void (*generate)(const Problem&, const Arguments&, const Results&, const Generation&, int);
+  void (*forward_stepwise)(const Call&);
+  void (*backward_stepwise)(const Call&);
   double (*sum_of_squares[2])(const void*, int64_t);
   double (*sum_of_sizes[2])(const void*, int64_t);
   double (*largest_size[2])(const void*, int64_t);
@@ -72,6 +74,8 @@ bool has_avx512() {
    isa::jvp,                                                              \
    isa::hvp,                                                              \
    isa::generate,                                                         \
+   isa::forward_stepwise,                                                 \
+   isa::backward_stepwise,                                                \
    {read<float, isa::sum_of_squares>, read<double, isa::sum_of_squares>}, \
    {read<float, isa::sum_of_sizes>, read<double, isa::sum_of_sizes>},     \
    {read<float, isa::largest_size>, read<double, isa::largest_size>},     \
@@ -135,6 +139,8 @@ double work(const Problem& problem) {
 
 size_t tape_elements(const Problem& problem) {
   const Sizes& n = problem.sizes;
+  if (problem.variant.given)
+    return static_cast<size_t>(StepwiseTape(problem).elements()) * static_cast<size_t>(n.L * n.D * n.E);
   const CellFacts& cell = facts_of(problem.cell);
   const Tape tape(problem, cell.kept, cell.cell_state);
   return static_cast<size_t>(tape.elements(n.E * n.B)) * static_cast<size_t>(n.L * n.D);
@@ -144,7 +150,7 @@ void forward(const Problem& problem, const Arguments& p, const Results& out, voi
   Call call = make_call(problem, p, threads);
   call.out = out;
   call.tape = tape;
-  table().forward(call);
+  (problem.variant.given ? table().forward_stepwise : table().forward)(call);
 }
 
 void backward(const Problem& problem, const Arguments& p, const void* tape, const Results& g, const Arguments& dp,
@@ -153,7 +159,7 @@ void backward(const Problem& problem, const Arguments& p, const void* tape, cons
   call.g = g;
   call.tape = const_cast<void*>(tape);
   call.dp = dp;
-  table().backward(call);
+  (problem.variant.given ? table().backward_stepwise : table().backward)(call);
 }
 
 void jvp(const Problem& problem, const Arguments& p, const Arguments& v, const Results& tout, int threads) {

@@ -162,6 +162,19 @@ struct Dropout {
       row[j] = word[n % 4] < limit ? S(0) : row[j] * scale;
     }
   }
+
+  // Whether each element is dropped, as 1 or 0. stream: 1 zoneout of h, 2 of c, 3 recurrent dropout.
+  template <class S>
+  void drawn(S* row, int64_t count, uint64_t first, int layer, uint32_t stream) const {
+    const uint64_t limit = static_cast<uint64_t>(p * 4294967296.0);
+    uint32_t word[4];
+    uint64_t block = ~uint64_t{0};
+    for (int64_t j = 0; j < count; ++j) {
+      const uint64_t n = first + static_cast<uint64_t>(j);
+      if (n / 4 != block) philox(seed, block = n / 4, static_cast<uint32_t>(layer), stream, word);
+      row[j] = word[n % 4] < limit ? S(1) : S(0);
+    }
+  }
 };
 
 // How a call is cut into weight sets: one with all rows (e, b) where every weight has stride 0 on E, else E with B

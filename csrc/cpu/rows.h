@@ -51,4 +51,26 @@ struct Tape {
   FUSEDRNN_FORCE int64_t kept_offset(int64_t N) const { return (T + c_steps()) * N * H; }
 };
 
+// The stepwise engine's tape, of one layer, direction and weight set: all rows of h, then of c, of the kept gates, and
+// with layer norm of x W^T and h' R^T, normalised, and of four numbers: 1/deviation of both, of c, and c's mean.
+struct StepwiseTape {
+  int64_t rows, Q, H, GH, kept;
+  bool has_c, norm;
+
+  FUSEDRNN_FORCE explicit StepwiseTape(const Problem& problem)
+      : rows(problem.sizes.T * problem.sizes.B),
+        Q(outputs_of(problem)),
+        H(problem.sizes.H),
+        GH(facts_of(problem.cell).gates * H),
+        kept(facts_of(problem.cell).kept > 0 ? facts_of(problem.cell).kept : 1),
+        has_c(has_cell_state(problem)),
+        norm(problem.variant.layer_norm) {}
+  FUSEDRNN_FORCE int64_t c() const { return rows * Q; }
+  FUSEDRNN_FORCE int64_t gates() const { return c() + (has_c ? rows * H : 0); }
+  FUSEDRNN_FORCE int64_t x_hat() const { return gates() + rows * kept * H; }
+  FUSEDRNN_FORCE int64_t h_hat() const { return x_hat() + (norm ? rows * GH : 0); }
+  FUSEDRNN_FORCE int64_t numbers() const { return h_hat() + (norm ? rows * GH : 0); }
+  FUSEDRNN_FORCE int64_t elements() const { return numbers() + (norm ? rows * 4 : 0); }
+};
+
 }  // namespace fusedrnn::cpu

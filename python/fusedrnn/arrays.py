@@ -2,8 +2,8 @@
 """Whose array is this, and how its axes lie: from what users pass to the canonical views that backends take, and back.
 
 Axes are written as letters: T steps, E weight sets, B rows, I inputs, H units, G gate rows (gates * H), J outputs
-(directions * H), S state rows (layers * directions), L layers, K context. Every function makes views; nothing large
-is copied.
+(directions * H), S state rows (layers * directions), L layers, K context, P outputs of a projection, N peepholes. Every
+function makes views; nothing large is copied.
 
 Arrays on a CUDA device come from any library that speaks `__cuda_array_interface__` (CuPy, Numba, ...); inside they are
 `DeviceArray`s, and results are made by the user's library: see MAKERS.
@@ -20,6 +20,7 @@ import numpy as np
 X, Y, STATE, CELLS, LENGTHS, RESET = "TEBI", "TEBJ", "SEBH", "LTEBJ", "EB", "TEB"
 TOKENS, CONTEXT = "TEB", "EBK"
 WEIGHT_IH, WEIGHT_HH, BIAS, WEIGHT_CH = "EGI", "EGH", "EG", "EGK"
+WEIGHT_HR, WEIGHT_PH, NORM_C = "EPH", "EN", "EH"
 
 
 def kind(value: Any) -> str:

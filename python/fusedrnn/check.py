@@ -6,6 +6,7 @@ Every message says which operation and argument, what came, what was expected, w
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,18 +16,24 @@ import numpy as np
 
 from . import arrays
 from . import params as parameters
-from .backends import Problem
+from .backends import Problem, Variant
 from .cells import CELLS
+from .cells.activations import ACTIVATIONS
 from .cells.cell import Cell
 
 _FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
+_EXTRA_AXES = (arrays.WEIGHT_HR, arrays.WEIGHT_PH, arrays.BIAS, arrays.BIAS, arrays.NORM_C, arrays.NORM_C)
 _WEIGHT_AXES = dict(zip(parameters.KINDS, (arrays.WEIGHT_IH, arrays.WEIGHT_HH, arrays.BIAS, arrays.BIAS), strict=True))
+_WEIGHT_AXES |= dict(zip(parameters.EXTRAS, _EXTRA_AXES, strict=True))
 _WEIGHT_AXES["weight_ch"] = arrays.WEIGHT_CH
 
 
 def fail(op: str, name: str, got: str, expected: str, fix: str = "", error: type[Exception] = ValueError) -> NoReturn:
     """Raise the error, worded as all errors are."""
     raise error(f"{op}: {name} {got}; expected {expected}." + (f" {fix}" if fix else ""))
+
+
+NARROW = ("h", "state", "state[0]", "dy", "tdy", "dstate", "dstate[0]", "tdstate", "tdstate[0]")  # h's units, by name
 
 
 @dataclass(slots=True)
@@ -53,8 +60,8 @@ class Call:
     def __post_init__(self) -> None:
         p = self.problem
         self.sizes = {"T": p.T, "E": p.E, "B": p.B, "I": p.I, "H": p.H, "L": p.L, "J": p.D * p.H, "S": p.L * p.D}
-        self.sizes["G"] = self.cell.gates * p.H
         self.sizes["K"] = 0 if self.context is None else self.context.shape[-1]
+        self.sizes |= {"G": self.cell.gates * p.H, "P": p.outputs, "N": (self.cell.gates - 1) * p.H}
 
     @property
     def on_cuda(self) -> bool:
@@ -66,15 +73,18 @@ class Call:
         """How `cells` lies."""
         return "L" + self.y_axes
 
-    def shape(self, axes: str) -> tuple[int, ...]:
-        """The shape of an array that lies as `axes`."""
-        sizes = self.sizes
+    def shape(self, axes: str, narrow: bool = False) -> tuple[int, ...]:
+        """The shape of an array that lies as `axes`. narrow: its H, J count h's units, which a projection makes few."""
+        sizes, P = self.sizes, self.problem.outputs
+        if narrow and P != sizes["H"]:
+            sizes = sizes | {"H": P, "J": self.problem.D * P}
         return tuple([sizes[a] for a in axes])
 
     def letters(self, axes: str) -> str:
         """The same in letters, for messages: (4*H, H)."""
         p = self.problem
         words = {"G": f"{self.cell.gates}*H" if self.cell.gates > 1 else "H", "J": f"{p.D}*H" if p.D > 1 else "H"}
+        words["N"] = f"{self.cell.gates - 1}*H"
         words["S"] = f"{p.D}*L" if p.D > 1 else "L"
         parts = [words.get(a, a) for a in axes]
         return f"({', '.join(parts)}{',' if len(parts) == 1 else ''})"
@@ -85,11 +95,14 @@ class Call:
         """Fail unless the array has the shape that `axes` says."""
         if layer > 0:
             axes = axes.replace("I", "J")  # what layers above the first take in
-        expected = self.shape(axes)
+        narrow = name.startswith(("weight_ih", "weight_hh")) or name in NARROW
+        expected = self.shape(axes, narrow)
+        if narrow and self.problem.outputs != self.problem.H:
+            axes = axes.replace("H", "P")
         if array.shape == expected:
             return
         sizes, letters = self.sizes, self.letters(axes)
-        used = [a for a in "TEBIHLK" if a in letters]
+        used = [a for a in "TEBIHPLK" if a in letters]
         where = ", ".join(f"{a}={sizes[a]}" + (f" from {self.sources[a]}" if a in self.sources else "") for a in used)
         if not fix and array.ndim == 2 and array.shape[::-1] == expected:
             fix = "Did you pass its transpose?"
@@ -222,6 +235,69 @@ def state_parts(op: str, name: str, cell: Cell, state: Any) -> tuple[Any, Any]:
     return state[0], state[1]
 
 
+def variant(
+    op: str,
+    cell: str,
+    *,
+    proj_size: Any = 0,
+    peepholes: bool = False,
+    layer_norm: bool = False,
+    zoneout: Any = 0.0,
+    recurrent_dropout: Any = 0.0,
+    activations: Any = None,
+    clip_gates: float | None = None,
+    training: bool = False,
+) -> Variant | None:
+    """The options that go beyond a plain cell, checked; None where all are as usual."""
+    usual = ["Sigmoid", "Tanh", "Tanh"] if CELLS[cell].cell_state else ["Sigmoid", "Tanh"]
+    if cell.startswith("rnn"):
+        usual = ["Tanh"] if cell == "rnn_tanh" else ["Relu"]
+    P = integer(op, "proj_size", proj_size, 0)
+    pair = zoneout if isinstance(zoneout, tuple | list) else (zoneout, zoneout)
+    if len(pair) != 2:
+        fail(op, "zoneout", f"is {zoneout!r}", "a probability, or a pair of them for h and c")
+    zones = [probability(op, "zoneout", p) for p in pair]
+    result = Variant(
+        _activations(op, activations, usual),
+        P,
+        bool(peepholes),
+        bool(layer_norm),
+        limit(op, "clip_gates", clip_gates),
+        zones[0],
+        zones[1] if CELLS[cell].cell_state or P else 0.0,
+        probability(op, "recurrent_dropout", recurrent_dropout),
+        bool(training),
+    )
+    if cell == "gru_reset_before" and (P or layer_norm):
+        name = "proj_size" if P else "layer_norm"
+        fail(op, name, f"is {P or True}", "none of it with reset_after=False", "The two need r after the product.")
+    return None if result == Variant(_activations(op, usual, usual), training=bool(training)) else result
+
+
+def _activations(op: str, given: Any, usual: list[str]) -> tuple[tuple[str, float, float], ...]:
+    """Each activation as (name, alpha, beta); given as a name or with its numbers."""
+    listed = usual if given is None else given
+    if isinstance(listed, str) or not isinstance(listed, Sequence) or len(listed) != len(usual):
+        fail(op, "activations", f"is {given!r}", f"{len(usual)} of them, as in {usual!r}")
+    result = []
+    by_name = {name.lower(): name for name in ACTIVATIONS}
+    for one in listed:
+        name, *numbers = (one,) if isinstance(one, str) else one
+        if not isinstance(name, str) or name.lower() not in by_name:
+            fail(op, "activations", f"has {name!r}", f"one of {', '.join(ACTIVATIONS)}")
+        name = by_name[name.lower()]
+        known = ACTIVATIONS[name]
+        if len(numbers) > 2:
+            fail(op, "activations", f"has {one!r}", "a name, alpha and beta at most")
+        numbers = [number(op, f"activations: {name}'s alpha and beta", value) for value in numbers]
+        alpha, beta = (*numbers, *(known.alpha, known.beta)[len(numbers) :])
+        if (known.condition == ">= 0" and not alpha >= 0) or (known.condition == "!= 0" and alpha == 0):
+            fix = "Its slope is taken from its value, which must tell the two sides apart."
+            fail(op, "activations", f"has {name} with alpha {alpha}", f"alpha {known.condition}", fix)
+        result.append((name, alpha, beta))
+    return tuple(result)
+
+
 def call(
     op: str,
     cell_name: str,
@@ -242,9 +318,15 @@ def call(
     clip_cell: float | None,
     clip_grad: float | None,
     recompute: bool,
+    variant: Variant | None = None,
 ) -> tuple[Call, np.ndarray | None, np.ndarray | None]:
     """Check a forward call. Returns it with the state's two parts, as the user gave them."""
     cell = CELLS[cell_name]
+    if variant and variant.proj_size:
+        cell = dataclasses.replace(cell, cell_state=True)
+    if variant and recompute:
+        fix = "proj_size, peepholes, layer_norm, zoneout, recurrent_dropout, activations, clip_gates: they keep all."
+        fail(op, "recompute", "is True", "False with these options", fix)
     L = integer(op, "num_layers", num_layers, 1)
     D = 2 if bidirectional else 1
     if reverse and bidirectional:
@@ -264,7 +346,12 @@ def call(
         expected = f"{shapes[0]}, or {shapes[1]} without a batch, or {shapes[2]} axes with E weight sets"
         fail(op, "x", f"has shape {x.shape}", expected)
     h0, c0 = state_parts(op, "state", cell, state)
-    names, flat, context_params = _flatten(op, cell_name, params, L, D, context is not None)
+    if variant and (tokens or context is not None):
+        name, got = ("x", f"has dtype {x.dtype}") if tokens else ("context", "is given")
+        expected = "float32 or float64 with these options" if tokens else "none with these options"
+        fix = "Tokens and contexts are not built for them: give one-hot vectors, or the context as features of x."
+        fail(op, name, got, expected, fix, TypeError)
+    names, flat, context_params = _flatten(op, cell_name, params, L, D, context is not None, variant)
     if tokens:
         is_whole(op, "x", x)
         if x_rank == 4 and not any(a.ndim == len(weight_axes(n)) for n, a in zip(names, flat, strict=True)):
@@ -278,6 +365,8 @@ def call(
     else:
         dtype, like = x.dtype, "x"
     bf16 = dtype == np.float32 and isinstance(flat[0], np.ndarray) and flat[0].dtype == np.uint16
+    if bf16 and variant:
+        fail(op, "params", "hold bfloat16 weights", "float32 or float64 weights with these options")
     for name, array in (*zip(names, flat, strict=True), *context_params.items()):
         if bf16 and name.startswith("weight"):
             if is_array(op, name, array).dtype != np.uint16:
@@ -307,9 +396,11 @@ def call(
     found.setdefault("B", 1)
     if cell.state_product:
         found["H"], sources["H"] = flat[1].shape[-1], names[1]
+        if variant and variant.proj_size:
+            found["H"], sources["H"] = flat[0].shape[-2] // cell.gates, names[0]
     else:
         found["H"], sources["H"] = flat[0].shape[-2] // cell.gates, names[0]
-    if h0 is not None and h0.ndim >= 2:
+    if h0 is not None and h0.ndim >= 2 and not (variant and variant.proj_size):
         found["H"], sources["H"] = h0.shape[-1], "state"
     lengths = None if lengths is None else _lengths(op, lengths)
     reset = None if reset is None else _reset(op, reset)
@@ -351,6 +442,7 @@ def call(
         clip_grad=limit(op, "clip_grad", clip_grad),
         dropout=probability(op, "dropout", dropout),
         seed=integer(op, "seed", seed, 0, 2**64 - 1),
+        variant=variant,
     )
     result = Call(
         op,
@@ -466,13 +558,16 @@ def _reset(op: str, reset: Any) -> Any:
 
 
 def _flatten(
-    op: str, cell: str, params: Any, L: int, D: int, context: bool
+    op: str, cell: str, params: Any, L: int, D: int, context: bool, variant: Variant | None
 ) -> tuple[list[str], list[np.ndarray], dict[str, np.ndarray]]:
     """Parameters as names and arrays, flat in torch.nn's order, and those of the context."""
+    options: dict[str, Any] = {}
+    if variant:
+        options = {name: getattr(variant, name) for name in ("proj_size", "peepholes", "layer_norm")}
     extra = parameters.context_names(D == 2) if context else []
     if isinstance(params, Mapping):
         bias = "bias_ih_l0" in params or "bias_hh_l0" in params
-        own = parameters.names(L, D == 2, bias, cell)
+        own = parameters.names(L, D == 2, bias, cell, **options)
         wanted = own + extra
         given = list(params)
         if given != wanted:
@@ -491,11 +586,11 @@ def _flatten(
         fix = "fusedrnn.params.init makes new ones."
         expected = "a dict under torch.nn's names or a flat list in its order"
         fail(op, "params", f"is {arrays.kind(params)}", expected, fix, TypeError)
-    with_bias, without = (len(parameters.kinds(cell, bias)) * L * D + len(extra) for bias in (True, False))
+    with_bias, without = (len(parameters.kinds(cell, bias, **options)) * L * D + len(extra) for bias in (True, False))
     if len(params) not in (with_bias, without):
         expected = f"{with_bias} arrays (with biases) or {without} (without) for num_layers={L}, {D} direction(s)"
         if extra:
             expected += f", the last {len(extra)} for context"
         fail(op, "params", f"has {len(params)} arrays", expected)
-    own = parameters.names(L, D == 2, len(params) == with_bias, cell)
+    own = parameters.names(L, D == 2, len(params) == with_bias, cell, **options)
     return own, list(params[: len(own)]), dict(zip(extra, params[len(own) :], strict=True))

@@ -26,6 +26,7 @@ class _Layer:
 
     _op: str  # the function in ops
     _cell: str
+    _variants: tuple[str, ...] = ()  # the options of that function that choose a variant of the cell
     _tape: ops.Tape | None = None
 
     def __init__(
@@ -44,8 +45,15 @@ class _Layer:
         dtype: Any = np.float32,
         seed: int | None = None,
         backend: str | None = None,
+        **variants: Any,
     ) -> None:
         op = type(self).__name__
+        for name in variants:
+            if name not in self._variants:
+                expected = f"an option it has: {', '.join(self._variants) or 'see its text'}"
+                check.fail(op, name, "is unknown", expected, error=TypeError)
+        self.variants = variants
+        self._variant = check.variant(op, self._cell, **variants)
         self.input_size = check.integer(op, "input_size", input_size, 1)
         self.hidden_size = check.integer(op, "hidden_size", hidden_size, 1)
         self.num_layers = check.integer(op, "num_layers", num_layers, 1)
@@ -76,6 +84,7 @@ class _Layer:
             self.dtype,
             self.seed,
             self.context_size,
+            **{name: variants[name] for name in ("proj_size", "peepholes", "layer_norm") if name in variants},
         )
         self._forget()
 
@@ -92,7 +101,8 @@ class _Layer:
             native: Any = backends.load("native")
             self._lane = None
             make: Any = native.Lane if native else None
-            if backends.choose(self.backend) is native and CELLS[self._cell].state_product and not self.context_size:
+            plain = CELLS[self._cell].state_product and self._variant is None and not self.context_size
+            if backends.choose(self.backend) is native and plain:
                 directions, clip_cell = 2 if self.bidirectional else 1, self._clip_cell or 0.0
                 self._lane = make(self._cell, self.num_layers, directions, self.batch_first, clip_cell)
             self._lane_for = settings
@@ -138,7 +148,9 @@ class _Layer:
 
     def _mask_seed(self) -> int | None:
         """The seed of the next call's dropout masks; None when it draws none."""
-        if not self.training or self.dropout == 0:
+        v = self._variant
+        draws = self.dropout > 0 or (v is not None and (v.zoneout_h > 0 or v.zoneout_c > 0 or v.recurrent_dropout > 0))
+        if not self.training or not draws:
             return None
         return (self.seed * 0x9E3779B97F4A7C15 + self.draws) % 2**64
 
@@ -154,6 +166,7 @@ class _Layer:
             clip_grad=self.clip_grad,
             recompute=self.recompute,
             backend=self.backend,
+            **self.variants,
             **self._options(),
             **options,
         )
@@ -291,7 +304,8 @@ class _Layer:
 class LSTM(_Layer):
     """A stack of LSTM layers, as torch.nn.LSTM, on NumPy arrays.
 
-    coupled: the forget gate is 1 - i, so that there are three gates (see `fusedrnn.lstm`).
+    coupled: the forget gate is 1 - i, so that there are three gates. proj_size, peepholes, layer_norm, zoneout,
+    recurrent_dropout, activations, clip_gates: see `fusedrnn.lstm`.
 
     input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional: as torch.nn's. clip_cell: |c| is
     limited to it after every step. clip_grad: |dh|, |dc| are limited to it at every step of backward. recompute: keep
@@ -306,6 +320,9 @@ class LSTM(_Layer):
     """
 
     _op = "lstm"
+    _variants = (
+        "proj_size", "peepholes", "layer_norm", "zoneout", "recurrent_dropout", "activations", "clip_gates"
+    )  # fmt: skip
 
     def __init__(self, *args: Any, clip_cell: float | None = None, coupled: bool = False, **options: Any) -> None:
         self.coupled = bool(coupled)
@@ -327,6 +344,7 @@ class GRU(_Layer):
     """A stack of GRU layers, as torch.nn.GRU; the arguments are LSTM's without clip_cell.
 
     reset_after=False: the reset gate acts before the product, as in the paper, in ONNX and in Keras's older GRU.
+    proj_size, layer_norm, zoneout, recurrent_dropout, activations, clip_gates: see `fusedrnn.gru`.
 
     >>> y, h = fusedrnn.GRU(3, 4, bidirectional=True)(np.ones((5, 2, 3), np.float32))
     >>> y.shape, h.shape
@@ -334,6 +352,7 @@ class GRU(_Layer):
     """
 
     _op = "gru"
+    _variants = ("proj_size", "layer_norm", "zoneout", "recurrent_dropout", "activations", "clip_gates")
 
     def __init__(self, *args: Any, reset_after: bool = True, **options: Any) -> None:
         self.reset_after = bool(reset_after)
@@ -347,12 +366,15 @@ class GRU(_Layer):
 class RNN(_Layer):
     """A stack of vanilla RNN layers, as torch.nn.RNN; nonlinearity is "tanh" or "relu", the rest GRU's arguments.
 
+    zoneout, recurrent_dropout, activations, clip_gates: see `fusedrnn.rnn`.
+
     >>> y, h = fusedrnn.RNN(3, 4, nonlinearity="relu", batch_first=True)(np.ones((2, 5, 3), np.float32))
     >>> y.shape, h.shape
     ((2, 5, 4), (1, 2, 4))
     """
 
     _op = "rnn"
+    _variants = ("zoneout", "recurrent_dropout", "activations", "clip_gates")
 
     def __init__(self, *args: Any, nonlinearity: str = "tanh", **options: Any) -> None:
         if nonlinearity not in ("tanh", "relu"):

@@ -67,6 +67,13 @@ def lstm(
     params: Any = None,
     *,
     coupled: bool = False,
+    proj_size: int = 0,
+    peepholes: bool = False,
+    layer_norm: bool = False,
+    zoneout: float | tuple[float, float] = 0.0,
+    recurrent_dropout: float = 0.0,
+    activations: Any = None,
+    clip_gates: float | None = None,
     num_layers: int = 1,
     bidirectional: bool = False,
     reverse: bool = False,
@@ -88,6 +95,15 @@ def lstm(
     """Run an LSTM over a whole sequence. Shapes: see the module's text.
 
     coupled: the forget gate is 1 - i, so there are three gates i, g, o (Greff et al. 2017; ONNX's input_forget).
+    proj_size: h = m Wr^T has so many units, m = o tanh(c) has H (Sak et al. 2014; torch's proj_size).
+    peepholes: i and f see c', o sees c, through weight_ph (Gers & Schmidhuber 2000; ONNX's P).
+    layer_norm: x W^T, h' R^T and c before its tanh are normalised over all their units (eps 1e-5), then gain and bias
+    (Ba et al. 2016; the biases are those of the gates).
+    zoneout: the probability, of h and c or a pair of them, that a unit keeps its old value while training; otherwise
+    it keeps that share of it (Krueger et al. 2017). recurrent_dropout: of h' on its way into R, one mask for all steps
+    (Gal & Ghahramani 2016). Both draw from `seed`.
+    activations: of the gates, of g, of c: names of ONNX's list, or (name, alpha, beta). clip_gates: what goes into the
+    first two lies in [-clip_gates, clip_gates] (ONNX's clip).
     reverse: walk from the last step to the first. reset_to: what a reset goes back to, "zero" or "initial" (`state`).
     dropout: on what goes up between layers, only while training; the same seed gives the same mask everywhere.
     clip_cell: |c| <= clip_cell after every step. clip_grad: |dh|, |dc| <= clip_grad at every step of backward.
@@ -125,6 +141,18 @@ def lstm(
         clip_cell=clip_cell,
         clip_grad=clip_grad,
         recompute=recompute,
+        variant=check.variant(
+            "lstm",
+            "cifg" if coupled else "lstm",
+            proj_size=proj_size,
+            peepholes=peepholes,
+            layer_norm=layer_norm,
+            zoneout=zoneout,
+            recurrent_dropout=recurrent_dropout,
+            activations=activations,
+            clip_gates=clip_gates,
+            training=training,
+        ),
     )
     return _forward(checked, x, training, return_cells, backend, reuse)
 
@@ -135,6 +163,12 @@ def gru(
     params: Any = None,
     *,
     reset_after: bool = True,
+    proj_size: int = 0,
+    layer_norm: bool = False,
+    zoneout: float | tuple[float, float] = 0.0,
+    recurrent_dropout: float = 0.0,
+    activations: Any = None,
+    clip_gates: float | None = None,
     num_layers: int = 1,
     bidirectional: bool = False,
     reverse: bool = False,
@@ -153,6 +187,10 @@ def gru(
     reuse: Tape | None = None,
 ) -> Any:
     """Run a GRU. reset_after: the reset gate acts after the product (PyTorch, cuDNN) or before it (the paper, ONNX).
+
+    proj_size: h = m Wr^T has so many units, and m, of H, is what z carries over: the state is a pair (h, m), as the
+    LSTM's (h, c), and return_cells gives m. layer_norm, zoneout, recurrent_dropout, activations (of the gates, of n)
+    and clip_gates: as in `lstm`. proj_size and layer_norm need reset_after.
 
     All else as in `lstm`; the state is one array h.
 
@@ -180,6 +218,17 @@ def gru(
         clip_cell=None,
         clip_grad=clip_grad,
         recompute=recompute,
+        variant=check.variant(
+            "gru",
+            "gru" if reset_after else "gru_reset_before",
+            proj_size=proj_size,
+            layer_norm=layer_norm,
+            zoneout=zoneout,
+            recurrent_dropout=recurrent_dropout,
+            activations=activations,
+            clip_gates=clip_gates,
+            training=training,
+        ),
     )
     return _forward(checked, x, training, return_cells, backend, reuse)
 
@@ -190,6 +239,10 @@ def rnn(
     params: Any = None,
     *,
     nonlinearity: str = "tanh",
+    zoneout: float = 0.0,
+    recurrent_dropout: float = 0.0,
+    activations: Any = None,
+    clip_gates: float | None = None,
     num_layers: int = 1,
     bidirectional: bool = False,
     reverse: bool = False,
@@ -235,6 +288,15 @@ def rnn(
         clip_cell=None,
         clip_grad=clip_grad,
         recompute=recompute,
+        variant=check.variant(
+            "rnn",
+            f"rnn_{nonlinearity}",
+            zoneout=zoneout,
+            recurrent_dropout=recurrent_dropout,
+            activations=activations,
+            clip_gates=clip_gates,
+            training=training,
+        ),
     )
     return _forward(checked, x, training, return_cells, backend, reuse)
 
@@ -402,7 +464,7 @@ def jvp(tape: Tape, tangents: Mapping[str, Any], return_cells: bool = False) -> 
     """
     call = tape.call
     public, out = _new_results(call, return_cells)
-    tape.backend.jvp(call.problem, tape.arguments, _tangents("jvp", tape, tangents), out)
+    _tangents_backend("jvp", tape).jvp(call.problem, tape.arguments, _tangents("jvp", tape, tangents), out)
     return _state_last(call, public, return_cells)
 
 
@@ -433,7 +495,7 @@ def hvp(
     g = _given_results("hvp", call, "d", dy, dstate, dcells)
     t = _given_results("hvp", call, "td", tdy, tdstate, tdcells)
     grads, out, finish = _new_arguments(tape)
-    tape.backend.hvp(call.problem, tape.arguments, v, g, t, out)
+    _tangents_backend("hvp", tape).hvp(call.problem, tape.arguments, v, g, t, out)
     return finish(grads)
 
 
@@ -452,6 +514,9 @@ def _forward(
     problem = call.problem
     if not training:
         problem.dropout = 0.0
+    if problem.variant and call.on_cuda:
+        fix = "proj_size, peepholes, layer_norm, zoneout, recurrent_dropout, activations and clip_gates run on the CPU."
+        check.fail(call.op, "x", "is on a CUDA device", "a NumPy array with these options", fix)
     chosen: Any = backends.choose(backend, on_cuda=call.on_cuda)
     if call.on_cuda:
         x = arrays.on_device(x)
@@ -539,29 +604,37 @@ def _arguments(call: check.Call, given: Mapping[str, Any]) -> Arguments:
         axes, canonical = _axes(call, name, array.ndim)
         return arrays.view(array, axes, canonical, call.problem.E)
 
-    params = _params(call, {name: place(name) for name in call.names})
+    placed = {name: place(name) for name in call.names}
     weights = [place(name) for name in call.context_params] or None
-    return Arguments(place("x"), place("h"), place("c"), params, place("context"), weights)
+    params, extras = _params(call, placed), _extras(call, placed)
+    return Arguments(place("x"), place("h"), place("c"), params, place("context"), weights, extras)
 
 
-def _params(call: check.Call, arrays_by_name: Mapping[str, Any]) -> list[Any]:
+def _extras(call: check.Call, arrays_by_name: Mapping[str, Any]) -> list[Any]:
+    """What a variant adds to the parameters."""
+    return _params(call, arrays_by_name, parameters.EXTRAS) if call.problem.variant else []
+
+
+def _params(
+    call: check.Call, arrays_by_name: Mapping[str, Any], kinds: tuple[str, ...] = parameters.KINDS
+) -> list[Any]:
     """The canonical arrays of every layer and direction; what a cell does not have is None."""
     count = call.problem.L * call.problem.D
     each = len(call.names) // count
     groups = [call.names[n * each : (n + 1) * each] for n in range(count)]
     by_kind = [{name.partition("_l")[0]: arrays_by_name[name] for name in group} for group in groups]
-    return [tuple(group.get(kind) for kind in parameters.KINDS) for group in by_kind]
+    return [tuple(group.get(kind) for kind in kinds) for group in by_kind]
 
 
 def _new_results(call: check.Call, want_cells: bool) -> tuple[Results, Results]:
     """New arrays for all results: as the user gets them, and their canonical views."""
 
-    def new(axes: str) -> Any:
-        return arrays.empty(call.shape(axes), call.dtype, call.params[0])
+    def new(axes: str, narrow: bool = False) -> Any:
+        return arrays.empty(call.shape(axes, narrow), call.dtype, call.params[0])
 
     public = Results(
-        new(call.y_axes),
-        new(call.state_axes),
+        new(call.y_axes, True),
+        new(call.state_axes, True),
         new(call.state_axes) if call.cell.cell_state else None,
         new(call.cells_axes) if want_cells else None,
     )
@@ -625,10 +698,18 @@ def _tangents(op: str, tape: Tape, tangents: Mapping[str, Any]) -> Arguments:
         check.is_float(op, label, array, call.dtype)
         like = tape.inputs[name]
         axes = call.state_axes if like is None else _axes(call, name, like.ndim)[0]
-        expected_shape = call.shape(axes) if like is None else like.shape
+        expected_shape = call.shape(axes, name == "h") if like is None else like.shape
         if array.shape != expected_shape:
             check.fail(op, label, f"has shape {array.shape}", f"{expected_shape}, its argument's shape")
     return _arguments(call, given)
+
+
+def _tangents_backend(op: str, tape: Tape) -> backends.Backend:
+    """Tangents of variants are computed by the reference, which the log tells."""
+    if tape.call.problem.variant is None:
+        return tape.backend
+    backends.log.info("%s of this variant runs on the reference", op)
+    return backends.choose("reference")
 
 
 def _new_arguments(tape: Tape) -> Any:
@@ -646,9 +727,9 @@ def _new_arguments(tape: Tape) -> Any:
         else:
             axes, target = _axes(call, name, given.ndim)
         if name in ("x", "h", "c") and E > 1 and "E" not in axes and not call.on_cuda:
-            canonical[name] = np.empty(call.shape(target), call.dtype)
+            canonical[name] = np.empty(call.shape(target, name == "h"), call.dtype)
             continue
-        shape = call.shape(axes) if given is None else given.shape
+        shape = call.shape(axes, name == "h") if given is None else given.shape
         public[name] = arrays.empty(shape, call.dtype, call.params[0])
         canonical[name] = arrays.view(public[name], axes, target, E, write=True)
 
@@ -666,7 +747,7 @@ def _new_arguments(tape: Tape) -> Any:
         x = {"x": grads.pop("x")} if "x" in grads else {}
         return {**x, "state": state, **grads}
 
-    params = _params(call, canonical)
+    params, extras = _params(call, canonical), _extras(call, canonical)
     weights = [canonical[name] for name in call.context_params] or None
     state = canonical["h"], canonical.get("c")
-    return public, Arguments(canonical.get("x"), *state, params, canonical.get("context"), weights), finish
+    return public, Arguments(canonical.get("x"), *state, params, canonical.get("context"), weights, extras), finish

@@ -8,6 +8,10 @@ needs no conversion. `cell` is "rnn_tanh", "rnn_relu", "lstm", "gru", "gru_reset
 ONNX's linear_before_reset=0), "cifg" (the coupled LSTM, 3: i, g, o), "mingru" (2: z, n) or "minlstm" (3: i, f, g). The
 last two have no weight_hh and no bias_hh. With a context of K numbers (see fusedrnn.ops) layer 0 also has
 `weight_ch_l0` (G*H, K), and `weight_ch_l0_reverse`, behind all others.
+
+What options add, in this order: `weight_hr_l{k}` (P, H) for proj_size P (weight_hh is then (G*H, P), and layers above
+the first take in directions * P); `weight_ph_l{k}` (3*H) for peepholes of i, f, o ((2*H) for i, o where the gates are
+coupled); for layer_norm `gain_ih_l{k}` and `gain_hh_l{k}` (G*H), and the LSTM's `gain_c_l{k}` and `bias_c_l{k}` (H).
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ import numpy as np
 from .cells import CELLS
 
 KINDS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+EXTRAS = ("weight_hr", "weight_ph", "gain_ih", "gain_hh", "gain_c", "bias_c")
 
 # Where each gate of ours stands in theirs.
 _ONNX: dict[str, Sequence[int]] = {"lstm": (0, 2, 3, 1), "gru": (1, 0, 2), "rnn": (0,)}  # i, o, f, c; z, r, h
@@ -33,24 +38,31 @@ def _order(theirs: Mapping[str, Sequence[int]], cell: str) -> Sequence[int]:
     return found
 
 
-def kinds(cell: str, bias: bool = True) -> tuple[str, ...]:
+def kinds(
+    cell: str, bias: bool = True, proj_size: int = 0, peepholes: bool = False, layer_norm: bool = False
+) -> tuple[str, ...]:
     """What a layer has in each direction.
 
     >>> fusedrnn.params.kinds("mingru")
     ('weight_ih', 'bias_ih')
     """
     found = KINDS if CELLS[cell].state_product else (KINDS[0], KINDS[2])
-    return found if bias else tuple(kind for kind in found if not kind.startswith("bias"))
+    norm_of_c = layer_norm and CELLS[cell].cell_state
+    wanted = (proj_size > 0, peepholes, layer_norm, layer_norm, norm_of_c, norm_of_c)
+    extras = tuple(kind for kind, want in zip(EXTRAS, wanted, strict=True) if want)
+    return (found if bias else tuple(kind for kind in found if not kind.startswith("bias"))) + extras
 
 
-def names(num_layers: int = 1, bidirectional: bool = False, bias: bool = True, cell: str = "lstm") -> list[str]:
-    """All parameter names, in the order of torch.nn's flat weights.
+def names(
+    num_layers: int = 1, bidirectional: bool = False, bias: bool = True, cell: str = "lstm", **options: Any
+) -> list[str]:
+    """All parameter names, in the order of torch.nn's flat weights. options: proj_size, peepholes, layer_norm.
 
     >>> fusedrnn.params.names(bias=False, bidirectional=True)
     ['weight_ih_l0', 'weight_hh_l0', 'weight_ih_l0_reverse', 'weight_hh_l0_reverse']
     """
     suffixes = ("", "_reverse") if bidirectional else ("",)
-    each = kinds(cell, bias)
+    each = kinds(cell, bias, **options)
     return [f"{kind}_l{layer}{suffix}" for layer in range(num_layers) for suffix in suffixes for kind in each]
 
 
@@ -71,22 +83,27 @@ def shapes(
     bidirectional: bool = False,
     bias: bool = True,
     context_size: int = 0,
+    **options: Any,
 ) -> dict[str, tuple[int, ...]]:
-    """The shape of every parameter, by name.
+    """The shape of every parameter, by name. options: proj_size, peepholes, layer_norm.
 
     >>> fusedrnn.params.shapes("lstm", 3, 5)["weight_ih_l0"]
     (20, 3)
     """
     rows = CELLS[cell].gates * hidden_size
+    outputs = options.get("proj_size", 0) or hidden_size
+    of_kind: dict[str, tuple[int, ...]] = {
+        "weight_hh": (rows, outputs),
+        "weight_hr": (outputs, hidden_size),
+        "weight_ph": ((CELLS[cell].gates - 1) * hidden_size,),
+        "gain_c": (hidden_size,),
+        "bias_c": (hidden_size,),
+    }
     result: dict[str, tuple[int, ...]] = {}
-    for name in names(num_layers, bidirectional, bias, cell):
-        if name.startswith("bias"):
-            result[name] = (rows,)
-        elif name.startswith("weight_hh"):
-            result[name] = (rows, hidden_size)
-        else:
-            below = input_size if name.startswith("weight_ih_l0") else hidden_size * (2 if bidirectional else 1)
-            result[name] = (rows, below)
+    for name in names(num_layers, bidirectional, bias, cell, **options):
+        below = input_size if name.startswith("weight_ih_l0") else outputs * (2 if bidirectional else 1)
+        usual = (rows, below) if name.startswith("weight_ih") else (rows,)
+        result[name] = of_kind.get(name.partition("_l")[0], usual)
     if context_size:
         result |= dict.fromkeys(context_names(bidirectional), (rows, context_size))
     return result
@@ -102,16 +119,22 @@ def init(
     dtype: Any = np.float32,
     seed: int | None = None,
     context_size: int = 0,
+    **options: Any,
 ) -> dict[str, np.ndarray]:
     """New parameters, uniform in [-1/sqrt(H), 1/sqrt(H)] as in torch.nn (the same distribution, not the same numbers).
+    Gains of layer_norm are 1 and bias_c is 0. options: proj_size, peepholes, layer_norm.
 
     >>> fusedrnn.params.init("gru", 3, 4, seed=0)["bias_hh_l0"].shape
     (12,)
     """
     rng = np.random.default_rng(seed)
     bound = hidden_size**-0.5
-    wanted = shapes(cell, input_size, hidden_size, num_layers, bidirectional, bias, context_size)
-    return {name: rng.uniform(-bound, bound, shape).astype(dtype) for name, shape in wanted.items()}
+    wanted = shapes(cell, input_size, hidden_size, num_layers, bidirectional, bias, context_size, **options)
+    made = {name: rng.uniform(-bound, bound, shape).astype(dtype) for name, shape in wanted.items()}
+    for name, array in made.items():
+        if name.startswith(("gain", "bias_c")):
+            array[...] = name.startswith("gain")
+    return made
 
 
 def to_bfloat16(params: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

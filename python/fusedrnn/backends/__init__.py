@@ -36,6 +36,24 @@ NAMES = ("native", "numba", "reference")
 Params = tuple[Any, Any, Any, Any]  # W (E,G*H,I_l), R (E,G*H,H), bW (E,G*H), bR (E,G*H); the biases may be None
 
 
+Extras = tuple[Any, Any, Any, Any, Any, Any]  # weight_hr, weight_ph, gain_ih, gain_hh, gain_c, bias_c: see `Variant`
+
+
+@dataclass(slots=True)
+class Variant:
+    """What goes beyond a plain cell: see csrc/README.md, "The stepwise engine"."""
+
+    activations: tuple[tuple[str, float, float], ...]  # name, alpha, beta of f, g, h (LSTM), f, g (GRU) or f (RNN)
+    proj_size: int = 0  # h and y have so many units, c has H; weight_hr (E,P,H); 0: none
+    peepholes: bool = False  # weight_ph (E,3*H): i, f, o; (E,2*H) without f where the gates are coupled
+    layer_norm: bool = False  # gain_ih, gain_hh (E,G*H); LSTM: gain_c, bias_c (E,H)
+    clip_gates: float = 0.0  # what goes into the gates' activations lies in [-clip_gates, clip_gates]; 0: off
+    zoneout_h: float = 0.0
+    zoneout_c: float = 0.0
+    recurrent_dropout: float = 0.0
+    training: bool = False  # zoneout and recurrent dropout draw; otherwise their expectations act
+
+
 @dataclass(slots=True)
 class Problem:
     """Which cell, what sizes, which options."""
@@ -58,6 +76,12 @@ class Problem:
     lengths: np.ndarray | None = None  # int64 (E,B)
     reset: np.ndarray | None = None  # bool or uint8 (T,E,B)
     bf16_weights: bool = False  # W and R are the bits of bfloat16 in uint16, the rest float32: forward without a tape
+    variant: Variant | None = None
+
+    @property
+    def outputs(self) -> int:
+        """Units of h and of y in one direction."""
+        return self.variant.proj_size or self.H if self.variant else self.H
 
 
 @dataclass(slots=True)
@@ -70,6 +94,7 @@ class Arguments:
     params: list[Params] = field(default_factory=list)  # [L*D], layer-major, forward direction first
     context: Any = None  # (E,B,K): what layer 0 sees at every step beside x
     context_weights: Any = None  # [D] of (E,G*H,K), where there is a context
+    extras: list[Extras] = field(default_factory=list)  # [L*D], of problems with a variant
 
 
 @dataclass(slots=True)

@@ -790,6 +790,8 @@ def _tape_parts(problem: Problem) -> list[tuple[int, ...]]:
 
 def tape_elements(problem: Problem) -> int:
     """kept + h + c of every step, layer and direction; h + c with recompute."""
+    if problem.variant:
+        return reference.tape_elements(problem)
     return problem.L * problem.D * sum(math.prod(shape) for shape in _tape_parts(problem))
 
 
@@ -853,6 +855,9 @@ def _input(problem: Problem, p: Arguments, kept: list[Any], masks: Any, layer: i
 
 def forward(problem: Problem, p: Arguments, out: Results, tape: Any) -> None:
     """Fill out's arrays, and the tape."""
+    if problem.variant:
+        _log.info("numba: this variant's forward runs on the reference")
+        return reference.forward(problem, p, out, tape)
     if problem.B == 0:
         return reference.forward(problem, p, out, tape)
     cell, dtype = CELLS[problem.cell], dtype_of(problem, p)
@@ -887,6 +892,9 @@ def forward(problem: Problem, p: Arguments, out: Results, tape: Any) -> None:
 
 def backward(problem: Problem, p: Arguments, tape: Any, g: Results, dp: Arguments) -> None:
     """Fill dp's arrays with the gradients."""
+    if problem.variant:
+        _log.info("numba: this variant's backward runs on the reference")
+        return reference.backward(problem, p, tape, g, dp)
     if problem.B == 0:
         return reference.backward(problem, p, tape, g, dp)
     cell, dtype = CELLS[problem.cell], dtype_of(problem, p)

@@ -18,6 +18,7 @@ from ..cells import CELLS, dropout
 from ..cells.cell import Cell
 from ..cells.number import clamp
 from . import Arguments, Problem, Results, holds_tokens
+from .variants import Walk
 
 _STEP = 1e-40  # its square vanishes beside 1, and products with tiny tangents do not underflow
 
@@ -101,6 +102,10 @@ def _wide_arguments(problem: Problem, p: Arguments, v: Arguments | None = None) 
             _wide(W, vW, dual)
             for W, vW in zip(p.context_weights or [], tangents.context_weights or [None] * problem.D, strict=False)
         ],
+        [
+            tuple(_wide(a, b, dual) for a, b in zip(given, given_v, strict=True))
+            for given, given_v in zip(p.extras, tangents.extras or [(None,) * 6] * len(p.extras), strict=True)
+        ],
     )
 
 
@@ -132,7 +137,8 @@ def store_arguments(to: Arguments, value: Arguments, tangent: bool = False) -> N
     _store(to.context, value.context, 0, tangent)
     for array, array_value in zip(to.context_weights or [], value.context_weights or [], strict=False):
         _store(array, array_value, 0, tangent)
-    for arrays, values in zip(to.params, value.params, strict=False):
+    pairs = [*zip(to.params, value.params, strict=False), *zip(to.extras, value.extras, strict=False)]
+    for arrays, values in pairs:
         for array, array_value in zip(arrays, values, strict=True):
             _store(array, array_value, 0, tangent)
 
@@ -289,8 +295,14 @@ def _backwards(problem: Problem, d: int) -> bool:
     return problem.reverse or d == 1
 
 
-def _state(problem: Problem, given: Any, like: Any) -> Any:
-    shape = (problem.L * problem.D, problem.E, problem.B, problem.H)
+def _times(problem: Problem, d: int) -> Any:
+    """What a walk must know of time: active, restart, order."""
+    active, backwards = _active(problem), _backwards(problem, d)
+    return active, _restart(problem, active, backwards), _order(problem, backwards)
+
+
+def _state(problem: Problem, given: Any, like: Any, units: int = 0) -> Any:
+    shape = (problem.L * problem.D, problem.E, problem.B, units or problem.H)
     return np.zeros(shape, like.dtype) if given is None else given
 
 
@@ -301,7 +313,7 @@ def _context_product(p: Arguments, d: int) -> Any:
 
 def _forward(problem: Problem, p: Arguments) -> tuple[Results, list[_Kept]]:
     cell = CELLS[problem.cell]
-    h0, c0 = _state(problem, p.h0, p.x), _state(problem, p.c0, p.x)
+    h0, c0 = _state(problem, p.h0, p.x, problem.outputs), _state(problem, p.c0, p.x)
     hn, cn = np.empty_like(h0), np.empty_like(c0)
     kept: list[_Kept] = []
     all_cells = []
@@ -312,8 +324,11 @@ def _forward(problem: Problem, p: Arguments) -> tuple[Results, list[_Kept]]:
         ys, cells = [], []
         for d in range(problem.D):
             n = layer * problem.D + d
-            extra = _context_product(p, d) if layer == 0 else 0.0
-            walked = _walk(problem, cell, y, p.params[n], extra, h0[n], c0[n], _backwards(problem, d))
+            if problem.variant:
+                walked = Walk(problem, n, p.params[n], p.extras[n]).forward(y, h0[n], c0[n], *_times(problem, d))
+            else:
+                extra = _context_product(p, d) if layer == 0 else 0.0
+                walked = _walk(problem, cell, y, p.params[n], extra, h0[n], c0[n], _backwards(problem, d))
             ys.append(walked[0])
             cells.append(walked[1])
             hn[n], cn[n] = walked[2], walked[3]
@@ -326,21 +341,26 @@ def _forward(problem: Problem, p: Arguments) -> tuple[Results, list[_Kept]]:
 def _backward(problem: Problem, p: Arguments, g: Results) -> Arguments:
     cell = CELLS[problem.cell]
     kept = _forward(problem, p)[1]
-    dhn, dcn = _state(problem, g.hn, p.x), _state(problem, g.cn, p.x)
+    dhn, dcn = _state(problem, g.hn, p.x, problem.outputs), _state(problem, g.cn, p.x)
     dh0, dc0 = np.empty_like(dhn), np.empty_like(dcn)
-    shape = (problem.T, problem.E, problem.B, problem.D * problem.H)
-    dy = np.zeros(shape, p.x.dtype) if g.y is None else g.y
+    rows, Q = (problem.T, problem.E, problem.B), problem.outputs
+    dy = np.zeros((*rows, problem.D * Q), p.x.dtype) if g.y is None else g.y
     params: list[Any] = [None] * len(p.params)
+    extras: list[Any] = [None] * len(p.extras)
     for layer in reversed(range(problem.L)):
-        dcells = np.zeros(shape, p.x.dtype) if g.cells is None else g.cells[layer]
+        dcells = np.zeros((*rows, problem.D * problem.H), p.x.dtype) if g.cells is None else g.cells[layer]
         dx: Any = 0.0
         dcontext: Any = 0.0
         dweights: list[Any] = []
         for d in range(problem.D):
             n = layer * problem.D + d
-            part = slice(d * problem.H, (d + 1) * problem.H)
-            dys = dy[..., part], dcells[..., part]
-            walked = _walk_back(problem, cell, kept[n], p.params[n], *dys, dhn[n], dcn[n], _backwards(problem, d))
+            dys = dy[..., d * Q : (d + 1) * Q], dcells[..., d * problem.H : (d + 1) * problem.H]
+            if problem.variant:
+                walk = Walk(problem, n, p.params[n], p.extras[n])
+                walked = walk.backward(kept[n], *dys, dhn[n], dcn[n], *_times(problem, d))
+                extras[n] = walked[4]
+            else:
+                walked = _walk_back(problem, cell, kept[n], p.params[n], *dys, dhn[n], dcn[n], _backwards(problem, d))
             dx = dx + walked[0]
             dh0[n], dc0[n], params[n] = walked[1], walked[2], walked[3]
             if layer == 0 and p.context is not None:
@@ -349,7 +369,7 @@ def _backward(problem: Problem, p: Arguments, g: Results) -> Arguments:
         dy = dx
         if layer > 0 and problem.dropout > 0:
             dy = dy * dropout.scale(dy.shape, problem.dropout, problem.seed, layer - 1)
-    return Arguments(dy, dh0, dc0, params, dcontext, dweights)
+    return Arguments(dy, dh0, dc0, params, dcontext, dweights, extras)
 
 
 # Sums over paths.

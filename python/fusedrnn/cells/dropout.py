@@ -28,12 +28,18 @@ def philox(c0: Any, c1: Any, c2: Any, c3: Any, k0: Any, k1: Any) -> Any:
     return c0, c1, c2, c3
 
 
-def scale(shape: tuple[int, ...], p: float, seed: int, layer: int) -> np.ndarray:
-    """The factors of one layer's output (T,E,B,D*H), float64: 0 where dropped, else 1/(1-p); all 0 for p = 1."""
+def drawn(shape: tuple[int, ...], p: float, seed: int, layer: int, stream: int = 0) -> np.ndarray:
+    """Where the rule above says "dropped". The counter's last word tells the uses apart: 0 dropout between layers,
+    1 zoneout of h, 2 zoneout of c, 3 recurrent dropout; for 1 to 3, `layer` is layer * directions + direction."""
     size = int(np.prod(shape, dtype=np.int64))
     n = np.arange((size + 3) // 4, dtype=np.uint64)
     zero = np.zeros_like(n)
     key = np.uint64(seed & 0xFFFFFFFFFFFFFFFF)
-    words = philox(n & _LOW, n >> _HALF, zero + np.uint64(layer), zero, key & _LOW, key >> _HALF)
+    words = philox(n & _LOW, n >> _HALF, zero + np.uint64(layer), zero + np.uint64(stream), key & _LOW, key >> _HALF)
     word = np.stack(words, axis=-1).reshape(-1)[:size]
-    return np.where(word < p * 2.0**32, 0.0, 1 / (1 - p) if p < 1 else 0.0).reshape(shape)
+    return (word < p * 2.0**32).reshape(shape)
+
+
+def scale(shape: tuple[int, ...], p: float, seed: int, layer: int, stream: int = 0) -> np.ndarray:
+    """The factors of one layer's output (T,E,B,D*H), float64: 0 where dropped, else 1/(1-p); all 0 for p = 1."""
+    return np.where(drawn(shape, p, seed, layer, stream), 0.0, 1 / (1 - p) if p < 1 else 0.0)
