@@ -442,6 +442,14 @@ def test_jvp_and_hvp_of_a_variant_run_on_the_reference(caplog):
             "recompute is True; expected False",
         ),
         (
+            lambda: fusedrnn.generate(fusedrnn.GRU(5, 4, zoneout=0.1), random(5, 4), None, np.array([1]), 3),
+            "generate: layer has zoneout; expected a layer without",
+        ),
+        (
+            lambda: fusedrnn.GRU(5, 4, zoneout=0.1)(np.array([[1]])),
+            "gru: x has dtype int64; expected float32 or float64 with these options",
+        ),
+        (
             lambda: fusedrnn.lstm(random(2, 2, 3), None, fusedrnn.params.init("lstm", 3, 4), proj_size=2),
             "params has no weight_hr_l0",
         ),

@@ -163,7 +163,7 @@ struct Dropout {
     }
   }
 
-  // Whether each element is dropped, as 1 or 0. stream: 1 zoneout of h, 2 of c, 3 recurrent dropout.
+  // Whether each element is dropped, as 1 or 0. stream: 2 zoneout of h, 3 of c, 4 recurrent dropout.
   template <class S>
   void drawn(S* row, int64_t count, uint64_t first, int layer, uint32_t stream) const {
     const uint64_t limit = static_cast<uint64_t>(p * 4294967296.0);

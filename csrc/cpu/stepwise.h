@@ -96,7 +96,7 @@ class Stepwise {
 
   // ---- masks ----
 
-  // How much of the old state stays: row i at step s, `units` of them, from stream 1 (h) or 2 (c).
+  // How much of the old state stays: row i at step s, `units` of them, from stream 2 (h) or 3 (c).
   void keep_row(const Task& t, int64_t s, int64_t i, double p, uint32_t stream, int64_t units, S* out) const {
     if (!v_.training || p == 0) {
       for (int64_t u = 0; u < padded(units); u += L) store(out + u, V(static_cast<S>(p)));
@@ -111,7 +111,7 @@ class Stepwise {
   void mask_row(const Task& t, int64_t i, S* out) const {
     const double p = v_.recurrent_dropout;
     const int64_t row = t.rows.e[i] * n_.B + t.rows.b[i];
-    Dropout{p, problem_.seed}.drawn(out, Q, static_cast<uint64_t>(row * Q), static_cast<int>(t.ld), 3);
+    Dropout{p, problem_.seed}.drawn(out, Q, static_cast<uint64_t>(row * Q), static_cast<int>(t.ld), 4);
     const S scale = p < 1 ? static_cast<S>(1 / (1 - p)) : S(0);
     for (int64_t u = 0; u < Q; ++u) out[u] = out[u] != 0 ? S(0) : scale;
   }

@@ -277,7 +277,7 @@ class StepwiseBackward : Stepwise<S> {
     }
     S* fresh = dnew_ + r * ldQ;
     if (this->zoned(v_.zoneout_h)) {
-      this->keep_row(t, s, i, v_.zoneout_h, 1, Q, buffer);
+      this->keep_row(t, s, i, v_.zoneout_h, 2, Q, buffer);
       units(Q, [&](int64_t u) {
         const V all = load(dh + u), stays = load(buffer + u) * all;
         store(fresh + u, all - stays);
@@ -294,7 +294,7 @@ class StepwiseBackward : Stepwise<S> {
   void zone_c(const Task& t, int64_t s, int64_t i, S* fresh) {
     S* dc = d_[1] + i * ldH;
     if (this->zoned(v_.zoneout_c)) {
-      this->keep_row(t, s, i, v_.zoneout_c, 2, H, fresh);
+      this->keep_row(t, s, i, v_.zoneout_c, 3, H, fresh);
       units(H, [&](int64_t u) {
         const V all = load(dc + u), stays = load(fresh + u) * all;
         store(fresh + u, all - stays);

@@ -262,7 +262,7 @@ class StepwiseForward : Stepwise<S> {
       units(H, [&](int64_t u) { store(c + u, load(c_new + u)); });
       return;
     }
-    this->keep_row(t, s, i, v_.zoneout_c, 2, H, buffer);
+    this->keep_row(t, s, i, v_.zoneout_c, 3, H, buffer);
     units(H, [&](int64_t u) {
       const V keep = load(buffer + u);  // 0 and 1 leave no rounding behind
       store(c + u, keep * load(c + u) + (1 - keep) * load(c_new + u));
@@ -320,7 +320,7 @@ class StepwiseForward : Stepwise<S> {
     S* h = h_ + i * ldQ;
     const S* fresh = new_h_ + i * ld_new_;
     if (this->zoned(v_.zoneout_h)) {
-      this->keep_row(t, s, i, v_.zoneout_h, 1, Q, buffer);
+      this->keep_row(t, s, i, v_.zoneout_h, 2, Q, buffer);
       units(Q, [&](int64_t u) {
         const V keep = load(buffer + u);
         store(h + u, keep * load(h + u) + (1 - keep) * load(fresh + u));

@@ -62,6 +62,10 @@ def generate(
         check.fail(op, "layer", "is bidirectional", "one direction", "The other would have to see what comes.")
     if layer.context_size:
         check.fail(op, "layer", f"has context_size={layer.context_size}", "a layer without a context")
+    if layer._variant is not None:
+        check.fail(
+            op, "layer", f"has {', '.join(layer.variants)}", "a layer without these options", "See csrc/README.md."
+        )
     params = parameters.from_bfloat16(layer.parameters)
     like = "the layer"
     V, H = _head(op, head_weight, head_bias, layer)

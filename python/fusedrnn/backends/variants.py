@@ -62,7 +62,7 @@ class Walk:
         rows, v = (problem.E, problem.B), self.variant
         self.mask: Any = 1.0
         if v.training and v.recurrent_dropout > 0:
-            self.mask = dropout.scale((*rows, problem.outputs), v.recurrent_dropout, problem.seed, n, 3)
+            self.mask = dropout.scale((*rows, problem.outputs), v.recurrent_dropout, problem.seed, n, 4)
 
     def keep(self, t_all: int, p: float, stream: int, units: int) -> Any:
         """(T,E,B,units): how much of the old state stays."""
@@ -244,8 +244,8 @@ class Walk:
         first_h, first_c = (h0, c0) if problem.reset_to_initial else (0.0, 0.0)
         y = np.zeros((*x.shape[:3], problem.outputs), x.dtype)
         cells = np.zeros((*x.shape[:3], problem.H), x.dtype)
-        keep_h = self.keep(T, self.variant.zoneout_h, 1, problem.outputs)
-        keep_c = self.keep(T, self.variant.zoneout_c, 2, problem.H)
+        keep_h = self.keep(T, self.variant.zoneout_h, 2, problem.outputs)
+        keep_c = self.keep(T, self.variant.zoneout_c, 3, problem.H)
         steps: list[Any] = [None] * T
         h, c = h0, c0
         for t in order:
