@@ -177,8 +177,8 @@ ARRAYS = {
     "x None": (set_array("p", "x", lambda a: None), TypeError, "x is a NoneType"),
     "x of integers": (
         set_array("p", "x", lambda a: a.astype(int)),
-        TypeError,
-        "dtype int64; expected float32 or float64",
+        ValueError,  # integers are tokens, and have no axis I
+        r"x has shape \(3, 2, 4, 5\); expected \(3, 2, 4\) = \(T, E, B\)",
     ),
     "x of another type": (set_array("p", "x", lambda a: a.astype(np.float64)), TypeError, "expected float64"),
     "x half": (set_array("p", "x", lambda a: a.astype(np.float16)), TypeError, "float16"),
