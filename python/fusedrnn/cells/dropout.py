@@ -30,8 +30,7 @@ def philox(c0: Any, c1: Any, c2: Any, c3: Any, k0: Any, k1: Any) -> Any:
 
 def drawn(shape: tuple[int, ...], p: float, seed: int, layer: int, stream: int = 0) -> np.ndarray:
     """Where the rule above says "dropped". The counter's last word tells the uses apart: 0 dropout between layers,
-    1 drawing tokens, 2 zoneout of h, 3 of c, 4 recurrent dropout; for 2 to 4, `layer` is layer * directions + direction.
-    """
+    1 drawing tokens, 2 zoneout of h, 3 of c, 4 recurrent dropout. For 2 to 4, `layer` is layer * directions + d."""
     size = int(np.prod(shape, dtype=np.int64))
     n = np.arange((size + 3) // 4, dtype=np.uint64)
     zero = np.zeros_like(n)
