@@ -364,14 +364,15 @@ def call(
             dtype = is_float(op, names[0], flat[0]).dtype
     else:
         dtype, like = x.dtype, "x"
-    bf16 = dtype == np.float32 and isinstance(flat[0], np.ndarray) and flat[0].dtype == np.uint16
+    halves = [n for n, a in zip(names, flat, strict=True) if isinstance(a, np.ndarray) and a.dtype == np.uint16]
+    bf16 = dtype == np.float32 and len(halves) > 0
     if bf16 and variant:
         fail(op, "params", "hold bfloat16 weights", "float32 or float64 weights with these options")
     for name, array in (*zip(names, flat, strict=True), *context_params.items()):
         if bf16 and name.startswith("weight"):
             if is_array(op, name, array).dtype != np.uint16:
                 fix = "Weights are bfloat16 all or none: see fusedrnn.params.to_bfloat16."
-                fail(op, name, f"has dtype {_dtype(array)}", f"uint16, as {names[0]} has", fix, TypeError)
+                fail(op, name, f"has dtype {_dtype(array)}", f"uint16, as {halves[0]} has", fix, TypeError)
         else:
             is_float(op, name, array, dtype, like)
         if array.ndim - len(weight_axes(name)) not in (0, -1):
