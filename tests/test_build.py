@@ -46,7 +46,7 @@ def test_what_is_installed():
     assert metadata["Requires-Python"] == ">=3.11"
     needed = [line for line in importlib.metadata.requires("fusedrnn") if "extra ==" not in line]
     assert [re.split(r"[^a-z]", line)[0] for line in needed] == ["numpy"]
-    assert set(metadata.get_all("Provides-Extra")) == {"numba", "cuda", "torch", "demo", "test", "bench"}
+    assert set(metadata.get_all("Provides-Extra")) == {"numba", "cuda", "torch", "demo", "examples", "test", "bench"}
 
 
 def test_licence():
