@@ -94,7 +94,6 @@ def main() -> int:
                 print(json.dumps(result), flush=True)
     report = {
         "what": "CTC in float32, fusedrnn.torch.ctc_loss against torch's own, alternated in one process",
-        "machine": machine.facts(),
         "torch": torch.__version__,
         "numpy": np.__version__,
         "backend": fusedrnn.backends.choose().__name__.rpartition(".")[2],
@@ -102,9 +101,7 @@ def main() -> int:
         "results": results,
     }
     if not options.print:
-        path = ROOT / "bench" / "results" / machine.name() / "ctc.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(report, indent=1) + "\n")
+        machine.save(report, ROOT / "bench" / "results", "ctc")
     return 0
 
 

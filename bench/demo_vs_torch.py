@@ -164,7 +164,6 @@ def main() -> int:
             print(json.dumps(result), flush=True)
     report = {
         "what": "demo training loop, fusedrnn against torch, alternated in one process",
-        "machine": machine.facts(),
         "torch": torch.__version__,
         "numpy": np.__version__,
         "backend": fusedrnn.backends.choose().__name__.rpartition(".")[2],
@@ -172,9 +171,7 @@ def main() -> int:
         "results": results,
     }
     if not options.print:
-        path = ROOT / "bench" / "results" / machine.name() / "demo_vs_torch.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(report, indent=1) + "\n")
+        path = machine.save(report, ROOT / "bench" / "results", "demo_vs_torch")
         tell(report, path)
     return 0
 
@@ -190,7 +187,7 @@ def tell(report: dict[str, Any], path: Path) -> None:
     ]
     text = (
         f"The demo's training loop, end to end, beside the same loop in torch {report['torch']} "
-        f"({report['machine']['cpu']}, both with {report['results'][0]['hidden']} units in "
+        f"({machine.model()}, both with {report['results'][0]['hidden']} units in "
         f"{report['results'][0]['layers']} layers): {'; '.join(parts)} "
         f"([figures]({path.relative_to(ROOT).as_posix()}))."
     )

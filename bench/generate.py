@@ -7,7 +7,6 @@ One thread, the same weights; greedy texts of both are compared first.
 """
 
 import argparse
-import json
 import os
 import statistics
 import time
@@ -46,7 +45,7 @@ def in_torch(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=7, help="alternated; the median is kept")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--print", action="store_true", help="write nothing")
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -74,9 +73,8 @@ def main() -> None:
         row |= {f"{name}_tokens_per_second": round(B * STEPS / statistics.median(t)) for name, t in times.items()}
         rows.append(row)
         print(row)
-    folder = options.out / machine.name()
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "generate.json").write_text(json.dumps({"machine": machine.facts(), "rows": rows}, indent=1) + "\n")
+    if not options.print:
+        machine.save({"rows": rows}, Path(__file__).parent / "results", "generate")
 
 
 if __name__ == "__main__":

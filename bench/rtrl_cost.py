@@ -9,7 +9,6 @@ compared with BPTT's first.
 """
 
 import argparse
-import json
 import os
 import time
 from pathlib import Path
@@ -100,16 +99,13 @@ def main() -> int:
             )
     report = {
         "what": "one step of RTRL, exact and diagonal, beside BPTT's; one thread, float32",
-        "machine": machine.facts(),
         "numpy": np.__version__,
         "backend": fusedrnn.backends.choose().__name__.rpartition(".")[2],
         "T": T,
         "results": results,
     }
     if not options.print:
-        path = ROOT / "bench" / "results" / machine.name() / "rtrl_cost.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(report, indent=1) + "\n")
+        machine.save(report, ROOT / "bench" / "results", "rtrl_cost")
     return 0
 
 

@@ -453,6 +453,18 @@ def test_adapter_equals_torch(reduction, single):
         torch.testing.assert_close(got, expected, rtol=3e-6, atol=3e-6)
 
 
+def test_adapter_tells_who_computed():
+    import fusedrnn.torch
+
+    x = torch.randn(5, 1, 3).log_softmax(2).to_sparse()
+    given = torch.tensor([[1, 2]]), torch.tensor([5]), torch.tensor([2])
+    with pytest.raises((RuntimeError, NotImplementedError)):  # torch's own cannot either: asked for, and it says so
+        fusedrnn.torch.ctc_loss(x, *given)
+    assert fusedrnn.torch.route() == "torch.nn.functional: torch.float32 torch.sparse_coo on cpu"
+    fusedrnn.torch.ctc_loss(x.to_dense(), *given)
+    assert fusedrnn.torch.route() == "fused"
+
+
 def test_adapter_refuses_what_it_cannot_do():
     import fusedrnn.torch
 

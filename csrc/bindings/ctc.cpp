@@ -41,9 +41,6 @@ void ctc(py::object log_probs, const py::object& labels, const py::object& first
   const auto size = static_cast<int64_t>(classes.size());
   for (size_t b = 0; b < begin.size(); ++b) {
     const std::string row = "[" + std::to_string(b) + "]";
-    if (steps[b] < 0 || steps[b] > call.T)
-      checked.value_error("lengths" + row + " is " + std::to_string(steps[b]) +
-                          "; expected 0 <= length <= T = " + std::to_string(call.T));
     if (begin[b] < 0 || counts[b] < 0 || counts[b] > size || begin[b] > size - counts[b])
       checked.value_error("first" + row + " and label_counts" + row + " name labels outside of the " +
                           std::to_string(size) + " given");

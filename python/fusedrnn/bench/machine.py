@@ -83,6 +83,14 @@ def facts() -> dict[str, Any]:
     }
 
 
+def save(report: dict[str, Any], results: Path, title: str) -> Path:
+    """Write a report to results/<machine>/<title>.json, with what a reader must know of the machine."""
+    path = results / name() / f"{title}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"machine": facts()} | report, indent=1) + "\n")
+    return path
+
+
 def hold(threads: int) -> bool:
     """Keep this process on its first cores, so that no library can use more. False where the system cannot."""
     if not hasattr(os, "sched_setaffinity"):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import ctc
+from . import functional
 from .kernels import DTYPES
 
 
@@ -36,9 +37,11 @@ def ctc_loss(
     if reduction not in ("none", "mean", "sum"):
         raise ValueError(f"ctc_loss: reduction is {reduction!r}; expected 'none', 'mean' or 'sum'.")
     if log_probs.device.type != "cpu" or log_probs.dtype not in DTYPES or log_probs.layout != torch.strided:
+        functional.set_route(f"torch.nn.functional: {log_probs.dtype} {log_probs.layout} on {log_probs.device.type}")
         return torch.nn.functional.ctc_loss(
             log_probs, targets, input_lengths, target_lengths, blank, reduction, zero_infinity
         )
+    functional.set_route("fused")
     given = _numpy(targets), _numpy(input_lengths), _numpy(target_lengths)
     call = ctc.checked("ctc_loss", log_probs.detach().numpy(), *given, blank, zero_infinity)
     loss: Tensor = _Loss.apply(log_probs, call)

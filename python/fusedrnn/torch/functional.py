@@ -22,7 +22,8 @@ _route = "none: nothing ran yet"
 
 
 def route() -> str:
-    """Which road the last eager call took (in any thread): "fused", "torch.nn: why", or "torch operators: why".
+    """Which road the last eager call took (in any thread): "fused", "torch.nn: why", "torch.nn.functional: why",
+    or "torch operators: why".
 
     Under torch.compile it tells the road taken while tracing.
 
