@@ -3,6 +3,10 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
+import time
 from typing import Any
 
 import numpy as np
@@ -175,3 +179,32 @@ def test_errors(backend, changes, message):
     given = {"layer": layer, "head_weight": head, "head_bias": bias, "prompt": np.zeros((2, 2), int), "steps": 3}
     with pytest.raises((ValueError, TypeError), match=message):
         fusedrnn.generate(**(given | changes))
+
+
+LONG = """
+import numpy as np, fusedrnn, sys
+layer = fusedrnn.LSTM(50, 64, seed=0, backend=sys.argv[1])
+head = np.zeros((50, 64), np.float32)
+fusedrnn.generate(layer, head, None, np.zeros((1, 4), int), 10)
+print("begins", flush=True)
+try:
+    fusedrnn.generate(layer, head, None, np.zeros((1, 4), int), 2_000_000)
+except KeyboardInterrupt:
+    print("interrupted", fusedrnn.generate(layer, head, None, np.zeros((1, 4), int), 3).shape)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT for a child")
+def test_ctrl_c_is_heard(backend):
+    """A text that takes a minute or more is left within two seconds, and the next call works."""
+    command = [sys.executable, "-c", LONG, backend]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None and child.stdout.readline() == "begins\n"
+        time.sleep(0.3)
+        assert child.poll() is None
+        begun = time.monotonic()
+        child.send_signal(signal.SIGINT)
+        rest, _ = child.communicate(timeout=60)
+        seconds = time.monotonic() - begun
+    assert rest == "interrupted (3, 4)\n" and child.returncode == 0
+    assert seconds < 2, f"Ctrl-C was heard after {seconds:.1f} s"

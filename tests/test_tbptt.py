@@ -149,6 +149,34 @@ def test_reaching_over_the_whole_sequence_is_full_backpropagation(cell, k1, k2):
         np.testing.assert_allclose(sum(u[name] for u in updates), expected[name], rtol=1e-9, atol=1e-12, err_msg=name)
 
 
+@pytest.mark.parametrize(("k1", "k2"), [(40, 40), (7, 40), (10, 10), (10, 4)])
+def test_context_reaches_every_step(k1, k2):
+    """The context's gradient is added up as the weights' are; in chunks of full reach it is that of the whole call."""
+    K, lengths = 2, np.array([40, 31, 0, 7])
+    layer = make_layer("LSTM", context_size=K)
+    x, target = make_data(40)
+    context = np.random.default_rng(5).standard_normal((B, K))
+    ys, total = [], np.zeros((B, K))
+    for chunk in tbptt.chunks(layer, x, k1=k1, k2=k2, lengths=lengths, context=context):
+        ys.append(chunk.y)
+        grads = chunk.backward(chunk.y - target[chunk.start : chunk.stop])
+        if chunk.update:
+            total += grads["context"]
+    y, _ = layer(x, lengths=lengths, context=context)
+    np.testing.assert_allclose(np.concatenate(ys), y, atol=1e-13)
+    if k2 == 40:
+        want = layer.backward(y - target)["context"]
+    else:  # cut where chunks begin: the state before is given and does not know the context
+        want, state, reach = np.zeros((B, K)), None, min(k1, k2)
+        for a in range(0, 40, k1):
+            for b in range(a, a + k1, reach):
+                end = min(b + reach, a + k1)
+                part, state = layer(x[b:end], state, lengths=np.clip(lengths - b, 0, end - b), context=context)
+                want += layer.backward(part - target[b:end])["context"]
+    np.testing.assert_allclose(total, want, atol=1e-12)
+    assert np.abs(want[[0, 1, 3]]).min() > 1e-3 and not want[2].any()
+
+
 @pytest.mark.parametrize("cell", CELLS)
 def test_input_and_state_gradients_and_what_is_carried(cell):
     layer = make_layer(cell)

@@ -67,7 +67,8 @@ class Chunk:
             if begin < end:
                 layer = walk.layer if end == stop else copy.copy(walk.layer)
                 lengths = walk.lengths_between(begin, end)
-                y, state = layer(walk.steps.x(begin, end), state, lengths=lengths, reset=walk.steps.reset(begin, end))
+                options = {"lengths": lengths, "reset": walk.steps.reset(begin, end), "context": walk.context}
+                y, state = layer(walk.steps.x(begin, end), state, **options)
                 walk.layer.draws = layer.draws  # the next run draws another dropout mask
                 self.runs.append((layer, begin, end))
                 if end > self.start:
@@ -131,6 +132,7 @@ def chunks(
     state: Any = None,
     lengths: np.ndarray | None = None,
     reset: np.ndarray | None = None,
+    context: np.ndarray | None = None,
 ) -> Iterator[Chunk]:
     """Walk through a long sequence: run it chunk by chunk, and give each `Chunk` out before the next is run.
 
@@ -142,6 +144,7 @@ def chunks(
     state    the state before the first step (zero if not given)
     lengths  (B) steps of each row, counted from the beginning; steps that no row has are not run
     reset    shaped as the first two axes of x: where not zero, the row begins a new sequence at that step
+    context  (B,K) for a layer with context_size K: the same at every step; its gradient adds up as the weights' do
     """
     k2 = k1 if k2 is None else k2
     for name, k in (("k1", k1), ("k2", k2)):
@@ -152,14 +155,25 @@ def chunks(
             "tbptt: the layer is bidirectional; expected one direction, because the reverse direction begins at the "
             "end of the whole sequence. Use two layers, or full backpropagation"
         )
-    return Walk("tbptt", layer, x, int(k1), int(k2), state, lengths, reset).run()
+    return Walk("tbptt", layer, x, int(k1), int(k2), state, lengths, reset, context).run()
 
 
 class Walk:
     """Where `chunks` is: what is kept from one chunk to the next. `op` reports errors: fusedrnn.rtrl walks too."""
 
-    def __init__(self, op: str, layer: Any, x: Any, k1: int, k2: int, state: Any, lengths: Any, reset: Any) -> None:
-        self.layer, self.k1, self.k2 = layer, k1, k2
+    def __init__(
+        self,
+        op: str,
+        layer: Any,
+        x: Any,
+        k1: int,
+        k2: int,
+        state: Any,
+        lengths: Any,
+        reset: Any,
+        context: np.ndarray | None = None,
+    ) -> None:
+        self.layer, self.k1, self.k2, self.context = layer, k1, k2, context
         self.state = state  # before step `first`, where the next window begins
         self.first = self.start = 0  # `start` is the next new step
         self.sums: dict[str, np.ndarray] = {}  # gradients since the last update

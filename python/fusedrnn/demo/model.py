@@ -81,17 +81,11 @@ class CharacterModel:
                 grads[f"layer.{name}"] = gradient
         return loss, grads
 
-    def sample(self, prompt: np.ndarray, length: int, temperature: float, rng: np.random.Generator) -> list[int]:
-        """Write `length` characters after the prompt, one step at a time."""
-        ids, state = list(prompt[-1:]), None
-        for character in prompt[:-1]:
-            _, state = self.layer.step(self.embedding[character][None], state)
-        for _ in range(length):
-            y, state = self.layer.step(self.embedding[ids[-1]][None], state)
-            logits = (self.weight @ y[0] + self.bias).astype(np.float64) / temperature
-            # the largest of logits plus Gumbel noise is a draw from their softmax
-            ids.append(int((logits + rng.gumbel(size=len(logits))).argmax()))
-        return ids[1:]
+    def sample(self, prompt: np.ndarray, length: int, temperature: float, seed: int) -> np.ndarray:
+        """Write `length` characters after the prompt."""
+        options: dict[str, Any] = {"embedding": self.embedding, "temperature": temperature, "seed": seed}
+        written: np.ndarray = fusedrnn.generate(self.layer, self.weight, self.bias, prompt, length, **options)
+        return written
 
     def buffer(self, name: str, rows: int, columns: int) -> np.ndarray:
         """The first `rows` rows of an array that is kept from call to call and grows when it must."""

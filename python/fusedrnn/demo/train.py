@@ -143,11 +143,9 @@ class Trainer:
 
     def sample(self, length: int, temperature: float = 0.6) -> str:
         """What the model writes. Draws from random numbers of its own, so it changes nothing in training."""
-        rng = np.random.default_rng([self.options.seed, 3, self.progress.step])
-        self.model.layer.eval()
-        ids = self.model.sample(self.text.encode("\n\n"), length, temperature, rng)  # after the end of a paragraph
-        self.model.layer.train()
-        return self.text.decode(ids)
+        seed = np.random.default_rng([self.options.seed, 3, self.progress.step]).integers(2**63)
+        prompt = self.text.encode("\n\n")  # the end of a paragraph
+        return self.text.decode(self.model.sample(prompt, length, temperature, int(seed)))
 
     def save(self, path: Path) -> None:
         """All of it in one file, put in place only when it is complete."""
