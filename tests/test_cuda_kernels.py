@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The CUDA kernels without a GPU: their source runs on the CPU twin of the device (tests/csrc/device_cpu.h)."""
 
+import importlib.util
 import os
 import re
 import shutil
@@ -111,6 +112,10 @@ def test_thread_sanitizer(built):
 
 
 NVCC = shutil.which("nvcc") or ""
+READER = importlib.util.spec_from_file_location("cuda_build", ROOT / "bench" / "cuda_build.py")
+cuda_build = sys.modules["cuda_build"] = importlib.util.module_from_spec(READER)
+READER.loader.exec_module(cuda_build)
+
 ALL_OF = """#include "cuda/gpu.h"
 namespace fusedrnn::cuda {
 template <class... S>
@@ -152,18 +157,35 @@ def test_nvcc_compiles_without_spills(tmp_path, arch):
         str(tmp_path / "o"),
     ]
     report = call(command, 1200 if len(cells) > 1 else 300).stderr
-    kernels = re.findall(
-        r"Compiling entry function '(\w+)' for.*?(\d+) bytes spill stores, (\d+) bytes spill loads"
-        r".*?Used (\d+) registers",
-        report,
-        re.S,
-    )
-    persistent = [k for k in kernels if "Forward" in k[0] or "Backward" in k[0]]
-    for name, stores, loads, registers in sorted(persistent):
-        print(f"{arch} {registers:>3} registers, {stores} + {loads} bytes spilled: {name}")
-    assert len(persistent) >= 10, report[-3000:]
-    spilled = [k[0] for k in persistent if k[1] != "0" or k[2] != "0"]
+    persistent = [kernel for kernel in cuda_build.kernels(report) if kernel.persistent]
+    for k in sorted(persistent, key=lambda k: k.place):
+        print(arch, *k.place, f"{k.registers} registers, {k.spilled} bytes spilled")
+    assert len(persistent) >= 10 and {k.architecture for k in persistent} == {arch}, report[-3000:]
+    spilled = [k.name for k in persistent if k.spilled]
     assert not spilled, "\n".join(spilled)
+
+
+def test_the_report_is_read():
+    """An excerpt of `ptxas -v`: bench/cuda_build.py must see who spills, whatever nvcc is here."""
+    report = "".join(
+        f"""ptxas info    : Compiling entry function '_ZN8fusedrnn4cuda5entry{name}EEvT_' for '{arch}'
+ptxas info    : Function properties for _ZN8fusedrnn4cuda5entry{name}EEvT_
+    {stores + 8} bytes stack frame, {stores} bytes spill stores, {loads} bytes spill loads
+ptxas info    : Used {registers} registers, used 1 barriers{static}
+"""
+        for name, arch, stores, loads, registers, static in (
+            ("INS0_7ForwardINS0_5ShapeINS_5cells4LstmENS_3dev3F16ELNS0_5RouteE2ELi1ELi8ELi2ELi4ELi1EEEEE",)
+            + ("sm_90a", 12, 4, 255, ""),
+            ("INS0_11PackForwardINS0_5ShapeINS_5cells3RnnILb1EEENS_3dev4TF32ELNS0_5RouteE0ELi4ELi1EEEEE",)
+            + ("sm_75", 0, 0, 40, ", 16 bytes smem"),
+        )
+    )
+    forward, pack = cuda_build.kernels(report)
+    assert forward.place == ("Lstm", "F16", "grid", "Forward", "1,8,2,4,1")
+    assert (forward.architecture, forward.registers, forward.spilled, forward.shared) == ("sm_90a", 255, 16, 0)
+    assert pack.place == ("Rnn relu", "TF32", "single", "PackForward", "4,1")
+    assert (pack.architecture, pack.registers, pack.spilled, pack.shared) == ("sm_75", 40, 0, 16)
+    assert forward.persistent and not pack.persistent
 
 
 FORWARD = {
