@@ -68,51 +68,22 @@ struct BackwardArgs {
 template <class S>
 struct PackBackward {
   using T = typename S::T;
-  using Storage = typename T::Storage;
   PackArgs<T> a;
   static constexpr int kThreads = 256;
+  static constexpr bool kShared = S::kRoute == Route::grid;  // the warps share the depth
 
-  static int64_t pieces(int peers) { return static_cast<int64_t>(peers) * S::kWarps * S::kChunks * 2 * S::kMma * 32; }
-
-  FUSEDRNN_DEVICE Storage at(int set, int peer, int unit, int k) const {
-    const int stride = S::kRoute == Route::grid ? (a.H + 7) / 8 * 8 : S::kUnits;
-    const int gate = k / stride, from = k % stride + (S::kRoute == Route::grid ? 0 : peer * S::kUnits);
-    if (unit >= a.H || from >= a.H || gate >= S::kGates) return T::store(0.0f);
-    return T::operand(a.R[set * a.r_set + (static_cast<int64_t>(gate) * a.H + from) * a.r_row + unit * a.r_column]);
-  }
+  static int64_t pieces(int peers) { return peers * kPiecesOfPeer<S>; }
 
   FUSEDRNN_DEVICE void operator()() const {
-    const int64_t per_set = static_cast<int64_t>(a.peers) * S::kWarps * S::kChunks * 2 * S::kMma * 32;
-    for (int64_t n = static_cast<int64_t>(dev::block()) * kThreads + dev::tid(); n < per_set * a.sets;
-         n += static_cast<int64_t>(dev::blocks()) * kThreads) {
-      const int set = static_cast<int>(n / per_set);
-      int64_t i = n % per_set;
-      const int lane = static_cast<int>(i % 32);
-      i /= 32;
-      const int tile = static_cast<int>(i % S::kMma);
-      i /= S::kMma;
-      const int half = static_cast<int>(i % 2);
-      i /= 2;
-      const int chunk = static_cast<int>(i % S::kChunks);
-      i /= S::kChunks;
-      const int warp = static_cast<int>(i % S::kWarps);
-      const int peer = static_cast<int>(i / S::kWarps);
-      const int first_tile = (S::kRoute == Route::grid ? peer : warp) * S::kMma;
-      U4 v;
-      FUSEDRNN_UNROLL
-      for (int r = 0; r < 4; ++r) {
-        const int unit = (first_tile + tile) * 16 + (r & 1) * 8 + lane / 4;
-        const int k = depth_of<T>((S::kRoute == Route::grid ? warp * S::kChunks : 0) + chunk, half, r, lane % 4);
-        Storage e[4 / sizeof(Storage)];
-        FUSEDRNN_UNROLL
-        for (int j = 0; j < static_cast<int>(4 / sizeof(Storage)); ++j) e[j] = at(set, peer, unit, k + j);
-        if constexpr (sizeof(Storage) == 2)
-          v.w[r] = static_cast<u32>(e[0]) | static_cast<u32>(e[1]) << 16;
-        else
-          v.w[r] = dev::bits(e[0]);
-      }
-      a.packed[n] = v;
-    }
+    pack_pieces<S>(a, kThreads, [&](const Place& at, int r, int j) {
+      const int unit = ((kShared ? at.peer : at.warp) * S::kMma + at.tile) * 16 + (r & 1) * 8 + at.lane / 4;
+      const int k = depth_of<T>((kShared ? at.warp * S::kChunks : 0) + at.chunk, at.half, r, at.lane % 4) + j;
+      const int stride = kShared ? (a.H + 7) / 8 * 8 : S::kUnits;
+      const int gate = k / stride, from = k % stride + (kShared ? 0 : at.peer * S::kUnits);
+      if (unit >= a.H || from >= a.H || gate >= S::kGates) return T::store(0.0f);
+      const int64_t row = static_cast<int64_t>(gate) * a.H + from;
+      return T::operand(a.R[at.set * a.r_set + row * a.r_row + unit * a.r_column]);
+    });
   }
 };
 
@@ -175,30 +146,11 @@ struct Backward {
     u64* const bar = shared.take<u64>(2);
 
     U4 w[S::kChunks][2][S::kMma];
-    {
-      const U4* from =
-          a.weights +
-          (static_cast<int64_t>(set * a.peers + rank) * S::kWarps + warp) * (S::kChunks * 2 * S::kMma * 32) + lane;
-      FUSEDRNN_UNROLL
-      for (int c = 0; c < S::kChunks; ++c) FUSEDRNN_UNROLL
-      for (int p = 0; p < 2; ++p) FUSEDRNN_UNROLL
-      for (int m = 0; m < S::kMma; ++m) w[c][p][m] = dev::ldg16(from + ((c * 2 + p) * S::kMma + m) * 32);
-    }
+    load_weights<S>(w, a.weights, set * a.peers + rank, warp, lane);
 
-    for (int r = dev::tid(); r < S::kRows; r += kThreads) {
-      int64_t n = row0 + r < a.B ? a.Tn : 0;
-      if (row0 + r < a.B && a.lengths) n = a.lengths[e * a.len_e + (row0 + r) * a.len_b];
-      length[r] = static_cast<int>(n < 0 ? 0 : n > a.Tn ? a.Tn : n);
-    }
+    row_lengths<S>(a, e, row0, length);
     const int expected = a.peers * (S::kUnits / 16) * S::kTiles * 512;
-    if constexpr (S::kRoute == Route::cluster) {
-      if (dev::tid() == 0) {
-        dev::mbar_init(bar, 1);
-        dev::mbar_init(bar + 1, 1);
-        dev::mbar_arrive_expect(bar, expected);
-        dev::mbar_arrive_expect(bar + 1, expected);
-      }
-    }
+    open_barriers<S>(bar, expected);
     for (int i = dev::tid(); i < kBuffers * kBuffer; i += kThreads) lines[i] = U4{};
     if constexpr (S::kRoute == Route::cluster)
       dev::sync_cluster();

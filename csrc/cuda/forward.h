@@ -88,33 +88,14 @@ struct Forward {
     int* const length = shared.take<int>(S::kRows);
     u64* const bar = shared.take<u64>(2);
 
-    // -- weights: in registers for the whole sequence
+    // -- weights
     U4 w[S::kChunks][2][S::kMma];
-    {
-      const U4* from =
-          a.weights +
-          (static_cast<int64_t>(set * a.peers + rank) * S::kWarps + warp) * (S::kChunks * 2 * S::kMma * 32) + lane;
-      FUSEDRNN_UNROLL
-      for (int c = 0; c < S::kChunks; ++c) FUSEDRNN_UNROLL
-      for (int p = 0; p < 2; ++p) FUSEDRNN_UNROLL
-      for (int m = 0; m < S::kMma; ++m) w[c][p][m] = dev::ldg16(from + ((c * 2 + p) * S::kMma + m) * 32);
-    }
+    load_weights<S>(w, a.weights, set * a.peers + rank, warp, lane);
 
     // -- rows: how long each runs; where it starts
-    for (int r = dev::tid(); r < S::kRows; r += kThreads) {
-      int64_t n = row0 + r < a.B ? a.Tn : 0;
-      if (row0 + r < a.B && a.lengths) n = a.lengths[e * a.len_e + (row0 + r) * a.len_b];
-      length[r] = static_cast<int>(n < 0 ? 0 : n > a.Tn ? a.Tn : n);
-    }
+    row_lengths<S>(a, e, row0, length);
     const int expected = lines * S::kTiles * 128;  // bytes of h that a block gets per step
-    if constexpr (S::kRoute == Route::cluster) {
-      if (dev::tid() == 0) {
-        dev::mbar_init(bar, 1);
-        dev::mbar_init(bar + 1, 1);
-        dev::mbar_arrive_expect(bar, expected);
-        dev::mbar_arrive_expect(bar + 1, expected);
-      }
-    }
+    open_barriers<S>(bar, expected);
     if constexpr (kOnChip) {
       for (int i = dev::tid(); i < kH; i += kThreads) {
         const int n = i % (kH / 2), l = n / (8 * S::kTiles);

@@ -81,4 +81,34 @@ FUSEDRNN_DEVICE int depth_of(int chunk, int half, int r, int q) {
   return (chunk * 4 + q) * T::kPer + (half * 2 + (r >> 1)) * (T::kPer / 4);
 }
 
+// What forward and backward begin with. A warp's weights, into registers for the whole sequence; how long each row of
+// this block runs; the barriers of a cluster, each with the bytes that a step brings.
+template <class S>
+FUSEDRNN_DEVICE void load_weights(U4 (&w)[S::kChunks][2][S::kMma], const U4* packed, int block, int warp, int lane) {
+  const U4* from = packed + (static_cast<int64_t>(block) * S::kWarps + warp) * (S::kChunks * 2 * S::kMma * 32) + lane;
+  FUSEDRNN_UNROLL
+  for (int c = 0; c < S::kChunks; ++c) FUSEDRNN_UNROLL
+  for (int p = 0; p < 2; ++p) FUSEDRNN_UNROLL
+  for (int m = 0; m < S::kMma; ++m) w[c][p][m] = dev::ldg16(from + ((c * 2 + p) * S::kMma + m) * 32);
+}
+template <class S, class Args>
+FUSEDRNN_DEVICE void row_lengths(const Args& a, int e, int row0, int* length) {
+  for (int r = dev::tid(); r < S::kRows; r += S::kThreads) {
+    int64_t n = row0 + r < a.B ? a.Tn : 0;
+    if (row0 + r < a.B && a.lengths) n = a.lengths[e * a.len_e + (row0 + r) * a.len_b];
+    length[r] = static_cast<int>(n < 0 ? 0 : n > a.Tn ? a.Tn : n);
+  }
+}
+template <class S>
+FUSEDRNN_DEVICE void open_barriers(u64* bar, int expected) {
+  if constexpr (S::kRoute == Route::cluster) {
+    if (dev::tid() == 0) {
+      dev::mbar_init(bar, 1);
+      dev::mbar_init(bar + 1, 1);
+      dev::mbar_arrive_expect(bar, expected);
+      dev::mbar_arrive_expect(bar + 1, expected);
+    }
+  }
+}
+
 }  // namespace fusedrnn::cuda
