@@ -4,6 +4,7 @@ whose 'device memory' is NumPy's. Built once per run of pytest (see `twin` in co
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import os
 import shutil
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from fusedrnn import arrays, dlpack
 
 ROOT = Path(__file__).parents[1]
 TESTS = ROOT / "tests" / "csrc"
@@ -114,6 +117,45 @@ class Chip:
         return Chip(self._values.copy())
 
 
+class Pack:
+    """An array on the device that speaks DLPack only. bfloat16: what it holds is the upper halves of float32s. streams:
+    those that were made to wait for an array, of all."""
+
+    streams: list[int] = []
+
+    def __init__(self, values: np.ndarray, kind: str = "", place: int = dlpack.CUDA) -> None:
+        self._values, self._place = values, place
+        self._kind = kind or values.dtype.name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self._values.shape
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return self._place, 0
+
+    def __dlpack__(self, stream: int, max_version: Any = None) -> Any:
+        Pack.streams.append(stream)
+        version = {} if max_version is None else {"max_version": max_version}
+        values = self._values.view(np.uint8) if self._kind == "bool" else self._values
+        capsule = values.__dlpack__(**version)  # NumPy's, changed in two places
+        name = b"dltensor_versioned" if version else b"dltensor"
+        pointer = ctypes.pythonapi.PyCapsule_GetPointer
+        pointer.restype, pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+        start = pointer(capsule, name) + (32 if version else 0)
+        ctypes.c_int32.from_address(start + 8).value = self._place
+        if self._kind in ("bfloat16", "bool"):
+            ctypes.c_uint8.from_address(start + 20).value = 4 if self._kind == "bfloat16" else 6
+        return capsule
+
+
+class OldPack(Pack):
+    """The same of a library that knows no versions: it cannot say that an array may be written."""
+
+    def __dlpack__(self, stream: int) -> Any:  # type: ignore[override]
+        return super().__dlpack__(stream)
+
+
 def chip(value: Any) -> Any:
     """A nesting of NumPy arrays on the device; and back."""
     if isinstance(value, dict):
@@ -129,11 +171,13 @@ def host(value: Any) -> Any:
         return {k: host(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return type(value)(map(host, value))
-    return value._values if isinstance(value, Chip) else value
+    return value._values if isinstance(value, Chip | Pack) else value
 
 
-def make(shape: tuple[int, ...], dtype: Any, like: Any) -> Chip:
+def make(shape: tuple[int, ...], dtype: Any, like: Any) -> Any:
     """As a library's empty: of exactly this size, 256-byte aligned, and full of NaN (0xFF)."""
+    if dtype == arrays.BFLOAT16:
+        return Pack(make(shape, np.uint16, like)._values, "bfloat16")
     dtype = np.dtype(dtype)
     n = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     raw = np.full(n + 512, 0xFF, np.uint8)

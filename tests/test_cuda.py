@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import logging
 import random
+import sys
 from typing import Any
 
 import numpy as np
@@ -309,7 +310,7 @@ def test_errors_come_before_anything_is_written(twin, twin_extension):
         fusedrnn.lstm(chip(x), None, there, backend="native")
     with pytest.raises(TypeError, match="lengths has dtype int32; expected int64"):
         fusedrnn.lstm(chip(x), None, there, lengths=Chip(np.ones(3, np.int32)))
-    with pytest.raises(TypeError, match="x has dtype int64; expected float16, float32 or float64"):
+    with pytest.raises(TypeError, match="x has dtype int64; expected float16, bfloat16, float32 or float64"):
         fusedrnn.lstm(Chip(np.ones((5, 3, 4), np.int64)), None, there)
     with pytest.raises(ValueError, match=r"weight_hh_l0 has shape \(24, 5\); expected \(24, 6\)"):
         fusedrnn.lstm(chip(x), chip((np.zeros((1, 3, 6)),) * 2), there | {"weight_hh_l0": Chip(np.ones((24, 5)))})
@@ -349,9 +350,12 @@ class Stranger:
 Stranger.__module__ = "strange.arrays"
 
 
-def test_library_that_makes_no_arrays(twin):
+def test_library_that_makes_no_arrays(twin, monkeypatch):
+    monkeypatch.setitem(sys.modules, "cupy", None)
     params = lstm_case()[1]
-    with pytest.raises(TypeError, match=r"x is a strange.Stranger on a CUDA device; expected one of cuda_twin, cupy"):
+    with pytest.raises(
+        TypeError, match=r"strange.Stranger on a CUDA device; expected one of cuda_twin, cupy, numba, torch: nothing"
+    ):
         fusedrnn.lstm(Stranger(), None, chip(params))
 
 

@@ -5,8 +5,9 @@ Axes are written as letters: T steps, E weight sets, B rows, I inputs, H units, 
 (directions * H), S state rows (layers * directions), L layers, K context, P outputs of a projection, N peepholes. Every
 function makes views; nothing large is copied.
 
-Arrays on a CUDA device come from any library that speaks `__cuda_array_interface__` (CuPy, Numba, ...); inside they are
-`DeviceArray`s, and results are made by the user's library: see MAKERS.
+Arrays on a CUDA device come from any library that speaks `__cuda_array_interface__` or DLPack (CuPy, JAX, Numba, torch,
+...); inside they are `DeviceArray`s. Results are made by the user's library where MAKERS has it, else by CuPy, and all
+work is put on the stream that this library works on.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
+from . import dlpack
 
 X, Y, STATE, CELLS, LENGTHS, RESET = "TEBI", "TEBJ", "SEBH", "LTEBJ", "EB", "TEB"
 TOKENS, CONTEXT = "TEB", "EBK"
@@ -85,14 +88,33 @@ def view(array: Any, axes: str, target: str, sets: int = 1, *, write: bool = Fal
 # Arrays on a CUDA device.
 
 
+class Bfloat16:
+    """What stands for the dtype that NumPy lacks; equal to those of that name in other libraries."""
+
+    name, itemsize, kind = "bfloat16", 2, "f"
+
+    def __eq__(self, other: object) -> bool:
+        return getattr(other, "name", None) == self.name
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+BFLOAT16: Any = Bfloat16()
+
+
 class DeviceArray:
     """Where an array lies on a CUDA device, as kernels see it, and whose it is. Indexing and transposing make views.
 
     pointer, shape, strides (bytes), kind (the dtype's name; "bfloat16" too), stream (that its library works on), owner
-    (the array of the user's library that keeps the memory).
+    (the array of the user's library that keeps the memory), writeable, capsule (what keeps the memory that came by
+    DLPack).
     """
 
-    __slots__ = ("kind", "itemsize", "owner", "pointer", "shape", "stream", "strides")
+    __slots__ = ("capsule", "kind", "itemsize", "owner", "pointer", "shape", "stream", "strides", "writeable")
 
     def __init__(
         self,
@@ -103,13 +125,16 @@ class DeviceArray:
         kind: str,
         size: int,
         stream: int,
+        writeable: bool = True,
+        capsule: Any = None,
     ) -> None:
         self.owner, self.pointer, self.shape, self.strides = owner, pointer, shape, strides
         self.kind, self.itemsize, self.stream = kind, size, stream
+        self.writeable, self.capsule = writeable, capsule
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        return np.dtype(self.kind)
+        return BFLOAT16 if self.kind == "bfloat16" else np.dtype(self.kind)
 
     @property
     def ndim(self) -> int:
@@ -124,7 +149,11 @@ class DeviceArray:
         return self.size * self.itemsize
 
     def _view(self, shape: Any, strides: Any) -> DeviceArray:
-        return type(self)(self.owner, self.pointer, tuple(shape), tuple(strides), self.kind, self.itemsize, self.stream)
+        return self._like(tuple(shape), tuple(strides), self.kind)
+
+    def _like(self, shape: tuple[int, ...], strides: tuple[int, ...], kind: str) -> DeviceArray:
+        rest = (kind, self.itemsize, self.stream, self.writeable, self.capsule)
+        return type(self)(self.owner, self.pointer, shape, strides, *rest)
 
     def transpose(self, order: Any) -> DeviceArray:
         return self._view((self.shape[n] for n in order), (self.strides[n] for n in order))
@@ -146,17 +175,19 @@ class DeviceArray:
 
     def as_bytes(self) -> DeviceArray:
         """A bool array as uint8."""
-        return DeviceArray(self.owner, self.pointer, self.shape, self.strides, "uint8", 1, self.stream)
+        return self._like(self.shape, self.strides, "uint8")
 
     def current_stream(self) -> int:
         """The stream that its library works on now."""
+        if self.capsule is not None:
+            return _stream(self.owner)
         again = device_array(self.owner)
         return self.stream if again is None else again.stream
 
     def new(self, shape: tuple[int, ...], dtype: Any) -> DeviceArray:
         """A new array of the same library on the same device, with undefined contents."""
-        made = _maker(self.owner)(tuple(shape), np.dtype(dtype), self.owner)
-        result = device_array(made)
+        kind = BFLOAT16 if dtype == BFLOAT16 else np.dtype(dtype)
+        result = device_array(MAKERS[_library(self.owner)](tuple(shape), kind, self.owner))
         assert result is not None
         return result
 
@@ -164,8 +195,20 @@ class DeviceArray:
 def _cupy(shape: tuple[int, ...], dtype: Any, like: Any) -> Any:
     import cupy
 
-    with like.device:
+    if dtype is BFLOAT16:
+        import ml_dtypes
+
+        dtype = np.dtype(ml_dtypes.bfloat16)
+    with _cupy_device(like):
         return cupy.empty(shape, dtype)
+
+
+def _cupy_device(like: Any) -> Any:
+    """The device that an array is on, as CuPy has it; the current one where it does not tell."""
+    import cupy
+
+    place, number = dlpack.device(like)
+    return cupy.cuda.Device() if place == dlpack.CPU else cupy.cuda.Device(number)
 
 
 def _numba(shape: tuple[int, ...], dtype: Any, like: Any) -> Any:
@@ -174,35 +217,77 @@ def _numba(shape: tuple[int, ...], dtype: Any, like: Any) -> Any:
     return cuda.device_array(shape, dtype)
 
 
-# Library (the package that a type comes from) -> what makes an array of it: f(shape, dtype, like). More may be added.
-MAKERS: dict[str, Callable[[tuple[int, ...], Any, Any], Any]] = {"cupy": _cupy, "numba": _numba}
+def _torch(shape: tuple[int, ...], dtype: Any, like: Any) -> Any:
+    import torch
+
+    return torch.empty(shape, dtype=getattr(torch, dtype.name), device=like.device)
 
 
-def _maker(value: Any) -> Callable[[tuple[int, ...], Any, Any], Any]:
+# Library (the package that a type comes from) -> what makes an array of it: f(shape, dtype, like); dtype is NumPy's or
+# BFLOAT16. More may be added.
+MAKERS: dict[str, Callable[[tuple[int, ...], Any, Any], Any]] = {"cupy": _cupy, "numba": _numba, "torch": _torch}
+
+
+def _cupy_stream(like: Any) -> int:
+    import cupy
+
+    with _cupy_device(like):
+        return int(cupy.cuda.get_current_stream().ptr)
+
+
+def _torch_stream(like: Any) -> int:
+    import torch
+
+    return int(torch.cuda.current_stream(like.device).cuda_stream)
+
+
+# Library -> the stream that it works on now, f(like): for arrays that come by DLPack, which does not tell.
+STREAMS: dict[str, Callable[[Any], int]] = {"cupy": _cupy_stream, "torch": _torch_stream}
+
+
+def _library(value: Any) -> str:
+    """Whose arrays the results of a call with this one are."""
     for base in type(value).__mro__:
-        if maker := MAKERS.get(base.__module__.partition(".")[0]):
-            return maker
-    raise TypeError(
-        f"fusedrnn: x is {kind(value)} on a CUDA device; expected one of {', '.join(sorted(MAKERS))}: nothing is known "
-        "that makes results of its library. Pass cupy.asarray(x), or add the library to fusedrnn.arrays.MAKERS."
-    )
+        if (name := base.__module__.partition(".")[0]) in MAKERS:
+            return name
+    try:
+        import cupy  # noqa: F401
+    except ImportError:
+        raise TypeError(
+            f"fusedrnn: x is {kind(value)} on a CUDA device; expected one of {', '.join(sorted(MAKERS))}: nothing is "
+            "known that makes results of its library. Install CuPy, whose arrays they will then be, or add the library "
+            "to fusedrnn.arrays.MAKERS."
+        ) from None
+    return "cupy"
+
+
+def _stream(value: Any) -> int:
+    """The stream that work on an array that came by DLPack is put on. CUDA's stream 0 is called 1, as CuPy does."""
+    name = _library(value)
+    return (STREAMS[name](value) if name in STREAMS else 0) or 1
 
 
 def device_array(value: Any) -> DeviceArray | None:
     """What lies on a CUDA device, as kernels see it; None for everything else.
+
+    By `__cuda_array_interface__` where it tells the stream and the type, else by DLPack: then its library makes the
+    stream that we work on wait for it.
 
     >>> device_array(np.zeros(3)) is None
     True
     """
     if isinstance(value, DeviceArray):
         return value
-    if isinstance(value, np.ndarray) or not hasattr(type(value), "__cuda_array_interface__"):
+    if isinstance(value, np.ndarray):
         return None
-    if type(value).__module__.partition(".")[0] == "torch":
-        return None  # has gradients and a way of its own: fusedrnn.torch
-    face = getattr(value, "__cuda_array_interface__", None)  # the type may have it while this array is on the host
-    if face is None:
-        return None
+    face = None
+    if hasattr(type(value), "__cuda_array_interface__") and type(value).__module__.partition(".")[0] != "torch":
+        face = getattr(value, "__cuda_array_interface__", None)  # the type may have it while this array is on the host
+    if face is None or face.get("version", 0) < 3 or np.dtype(face["typestr"]).kind == "V":
+        if dlpack.device(value)[0] in (dlpack.CUDA, dlpack.CUDA_MANAGED):
+            return _by_dlpack(value)
+        if face is None:
+            return None
     dtype = np.dtype(face["typestr"])
     if face.get("mask") is not None:
         raise TypeError(
@@ -210,14 +295,30 @@ def device_array(value: Any) -> DeviceArray | None:
         )
     shape = tuple(face["shape"])
     strides = face.get("strides")
-    if strides is None:
-        strides, step = [], dtype.itemsize
-        for n in reversed(shape):
-            strides.insert(0, step)
-            step *= n
+    pointer, read_only = face["data"]
     return DeviceArray(
-        value, int(face["data"][0] or 0), shape, tuple(strides), dtype.name, dtype.itemsize, face.get("stream") or 0
+        value,
+        int(pointer or 0),
+        shape,
+        dlpack.contiguous(shape, dtype.itemsize) if strides is None else tuple(strides),
+        dtype.name,
+        dtype.itemsize,
+        face.get("stream") or 0,
+        not read_only,
     )
+
+
+def _by_dlpack(value: Any) -> DeviceArray:
+    stream = _stream(value)
+    try:
+        found = dlpack.read(value, stream)
+    except BufferError as error:  # torch: what takes gradients
+        raise TypeError(
+            f"fusedrnn: {kind(value)} on a CUDA device cannot be read: {error}. Nothing is recorded for "
+            "gradients here: pass tensor.detach(), or use fusedrnn.torch."
+        ) from None
+    rest = (found.kind, found.itemsize, stream, found.writeable, found.capsule)
+    return DeviceArray(value, found.pointer, found.shape, found.strides, *rest)
 
 
 def on_device(value: Any) -> Any:

@@ -150,9 +150,9 @@ def is_whole(op: str, name: str, array: np.ndarray) -> np.ndarray:
 
 
 def _is_device_float(op: str, name: str, array: Any, dtype: Any, like: str) -> Any:
-    if dtype is None and array.kind not in ("float16", "float32", "float64"):
+    if dtype is None and array.kind not in ("float16", "bfloat16", "float32", "float64"):
         fix = f"Convert it: {name}.astype(numpy.float32)."
-        fail(op, name, f"has dtype {array.kind}", "float16, float32 or float64", fix, TypeError)
+        fail(op, name, f"has dtype {array.kind}", "float16, bfloat16, float32 or float64", fix, TypeError)
     if dtype is not None and array.dtype != dtype:
         fix = f"Kernels compute in one type: convert one of them, e.g. {name}.astype(numpy.{dtype})."
         fail(op, name, f"has dtype {array.kind}", f"{dtype}, the dtype of {like}", fix, TypeError)

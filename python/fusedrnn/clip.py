@@ -162,8 +162,11 @@ def leaves(function: str, grads: Any, name: str = "grads") -> Iterator[tuple[str
         for index, value in enumerate(grads):
             yield from leaves(function, value, f"{name}[{index}]")
     elif (device := device_array(grads)) is not None:
-        if device.kind not in ("float16", "float32", "float64"):
-            raise TypeError(f"{function}: {name} has dtype {device.kind}; expected float16, float32 or float64")
+        if device.kind not in ("float16", "bfloat16", "float32", "float64"):
+            expected = "float16, bfloat16, float32 or float64"
+            raise TypeError(f"{function}: {name} has dtype {device.kind}; expected {expected}")
+        if not device.writeable:
+            raise ValueError(f"{function}: {name} is read-only; clipping works in place, pass a writeable array")
         yield name, device  # type: ignore[misc]
     elif not isinstance(grads, np.ndarray):
         raise TypeError(

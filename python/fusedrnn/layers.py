@@ -247,7 +247,9 @@ class _Layer:
         dtype('float64')
         """
         self.parameters = {name: place(array) for name, array in self.parameters.items()}
-        self.dtype = np.dtype(next(iter(self.parameters.values())).dtype)
+        first = next(iter(self.parameters.values()))
+        device = arrays.device_array(first)
+        self.dtype = np.dtype(first.dtype) if device is None else device.dtype
         return self
 
     def state_dict(self) -> dict[str, _Array]:

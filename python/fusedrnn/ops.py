@@ -20,6 +20,10 @@ Context: a vector for each row, the same at every step: an image's features, an 
 (and weight_ch_l0_reverse) is among the parameters, behind the others in a flat list, and W_c context joins W x. The
 product is made once a call; backward has an entry "context". Resets do not touch it.
 
+CUDA: arrays on a CUDA device, of CuPy, torch (without requires_grad), JAX, Numba or anything that speaks DLPack, all in
+one place and on one stream; float16 and bfloat16, too. Results are the library's own arrays (CuPy's for JAX), and
+nothing waits for the device.
+
 Tokens: an integer x (of any integer type) without its last axis, (T,B), (B,T) or (T,), stands for the one-hot vectors
 of its values: x[t, b] = k is a 1 at input k, 0 <= k < I = weight_ih_l0.shape[1]. Then x W^T is a column of W, looked up
 and never multiplied, and no entry "x" comes from backward, because tokens have no gradient. Values past a row's length
