@@ -53,14 +53,21 @@ def _run_on(request: Any) -> Iterator[Any]:
     found.set_isa(before)
 
 
-@pytest.fixture(scope="session")
-def twin_extension(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The CUDA backend's bindings over the CPU twin of the device."""
+@pytest.fixture(scope="session", params=["twin", "gpu"])
+def twin_extension(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The CUDA backend's bindings over the CPU twin of the device; and over a GPU, where there is one."""
     import cuda_twin
 
-    if why := cuda_twin.why_not():
+    on_gpu = request.param == "gpu"
+    if why := cuda_twin.why_no_gpu() if on_gpu else cuda_twin.why_not():
         pytest.skip(why)
-    return cuda_twin.build(tmp_path_factory.mktemp("twin"))
+    before = cuda_twin.memory
+    if on_gpu:
+        cuda_twin.memory = cuda_twin.MemoryOfTorch("cuda")
+        yield cuda_twin.OnGpu(backends.load("native").cuda)
+    else:
+        yield cuda_twin.build(tmp_path_factory.mktemp("twin"))
+    cuda_twin.memory = before
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A CUDA device without a GPU: the bindings of the CUDA backend, compiled over the CPU twin of the device, and arrays
-whose 'device memory' is NumPy's. Built once per run of pytest (see `twin` in conftest.py)."""
+whose 'device memory' is NumPy's. Built once per run of pytest (see `twin` in conftest.py). Where there is a GPU, the
+same tests run on it too: `memory` is then the GPU's."""
 
 from __future__ import annotations
 
@@ -68,21 +69,78 @@ def build(folder: Path) -> Any:
     return module.cuda
 
 
+class Memory:
+    """The twin's: an array's own."""
+
+    device = "cpu"  # torch's name
+
+    def put(self, values: np.ndarray) -> Any:
+        return None
+
+    def address(self, values: np.ndarray, there: Any) -> int:
+        return values.ctypes.data
+
+    def read(self, values: np.ndarray, there: Any) -> None:
+        """What lies there, into the array."""
+
+    def write(self, values: np.ndarray, there: Any) -> None:
+        """The inverse."""
+
+
+class MemoryOfTorch(Memory):
+    """A GPU's: all bytes between an array's first and last element, so that it lies there with the same strides."""
+
+    def __init__(self, device: str) -> None:
+        import torch
+
+        self.device, self.torch = device, torch
+
+    def _bytes(self, values: np.ndarray) -> tuple[int, Any]:
+        if not values.size:
+            return values.ctypes.data, self.torch.empty(0, dtype=self.torch.uint8)
+        first, last = np.lib.array_utils.byte_bounds(values)
+        raw = (ctypes.c_uint8 * (last - first)).from_address(first)
+        return first, self.torch.frombuffer(raw, dtype=self.torch.uint8)
+
+    def put(self, values: np.ndarray) -> Any:
+        first, raw = self._bytes(values)
+        return first, raw.to(self.device, copy=True)
+
+    def address(self, values: np.ndarray, there: Any) -> int:
+        return int(there[1].data_ptr() + values.ctypes.data - there[0])
+
+    def read(self, values: np.ndarray, there: Any) -> None:
+        first, raw = self._bytes(values)
+        raw.copy_(there[1][first - there[0] :][: raw.numel()])
+
+    def write(self, values: np.ndarray, there: Any) -> None:
+        first, raw = self._bytes(values)
+        there[1][first - there[0] :][: raw.numel()].copy_(raw)
+
+
+memory = Memory()
+
+
 class Chip:
     """An array of a library that NumPy cannot read: what it holds is seen through its interface only."""
 
-    def __init__(self, values: np.ndarray, stream: int | None = None) -> None:
-        self._values = values
-        self.stream = stream
+    def __init__(self, values: np.ndarray, stream: int | None = None, there: Any = None) -> None:
+        self._mirror, self.stream = values, stream
+        self._there = memory.put(values) if there is None else there
+
+    @property
+    def _values(self) -> np.ndarray:
+        memory.read(self._mirror, self._there)
+        return self._mirror
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
-        a = self._values
+        a = self._mirror
         contiguous = a.flags.c_contiguous
         return {
             "shape": a.shape,
             "typestr": a.dtype.str,
-            "data": (a.ctypes.data, False),
+            "data": (memory.address(a, self._there), False),
             "strides": None if contiguous else a.strides,
             "version": 3,
             "stream": self.stream,
@@ -90,24 +148,27 @@ class Chip:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self._values.shape
+        return self._mirror.shape
 
     @property
     def ndim(self) -> int:
-        return self._values.ndim
+        return self._mirror.ndim
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        return self._values.dtype
+        return self._mirror.dtype
 
     def __getitem__(self, index: Any) -> Chip:
-        return Chip(self._values[index])
+        return Chip(self._mirror[index], there=self._there)
 
     def __setitem__(self, index: Any, value: Any) -> None:
         self._values[index] = value._values if isinstance(value, Chip) else value
+        memory.write(self._mirror, self._there)
 
     def __iadd__(self, other: Chip) -> Chip:
-        self._values += other._values
+        mine = self._values
+        mine += other._values
+        memory.write(self._mirror, self._there)
         return self
 
     def __array__(self, *_: Any, **__: Any) -> Any:
@@ -183,3 +244,37 @@ def make(shape: tuple[int, ...], dtype: Any, like: Any) -> Any:
     raw = np.full(n + 512, 0xFF, np.uint8)
     start = -raw.ctypes.data % 256
     return Chip(raw[start : start + n].view(dtype).reshape(shape))
+
+
+class OnGpu:
+    """The extension's own `cuda`, for tests written for the twin's."""
+
+    def __init__(self, extension: Any) -> None:
+        self._extension = extension
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._extension, name)
+
+    def schedule(self, seed: int) -> None:
+        """A GPU has its own."""
+
+    def pretend(self, **what: Any) -> None:
+        import pytest
+
+        if what:
+            pytest.skip("a GPU cannot be told to be broken")
+
+
+def why_no_gpu() -> str:
+    """Why the tests cannot run on a GPU; "" if they can."""
+    from fusedrnn import backends
+
+    native = backends.load("native")
+    if native is None or native.cuda is None:
+        return "this build has no CUDA kernels"
+    why = native.cuda.devices()[1]
+    if why or not importlib.util.find_spec("torch"):
+        return why or "no torch, which has the memory"
+    import torch
+
+    return "" if torch.cuda.is_available() else "this torch has no CUDA"

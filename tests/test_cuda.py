@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The whole way of arrays on a CUDA device, from fusedrnn's functions to the kernels, without a GPU: the device is the
-CPU twin, the arrays are cuda_twin.Chip."""
+"""The whole way of arrays on a CUDA device, from fusedrnn's functions to the kernels: the device is the CPU twin, and
+a GPU where there is one, the arrays are cuda_twin.Chip."""
 
 from __future__ import annotations
 
@@ -385,6 +385,7 @@ def test_bindings_check_what_they_get(twin, twin_extension):
 
 
 def test_report(twin, twin_extension):
+    twin_extension.pretend(compute=90)
     report = fusedrnn.info()
     assert report["CUDA kernels for"] == ["twin"]
     assert report["CUDA devices"] == ["CPU twin (9.0, 132 multiprocessors, 1 GiB)"]

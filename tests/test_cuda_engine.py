@@ -1,18 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whole calls of the CUDA backend without a GPU, on canonical arrays: engine and kernels on the device's CPU twin.
+"""Whole calls of the CUDA backend on canonical arrays: engine and kernels on the device's CPU twin, or on a GPU.
 
 Random sizes and options; every cell, type and route; odd strides; workspace and tape of exactly the size asked for.
 """
 
 import os
 import random
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from fusedrnn.arrays import DeviceArray
+from cuda_twin import Chip
+from fusedrnn.arrays import DeviceArray, device_array
 from fusedrnn.backends import Arguments, Problem, Results, reference
 
 ROUTES = ("single", "cluster", "grid", "stepwise")
@@ -24,7 +25,10 @@ BUDGETS = {"float64": 1e-12, "float32": 2e-5, "tf32": 2e-2, "float16": 2e-2, "bf
 def seen(value: Any, kind: str) -> Any:
     """A nesting of NumPy arrays as the bindings see it."""
     if isinstance(value, np.ndarray):
-        return DeviceArray(value, value.ctypes.data, value.shape, value.strides, kind, value.itemsize, 0)
+        there = device_array(Chip(value))
+        assert there
+        there.kind = kind
+        return there
     if isinstance(value, list | tuple):
         return type(value)(seen(v, kind) for v in value)
     if isinstance(value, Arguments):
@@ -34,19 +38,37 @@ def seen(value: Any, kind: str) -> Any:
     return value
 
 
+def read(value: Any) -> None:
+    """What lies on the device into the arrays that it was made of."""
+    if isinstance(value, DeviceArray):
+        value.owner._values  # noqa: B018
+    elif isinstance(value, list | tuple):
+        for v in value:
+            read(v)
+    elif isinstance(value, Arguments | Results):
+        read([getattr(value, field.name) for field in fields(value)])
+
+
 class Memory:
     """So many bytes, full of NaN and aligned, with a mark behind them."""
 
     MARK = 0xA5
 
     def __init__(self, size: int) -> None:
-        self.raw = np.full(size + 1024, self.MARK, np.uint8)
-        start = -self.raw.ctypes.data % 256
-        self.end, self.pointer = start + size, self.raw.ctypes.data + start
-        self.raw[start : self.end] = 0xFF
+        raw = np.full(size + 1024, self.MARK, np.uint8)
+        raw = raw[-raw.ctypes.data % 256 :]
+        raw[:size] = 0xFF
+        self.size, self.there = size, Chip(raw)
+
+    @property
+    def pointer(self) -> int:
+        return int(self.there.__cuda_array_interface__["data"][0])
+
+    def bytes(self) -> np.ndarray:
+        return self.there._values
 
     def check(self, label: str) -> None:
-        beyond = self.raw[self.end :] != self.MARK
+        beyond = self.bytes()[self.size :] != self.MARK
         assert not beyond.any(), (
             f"{label}: byte {int(np.argmax(beyond))} behind the memory that was asked for is written"
         )
@@ -174,11 +196,12 @@ class Case:
         assert forward.tape_bytes == backward.tape_bytes
         tape, first, second = map(Memory, (forward.tape_bytes, forward.workspace_bytes, backward.workspace_bytes))
         forward.run(tape.pointer, first.pointer, 0)
-        kept = tape.raw.copy()
+        kept = tape.bytes().copy()
         backward.run(tape.pointer, second.pointer, 0)
-        assert np.array_equal(kept, tape.raw), f"{self}: backward wrote to the tape"
+        assert np.array_equal(kept, tape.bytes()), f"{self}: backward wrote to the tape"
         for name, memory in (("tape", tape), ("forward", first), ("backward", second)):
             memory.check(f"{self}: {name}")
+        read([dp, out])
         assert forward.route == backward.route == self.route, f"{self}: took {forward.route}, {backward.route}"
 
     def check(self) -> None:

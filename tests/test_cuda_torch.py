@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The PyTorch adapter's operations for CUDA tensors, on tensors of the host over the CPU twin of the device. (That
-torch calls them for CUDA tensors, no test without a GPU can show.)"""
+"""The PyTorch adapter's operations for CUDA tensors, on tensors of the host over the CPU twin of the device, and on
+CUDA tensors where there is a GPU. (That torch calls them for CUDA tensors, no test without a GPU can show.)"""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+import cuda_twin  # noqa: E402
 from fusedrnn.torch import cuda, kernels  # noqa: E402
 from fusedrnn.torch.how import How  # noqa: E402
 
@@ -30,6 +31,11 @@ def tensors(how: How, E: int, shared: bool, dtype: Any, T: int = 5, B: int = 3, 
     return p, g, lengths, reset
 
 
+def there(values: Any) -> list[Any]:
+    """On the device: for the twin, the host."""
+    return [t.to(cuda_twin.memory.device) for t in values]
+
+
 CALLS = [
     (How("lstm", tape=True, cells=True), 1, False),
     (How("lstm", 2, 2, tape=True), 2, True),
@@ -45,29 +51,31 @@ CALLS = [
 def test_forward_and_backward(twin, how, E, shared, dtype):
     p, g, lengths, reset = tensors(how, E, shared, dtype)
     wide, wide_g = [t.double() for t in p], [t.double() for t in g]
-    *got, tape = cuda.run("forward", how, lengths, reset, [p])
+    *got, tape = cuda.run("forward", how, *there([lengths, reset]), [there(p)])
     *expected, kept = kernels.forward(how, lengths, reset, wide)
     assert tape.shape[0] == E
     down = how._replace(want="1" * how.arguments)
     for each in (False, True):
         down = down._replace(each=each)
-        grads = cuda.run("backward", down, lengths, reset, [p, (tape,), g])
+        grads = cuda.run("backward", down, *there([lengths, reset]), [there(p), (tape,), there(g)])
         wanted = kernels.backward(down, lengths, reset, wide, kept, wide_g)
-        again = cuda.run("backward", down, lengths, reset, [p, (None,), g])
+        again = cuda.run("backward", down, *there([lengths, reset]), [there(p), (None,), there(g)])
         assert all(torch.equal(a, b) for a, b in zip(grads, again, strict=True))
         got, expected = [*got, *grads], [*expected, *wanted]
     for n, (a, b) in enumerate(zip(got, expected, strict=True)):
         assert a.dtype == dtype and a.shape == b.shape
-        torch.testing.assert_close(a.double(), b, rtol=4 * BUDGETS[dtype], atol=4 * BUDGETS[dtype], msg=f"output {n}")
+        torch.testing.assert_close(
+            a.cpu().double(), b, rtol=4 * BUDGETS[dtype], atol=4 * BUDGETS[dtype], msg=f"output {n}"
+        )
 
 
 def test_other_operations_are_torchs_own(twin):
     how = How("gru")
     p, _, lengths, reset = tensors(how, 1, False, torch.float64)
     along = [torch.ones_like(t) for t in p]
-    for a, b in zip(cuda.run("jvp", how, lengths, reset, [p, along]), kernels.jvp(how, lengths, reset, p, along),
-                    strict=True):  # fmt: skip
-        torch.testing.assert_close(a, b)
+    got = cuda.run("jvp", how, *there([lengths, reset]), [there(p), there(along)])
+    for a, b in zip(got, kernels.jvp(how, lengths, reset, p, along), strict=True):
+        torch.testing.assert_close(a.cpu(), b)
 
 
 def test_off_until_switched_on(twin):
