@@ -157,13 +157,14 @@ def table(facts: dict[str, Any], found: list[Kernel]) -> str:
     text = f"""# What `FUSEDRNN_CUDA=ON` builds
 
 Made by `python bench/cuda_build.py`: {facts["nvcc"]}; {facts["built_for"]}.
-{facts["processor_seconds"]:.0f} s of processor time, {facts["processor_seconds"] / 120:.1f} minutes on two cores. Wheel
-{facts["wheel_bytes"] / 1e6:.1f} MB, `_core` {facts["core_bytes"] / 1e6:.1f} MB, which needs {", ".join(facts["needed"])}.
+{facts["processor_seconds"]:.0f} s of processor time, {facts["processor_seconds"] / 120:.1f} minutes on two cores.
+Wheel {facts["wheel_bytes"] / 1e6:.1f} MB, `_core` {facts["core_bytes"] / 1e6:.1f} MB.
+Libraries needed: {", ".join(facts["needed"])}.
 
 ## Persistent kernels
 Registers of a thread on each architecture, with the bytes spilled behind a + where there are any; KB of shared memory
-and threads of a block. '-': not built there (a cluster needs sm_90; bfloat16 and TF32 sm_80), or more shared memory than
-the architecture has.
+and threads of a block. '-': not built there (a cluster needs sm_90; bfloat16 and TF32 sm_80), or it wants more shared
+memory than the architecture has.
 
 | {" | ".join(["cell", "type", "route", "kernel", "cut", *architectures, "KB", "threads"])} |
 {"|---" * (len(architectures) + 7)}|

@@ -80,24 +80,13 @@ def test_kernels_agree_with_float64(built):
     call([str(built()), "--quiet"], 400)
 
 
-def redundant(what: str, file: str, line: int) -> bool:
-    """Calls whose loss nothing on a CPU can show."""
-    lines = (CSRC / "cuda" / file).read_text().splitlines()
-    # nothing reads what it waits for: it only keeps copies from arriving after the block has ended
-    if what == "cp_async_wait" and "cp_async_wait<0>" in lines[line - 1]:
-        return True
-    # several stand where another one in the same step orders the same accesses, or bring the lanes together for the
-    # product, which on the CPU waits for all of them by itself
-    return what == "sync_warp"
-
-
 @pytest.mark.parametrize("only", ["lstm/f16", "gru/f16"])
 def test_every_barrier_and_wait_is_needed(built, only):
     """Each call of a primitive that orders anything is broken on its own; some case, schedule or seed must go wrong."""
     out = call([str(built()), "--break", "--only", only], 400, ok=False).stdout
     assert out.count("noticed ") > 20, out
-    for what, file, line in re.findall(r"^MISSED\s+(\w+) (\w+\.h):(\d+):\d+ ", out, re.M):
-        assert redundant(what, file, int(line)), f"{what} at {file}:{line} could be lost unnoticed\n{out}"
+    missed = re.findall(r"^MISSED .*", out, re.M)
+    assert not missed, "\n".join(missed)
 
 
 def test_address_sanitizer(built):

@@ -182,7 +182,6 @@ struct Backward {
         if constexpr (S::kRoute == Route::cluster) {
           dev::mbar_wait(bar + ((turn - 1) & 1), (turn - 1) >> 1 & 1, late);
           if (dev::tid() == 0) dev::mbar_arrive_expect(bar + ((turn - 1) & 1), expected);
-          dev::sync_warp();
           const U4* const from = sums + ((turn - 1) & 1) * kSums;
           FUSEDRNN_UNROLL
           for (int i = 0; i < S::kOwned; ++i) {
@@ -363,10 +362,8 @@ struct Backward {
                 *reinterpret_cast<const U4*>(now + i * (kStreams * 64) + kExtraAt * 64 + lane * T::kPer);
         }
       }
-      dev::sync_warp();
       fetch(ring, s - (kStages - 1), lane, rank, warp, set_now, row0_now, length, backwards);
     }
-    dev::cp_async_wait<0>();
 
     // -- the end: gradients of the initial state; zeros past every row's end
     FUSEDRNN_UNROLL

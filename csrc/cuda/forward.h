@@ -156,7 +156,6 @@ struct Forward {
         if (a.keep && length[r] > 0)
           *reinterpret_cast<U4*>(a.prev + padded(set, time(0, length[r], backwards), row0 + r) + unit) = v;
       }
-      dev::sync_warp();
     }
 
     // a group beyond the last unit has nothing to do, and nobody would hold it to the pace of the others
@@ -336,10 +335,8 @@ struct Forward {
                 *reinterpret_cast<const U4*>(now + i * (kGates * 64) + n * T::kPer);
         }
       }
-      dev::sync_warp();
       fetch(ring, s + kStages - 1, steps, lane, rank, group, split, set_now, row0_now, length, backwards);
     }
-    dev::cp_async_wait<0>();
 
     // -- the end: final states; y past every row's end
     FUSEDRNN_UNROLL

@@ -270,20 +270,29 @@ void mistakes(uint64_t seed) {
 #endif
   // copies are late: without the wait, what is read is NaN
   float seen = 0;
-  expect(told(
-             1, 1, 32, shared_size<float>(4),
-             [&] {
-               Shared shared;
-               float* const s = shared.take<float>(4);
-               if (tid()) return;
-               cp_async16(s, global + 1);
-               cp_async_commit();
-               seen = s[0];
-             },
-             seed)
-                 .empty() &&
-             seen != seen,
-         "a copy that nobody waited for is not there yet");
+  expect_told(told(
+                  1, 1, 32, shared_size<float>(4),
+                  [&] {
+                    Shared shared;
+                    float* const s = shared.take<float>(4);
+                    if (tid()) return;
+                    cp_async16(s, global + 1);
+                    cp_async_commit();
+                    seen = s[0];
+                  },
+                  seed),
+              "thread 0 has ended with a cp.async under way", "a copy that nobody waited for");
+  expect(seen != seen, "a copy that nobody waited for is not there yet");
+  expect_told(told(
+                  1, 1, 32, 0,
+                  [&] {
+                    U4 v[1];
+                    float d[4] = {};
+                    poll16(v, global + 1, 16, 1, late);
+                    mma<F16>(d, v[0], 0, 0);
+                  },
+                  seed),
+              "let go one by one", "a product right behind a wait");
 }
 
 }  // namespace

@@ -52,6 +52,7 @@ struct Thread : Identity {
   Block* home = nullptr;
   int lane = 0;
   bool ended = false;
+  bool apart = false;          // it has left a wait that lanes leave one by one, and has met nobody since
   const char* what = nullptr;  // the primitive it waits in
   Where at;
   void* args = nullptr;                  // what the other lanes of a collective may look at
@@ -399,6 +400,9 @@ void entry() {
   now->call(now->kernel);
   Unseen unseen;
   order_release(&now->end_tag);
+  t.groups.push_back(std::move(t.copies));
+  for (const std::vector<Copy>& group : t.groups)
+    if (!group.empty()) fail(name(t) + " has ended with a cp.async under way");
   t.ended = true;
   ++t.home->ended;
   t.warp->ended |= 1u << t.lane;
@@ -696,6 +700,7 @@ U4 swapped(const U4& a) { return U4{{a.w[0], a.w[2], a.w[1], a.w[3]}}; }
 
 void mma_16bit(float (&d)[4], const U4& a, u32 b0, u32 b1, bool bfloat, Where at) {
   Unseen unseen;
+  need(!self().apart, "lanes that a wait has let go one by one, without a sync_warp", "mma", at);
   const U4 mine = broken("mma", at) ? swapped(a) : a;
   MmaArgs args{d, &mine, {b0, b1}};
   collective("mma", at, &args, [&](Warp& w) {
@@ -716,6 +721,7 @@ void mma_16bit(float (&d)[4], const U4& a, u32 b0, u32 b1, bool bfloat, Where at
 
 void mma_tf32(float (&d)[4], const U4& a, u32 b0, u32 b1, Where at) {
   Unseen unseen;
+  need(!self().apart, "lanes that a wait has let go one by one, without a sync_warp", "mma", at);
   const U4 mine = broken("mma", at) ? swapped(a) : a;
   MmaArgs args{d, &mine, {b0, b1}};
   collective("mma", at, &args, [&](Warp& w) {
@@ -761,6 +767,7 @@ void poll16(U4* v, int n, const void* base, int stride, u32 wanted, Where at) {
   Thread& t = self();
   need(aligned(base, 16) && stride % 16 == 0, "poll16 of an address that is not a multiple of 16", "poll16", at);
   if (n < 32) wanted &= (1u << n) - 1;
+  t.apart = true;
   t.poll_base = static_cast<const u8*>(base);
   t.poll_stride = stride;
   t.poll_wanted = wanted;
@@ -809,6 +816,7 @@ void sync_cluster(Where at) {
   if (broken("sync_cluster", at)) return;
   Thread& t = self();
   arrive(now->clusters[static_cast<size_t>(t.block / now->cluster)], now->cluster * t.threads, "sync_cluster", at);
+  t.apart = false;  // it has a sync_warp in it
 }
 
 void sync_warp(Where at) {
@@ -819,6 +827,7 @@ void sync_warp(Where at) {
   order_release(tag);
   collective("sync_warp", at, nullptr, [](Warp&) {});
   order_acquire(tag);
+  self().apart = false;
 }
 
 float shfl_xor(float v, int mask, Where at) {
@@ -891,6 +900,7 @@ void mbar_arrive_expect(u64* bar, int bytes, Where at) {
 void mbar_wait(u64* bar, u32 parity, bool& late, Where at) {
   Unseen unseen;
   need(parity < 2, "a parity that is neither 0 nor 1", "mbar_wait", at);
+  self().apart = true;
   if (late || broken("mbar_wait", at)) return;
   need(block_of(bar) == self().home, "not in the block's own shared memory", "mbar_wait", at);
   MessageBarrier& b = message_barrier(bar, "mbar_wait", at);
