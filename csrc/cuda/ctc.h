@@ -107,10 +107,8 @@ struct CtcRows {
   FUSEDRNN_DEVICE void operator()() const {
     dev::Shared shared;
     S* const sums = shared.take<S>(kThreads);
-    for (int64_t b = dev::block(); b < a.B; b += dev::blocks()) {
-      row(b, sums);
-      dev::sync_block();  // the next row uses the same shared memory
-    }
+    // a row ends with a barrier behind the last use of shared memory, and has its own part of the workspace
+    for (int64_t b = dev::block(); b < a.B; b += dev::blocks()) row(b, sums);
   }
 
  private:

@@ -44,15 +44,14 @@ std::string name_of(const char* cut) {
 template <class S>
 void add_forward(std::vector<Run>& runs, const char* cut) {
   const int units = S::kUnits * (S::kRoute == cuda::Route::single ? 1 : S::kRoute == cuda::Route::cluster ? 4 : 5);
-  runs.push_back({name_of<S>(cut) + "/forward",
-                  cases_for(cell_of<typename S::Cell>(), std::min(S::kDepth, units), S::kRows), run_forward<S>});
+  add_run(runs, name_of<S>(cut) + "/forward",
+          cases_for(cell_of<typename S::Cell>(), std::min(S::kDepth, units), S::kRows), run_forward<S>);
 }
 
 template <class S>
 void add_backward(std::vector<Run>& runs, const char* cut) {
-  runs.push_back({name_of<S>(cut) + "/backward",
-                  cases_for(cell_of<typename S::Cell>(), std::min(S::kMaxH, 3 * S::kUnits), S::kRows),
-                  run_backward<S>});
+  add_run(runs, name_of<S>(cut) + "/backward",
+          cases_for(cell_of<typename S::Cell>(), std::min(S::kMaxH, 3 * S::kUnits), S::kRows), run_backward<S>);
 }
 
 // kOctets: unit octets of a warp, such that octets * gates is even.
