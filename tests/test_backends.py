@@ -188,10 +188,18 @@ def test_wide_layers(route, cell, B):
     compare(route, Case(cell=cell, T=2, B=B, I=300, H=259), "float32")
 
 
-def test_dropout_masks_are_the_same_everywhere(route):
-    """A relu layer of identity weights passes the mask through."""
-    T, B, H, p = 7, 5, 16, 0.3
-    problem = backends.Problem("rnn_relu", T, 1, B, H, H, 2, dropout=p, seed=987654321987654321)
+@pytest.mark.parametrize("H", [1, 7, 16, 83])
+@pytest.mark.parametrize("border", [False, True])
+def test_dropout_masks_are_the_same_everywhere(route, H, border):
+    """A relu layer of identity weights passes the mask through. border: p * 2^32 is no whole number, and the first word
+    drawn is the last that lies below it."""
+    T, B, p, seed = 7, 5, 0.3, 987654321987654321
+    if border:
+        key = (np.uint64(seed & 0xFFFFFFFF), np.uint64(seed >> 32))
+        zero = np.uint64(0)
+        p = (int(fusedrnn.cells.dropout.philox(zero, zero, zero, zero, *key)[0]) + 0.5) / 2**32
+        assert fusedrnn.cells.dropout.drawn((1,), p, seed, 0)[0]
+    problem = backends.Problem("rnn_relu", T, 1, B, H, H, 2, dropout=p, seed=seed)
     eye, zero = np.eye(H, dtype=np.float32)[None], np.zeros((1, H, H), np.float32)
     x = np.ones((T, 1, B, H), np.float32)
     y = np.empty_like(x)

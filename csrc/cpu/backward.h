@@ -27,7 +27,8 @@ class Backward {
         layers_(layers),
         tape_(layers.layout()),
         groups_(adds_up(call) ? 1 : sets.count, call.threads, workspace),
-        table_(call, sets, workspace) {
+        table_(call, sets, call.p.tokens.data != nullptr, split(call, sets), workspace),
+        vocabulary_(call, sets, tape_.every && packs_columns(call, sets), false, workspace) {
     p_[0] = &call.p;
     g_[0] = &call.g;
     if (P == 2) p_[1] = &call.v, g_[1] = &call.t;
@@ -48,7 +49,7 @@ class Backward {
     for (int g = 0; g < groups_.count; ++g) {
       Scratch& s = scratch_[g];
       s = Scratch();
-      if (tape_.every) s.forward.allocate(cell_, inputs_, H, layers_.tokens() ? layers_.pairs() : 0, n_.I, workspace);
+      if (tape_.every) s.forward.allocate(cell_, larger(inputs_, vocabulary_.most), H, workspace);
       if (p_[0]->context.data) {
         s.context.allocate(p_, n_, N, cell_, workspace);
         for (int q = 0; q < P; ++q) {
@@ -231,7 +232,8 @@ class Backward {
       }
     }
     if (!tape_.every) return;
-    w.forward.pack(a.team, cell_, p, e, inputs, H, a.rows.total, pairs_, a.source[0].token ? layers_.pairs() : -1);
+    w.forward.pack(a.team, cell_, p, e, inputs, H, a.rows.total, pairs_,
+                   a.source[0].token ? &vocabulary_.of[a.set] : nullptr);
   }
 
   static void shape(Panels<S>& w, int64_t K, int64_t columns, int threads) {
@@ -849,45 +851,13 @@ class Backward {
 
   // ---- tokens: dW has columns only for those that occur. They are added up together, then written. ----
 
-  // The tokens of every weight set, by rising number. Where shared weights have a gradient for each e: by e, then so.
-  struct Table {
-    bool split = false;
-    int64_t most = 0;           // kinds that a weight set meets
-    int64_t** kinds = nullptr;  // [set][kind]: token + e * I
-    int64_t* count = nullptr;   // [set]
-    int32_t** place = nullptr;  // [set][token + e * I]: which kind
-
-    Table(const Call& call, const Sets& sets, Workspace& workspace) {
-      const Array<3>& tokens = call.p.tokens;
-      if (!tokens.data) return;
-      const Sizes& n = call.problem->sizes;
-      for (int d = 0; call.dp.params && d < n.D; ++d)
-        split = split || (sets.count == 1 && n.E > 1 && call.dp.params[d].W.data && call.dp.params[d].W.stride[0]);
-      const int64_t keys = n.I * (split ? n.E : 1);
-      kinds = take<int64_t*>(workspace, sets.count);
-      count = take<int64_t>(workspace, sets.count);
-      place = take<int32_t*>(workspace, sets.count);
-      for (int64_t set = 0; set < sets.count; ++set) {
-        const Rows& rows = sets.rows[set];
-        place[set] = take<int32_t>(workspace, keys);
-        for (int64_t key = 0; key < keys; ++key) place[set][key] = 0;
-        count[set] = 0;
-        for (int64_t i = 0; i < rows.N; ++i) {
-          const int32_t* row = element<int32_t>(tokens, 0, rows.e[i], rows.b[i]);
-          for (int64_t t = 0; t < rows.length[i]; ++t) {
-            int32_t& seen = place[set][row[t * tokens.stride[0]] + (split ? rows.e[i] * n.I : 0)];
-            count[set] += !seen;
-            seen = 1;
-          }
-        }
-        kinds[set] = take<int64_t>(workspace, count[set]);
-        int32_t next = 0;
-        for (int64_t key = 0; key < keys; ++key)
-          if (place[set][key]) kinds[set][place[set][key] = next++] = key;
-        most = larger(most, count[set]);
-      }
-    }
-  };
+  // Shared weights have a gradient for each e.
+  static bool split(const Call& call, const Sets& sets) {
+    bool found = false;
+    for (int d = 0; call.dp.params && d < call.problem->sizes.D; ++d)
+      found = found || (call.dp.params[d].W.data && call.dp.params[d].W.stride[0]);
+    return found && sets.count == 1 && call.problem->sizes.E > 1;
+  }
 
   // da of a chunk into the columns of its tokens, pair by pair, each thread its own gate rows.
   void token_gradient(Part& a, int64_t s0, int64_t s1) {
@@ -896,11 +866,12 @@ class Backward {
     const int64_t m0 = smaller(a.team.begin(tiles) * L, width), m1 = smaller(a.team.end(tiles) * L, width);
     if (m1 <= m0) return;
     if (a.fresh)
-      for (int64_t kind = 0; kind < table_.count[a.set]; ++kind) zero_row(a.w.columns + kind * width + m0, 1, m1 - m0);
+      for (int64_t kind = 0; kind < table_.of[a.set].count; ++kind)
+        zero_row(a.w.columns + kind * width + m0, 1, m1 - m0);
     for (int64_t s = s0; s < s1; ++s)
       for (int64_t i = 0; i < rows.live[s]; ++i) {
         const int64_t r = rows.off[s] - rows.off[s0] + i;
-        const int64_t kind = table_.place[a.set][a.w.tokens[r] + (table_.split ? rows.e[i] * n_.I : 0)];
+        const int64_t kind = table_.of[a.set].place[a.w.tokens[r] + (table_.split ? rows.e[i] * n_.I : 0)];
         add_row(a.w.da_rows[P - 1][r] + m0, 1, a.w.columns + kind * width + m0, 1, m1 - m0);
       }
   }
@@ -920,8 +891,8 @@ class Backward {
             row[j] = segment[k].w_row + m + j - segment[k].column;
       for (int64_t e = e_first; !adds && e < (sets_.count == 1 && to.stride[0] ? n_.E : e_first + 1); ++e)
         for (int64_t j = 0; j < n; ++j) zero_row(element<S>(to, e, row[j]), to.stride[2], n_.I);
-      for (int64_t kind = 0; kind < table_.count[a.set]; ++kind) {
-        const int64_t key = table_.kinds[a.set][kind];
+      for (int64_t kind = 0; kind < table_.of[a.set].count; ++kind) {
+        const int64_t key = table_.of[a.set].kinds[kind];
         const int64_t e = table_.split ? key / n_.I : e_first, token = table_.split ? key % n_.I : key;
         for (int64_t j = 0; j < n; ++j) *element<S>(to, e, row[j], token) += a.w.columns[kind * width + m + j];
       }
@@ -951,7 +922,7 @@ class Backward {
   const Layers<S, P>& layers_;
   const Tape& tape_;
   Groups groups_;
-  Table table_;
+  Vocabulary table_, vocabulary_;  // of dW; of recompute's products
   S* between_[2][P] = {};
   S* zeros_;
   Scratch* scratch_;

@@ -145,34 +145,64 @@ FUSEDRNN_FORCE void zero_row(S* to, int64_t stride, int64_t n) {
   for (int64_t u = 0; u < n; ++u) to[u * stride] = 0;
 }
 
-// The mask of csrc/README.md: multiplies elements number `first`, `first` + 1, ... of one layer's output in place.
+// The words of kDrawn blocks of Philox that follow one another: philox.h, a block in each 64-bit lane of two registers.
+constexpr int kDrawn = 2 * kWideLanes;
+FUSEDRNN_FORCE void philox_run(uint64_t key, uint64_t counter, uint32_t c2, uint32_t c3, uint32_t* word) {
+  const uint64_t low = 0xFFFFFFFFu;
+  Wide n;
+  for (int j = 0; j < kWideLanes; ++j) n[j] = counter + static_cast<uint64_t>(j);
+  Wide c[4][2];
+  for (int r = 0; r < 2; ++r, n += kWideLanes)
+    c[0][r] = n, c[1][r] = n >> 32, c[2][r] = Wide{} + c2, c[3][r] = Wide{} + c3;
+  uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
+  for (int round = 0; round < 10; ++round, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u)
+    for (int r = 0; r < 2; ++r) {  // the upper halves of the lanes are left as they come
+      const Wide a = times_low(c[0][r], 0xD2511F53u), b = times_low(c[2][r], 0xCD9E8D57u);
+      c[0][r] = (b >> 32) ^ c[1][r] ^ k0;
+      c[2][r] = (a >> 32) ^ c[3][r] ^ k1;
+      c[1][r] = b;
+      c[3][r] = a;
+    }
+  for (int r = 0; r < 2; ++r)
+    for (int j = 0; j < kWideLanes; ++j, word += 4)
+      for (int i = 0; i < 4; ++i) word[i] = static_cast<uint32_t>(c[i][r][j] & low);
+}
+
+// The mask of csrc/README.md for elements number `first`, `first` + 1, ...
 struct Dropout {
   double p;
   uint64_t seed;
 
+  // Multiplies one layer's output in place.
   template <class S>
   void apply(S* row, int64_t count, uint64_t first, int layer) const {
-    const uint64_t limit = static_cast<uint64_t>(p * 4294967296.0);
     const S scale = static_cast<S>(1 / (1 - p));
-    uint32_t word[4];
-    uint64_t drawn = ~uint64_t{0};
-    for (int64_t j = 0; j < count; ++j) {
-      const uint64_t n = first + static_cast<uint64_t>(j);
-      if (n / 4 != drawn) philox(seed, drawn = n / 4, static_cast<uint32_t>(layer), 0, word);
-      row[j] = word[n % 4] < limit ? S(0) : row[j] * scale;
-    }
+    each(count, first, layer, 0, [&](int64_t j, bool dropped) { row[j] = dropped ? S(0) : row[j] * scale; });
   }
 
   // Whether each element is dropped, as 1 or 0. stream: 2 zoneout of h, 3 of c, 4 recurrent dropout.
   template <class S>
   void drawn(S* row, int64_t count, uint64_t first, int layer, uint32_t stream) const {
-    const uint64_t limit = static_cast<uint64_t>(p * 4294967296.0);
-    uint32_t word[4];
-    uint64_t block = ~uint64_t{0};
-    for (int64_t j = 0; j < count; ++j) {
-      const uint64_t n = first + static_cast<uint64_t>(j);
-      if (n / 4 != block) philox(seed, block = n / 4, static_cast<uint32_t>(layer), stream, word);
-      row[j] = word[n % 4] < limit ? S(1) : S(0);
+    each(count, first, layer, stream, [&](int64_t j, bool dropped) { row[j] = dropped ? S(1) : S(0); });
+  }
+
+ private:
+  template <class F>
+  FUSEDRNN_FORCE void each(int64_t count, uint64_t first, int layer, uint32_t stream, F f) const {
+    uint64_t limit = static_cast<uint64_t>(p * 4294967296.0);
+    limit += static_cast<double>(limit) < p * 4294967296.0;  // word < p * 2^32 in whole numbers
+    uint32_t word[4 * kDrawn];
+    uint64_t block = first / 4;
+    int64_t at = static_cast<int64_t>(first % 4);
+    for (int64_t j = 0; j < count; at = 0) {
+      const bool few = at + count - j <= 8;
+      if (few)
+        philox(seed, block, static_cast<uint32_t>(layer), stream, word);
+      else
+        philox_run(seed, block, static_cast<uint32_t>(layer), stream, word);
+      const int64_t blocks = few ? 1 : kDrawn, n = smaller(count - j, 4 * blocks - at);
+      for (int64_t i = 0; i < n; ++i) f(j + i, word[at + i] < limit);
+      j += n, block += static_cast<uint64_t>(blocks);
     }
   }
 };

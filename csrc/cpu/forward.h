@@ -24,7 +24,8 @@ class Forward {
         out_(call.out),
         sets_(sets),
         layers_(layers),
-        groups_(sets.count * n_.D, call.threads, workspace) {
+        groups_(sets.count * n_.D, call.threads, workspace),
+        vocabulary_(call, sets, packs_columns(call, sets), false, workspace) {
     p_[0] = &call.p;
     if (P == 2) p_[1] = &call.v;
     const int64_t inputs = layers_.widest();
@@ -37,7 +38,7 @@ class Forward {
     for (int g = 0; g < groups_.count; ++g) {
       Scratch& s = scratch_[g];
       s = Scratch();
-      s.weights.allocate(cell_, inputs, n_.H, layers_.tokens() ? layers_.pairs() : 0, n_.I, workspace);
+      s.weights.allocate(cell_, larger(inputs, vocabulary_.most), n_.H, workspace);
       if (layers_.tokens()) s.tokens = take<int32_t>(workspace, pairs);
       if (p_[0]->context.data) s.context.allocate(p_, n_, N, cell_, workspace);
       for (int q = 0; q < P; ++q) {
@@ -90,7 +91,7 @@ class Forward {
       source_of[q] = layers_.source(q, l, set);
     }
     const int64_t e = sets_.count == 1 ? 0 : set, inputs = source_of[0].width;
-    const int64_t tokens = source_of[0].token ? layers_.pairs() : -1;
+    const Vocabulary::Set* tokens = source_of[0].token ? &vocabulary_.of[set] : nullptr;
     if constexpr (P == 1 && sizeof(S) == 4) {
       if (problem_.bf16_weights)
         w.weights.template pack<Half>(team, cell_, p, e, inputs, H, rows.total, sets_.N, tokens);
@@ -325,6 +326,7 @@ class Forward {
   const Sets& sets_;
   const Layers<S, P>& layers_;
   Groups groups_;
+  Vocabulary vocabulary_;
   Scratch* scratch_;
   int64_t ld_, chunk_;
 };

@@ -397,6 +397,22 @@ void transpose_rows(const T* const* in, int64_t stride, int64_t valid, int64_t c
     for (int i = 0; i < L; ++i) out[k * ldo + i] = i < valid ? as(in[i] + k * stride, S()) : S(0);
 }
 
+// The same for the columns `kinds` alone, by rising number, of a matrix of so many columns.
+template <class T, class S>
+void transpose_some(const T* const* in, int64_t stride, int64_t valid, const int64_t* kinds, int64_t count,
+                    int64_t columns, S* out, int64_t ldo) {
+  constexpr int L = Vec<S>::lanes;
+  S part[L * L];
+  for (int64_t k = 0; k < count;) {
+    const int64_t first = stride == 1 ? kinds[k] / L * L : kinds[k];
+    const int64_t n = stride == 1 ? smaller<int64_t>(L, columns - first) : 1;
+    const T* from[L];
+    for (int i = 0; i < L; ++i) from[i] = i < valid ? in[i] + first * stride : nullptr;
+    transpose_rows(from, stride, valid, n, part, L);
+    for (; k < count && kinds[k] < first + n; ++k) store(out + k * ldo, load(part + (kinds[k] - first) * L));
+  }
+}
+
 inline void pack_halves(const Half* const* in, int64_t stride, int64_t valid, int64_t count, float* out, int64_t ldo) {
   using V = Vec<float>;
   constexpr int L = V::lanes, Steps = 2 * L;
@@ -417,9 +433,10 @@ inline void pack_halves(const Half* const* in, int64_t stride, int64_t valid, in
 
 // Panels of a matrix M (gates * H, K) for C = A M^T: the forward products. `gate[g]`: row block of gate g.
 // With `halves`, as bfloat16: a register holds steps k (lower halves) and k + 1 (upper ones).
+// kinds: those of the `columns` of M that are packed; null: all.
 template <class T, class S>
 void pack_transposed(const Panels<S>& w, int64_t block, const T* m, int64_t row_stride, int64_t stride, int64_t H,
-                     const int* gate) {
+                     const int* gate, const int64_t* kinds = nullptr, int64_t columns = 0) {
   const int64_t first = block * w.block * w.gates;
   const int64_t end = smaller((block + 1) * w.block, w.tiles()) * w.gates;
   const int width = w.width();
@@ -438,7 +455,10 @@ void pack_transposed(const Panels<S>& w, int64_t block, const T* m, int64_t row_
           continue;
         }
       }
-      transpose_rows(in, stride, valid, w.K, out, nv * w.lanes);
+      if (kinds)
+        transpose_some(in, stride, valid, kinds, w.K, columns, out, nv * w.lanes);
+      else
+        transpose_rows(in, stride, valid, w.K, out, nv * w.lanes);
     }
   }
 }

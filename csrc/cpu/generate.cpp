@@ -21,12 +21,17 @@ class Generate {
            Workspace& workspace)
       : problem_(problem), n_(problem.sizes), cell_(table_of<S, 1>(problem.cell)), p_(p), out_(out), g_(g) {
     const int64_t B = n_.B, H = n_.H;
+    if (g.steps * B > n_.I / 4) {  // all columns of W are packed: nobody knows which ones will be asked for
+      all_.count = n_.I;
+      all_.place = take<int32_t>(workspace, n_.I);
+      for (int32_t v = 0; v < n_.I; ++v) all_.place[v] = v;
+    }
     ld_ = (H + L - 1) / L * L;
     layers_ = static_cast<Layer*>(workspace.take(sizeof(Layer) * static_cast<size_t>(n_.L)));
     for (int l = 0; l < n_.L; ++l) {
       Layer& layer = layers_[l];
       layer = Layer();
-      layer.weights.allocate(cell_, l ? H : 0, H, l ? 0 : g.steps * B, n_.I, workspace);
+      layer.weights.allocate(cell_, l ? H : all_.count, H, workspace);
       for (int parity = 0; parity < 2; ++parity) {
         layer.h[parity] = zeros(workspace, B * ld_);
         layer.h_rows[parity] = take<const S*>(workspace, B);
@@ -84,8 +89,7 @@ class Generate {
     static constexpr int gate[1] = {0};
     for (int l = 0; l < n_.L; ++l) {
       const Params* p[1] = {&p_.params[l]};
-      const int64_t tokens = g_.steps * n_.B;
-      layers_[l].weights.pack(team, cell_, p, 0, l ? n_.H : n_.I, n_.H, tokens, n_.B, l ? -1 : tokens);
+      layers_[l].weights.pack(team, cell_, p, 0, l ? n_.H : n_.I, n_.H, g_.steps * n_.B, n_.B, l ? nullptr : &all_);
     }
     for (int64_t b = team.begin(head_.blocks()); b < team.end(head_.blocks()); ++b)
       pack_transposed(head_, b, element<S>(g_.head, 0, 0), g_.head.stride[0], g_.head.stride[1], n_.I, gate);
@@ -170,6 +174,7 @@ class Generate {
   const S** rh_rows_;
   Panels<S> head_;
   int32_t* tokens_;
+  Vocabulary::Set all_;
   double* drawing_;
 };
 

@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX2__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -49,6 +49,21 @@ struct Register<double> {
   typedef int64_t Int __attribute__((vector_size(kBytes)));
   static constexpr int mantissa = 52;
 };
+
+// 64-bit lanes, and the product of their lower halves.
+typedef uint64_t Wide __attribute__((vector_size(kBytes)));
+constexpr int kWideLanes = kBytes / 8;
+FUSEDRNN_FORCE Wide times_low(Wide a, uint32_t b) {
+#if defined(__AVX512F__)
+  return Wide(_mm512_maskz_mul_epu32(0xFF, __m512i(a), _mm512_set1_epi64(b)));  // GCC warns of the other one
+#elif defined(__AVX2__)
+  return Wide(_mm256_mul_epu32(__m256i(a), _mm256_set1_epi64x(b)));
+#elif defined(__SSE2__)
+  return Wide(_mm_mul_epu32(__m128i(a), _mm_set1_epi64x(b)));
+#else
+  return (a & 0xFFFFFFFFu) * b;
+#endif
+}
 
 template <class S>
 struct Vec {

@@ -15,24 +15,68 @@ S* take(Workspace& workspace, int64_t count) {
   return static_cast<S*>(workspace.take(static_cast<size_t>(count) * sizeof(S)));
 }
 
-// A table of `kinds` columns is packed for so many tokens: the columns of one token then lie together.
-inline bool worth_packing_table(int64_t tokens, int64_t kinds) { return tokens > kinds / 2; }
+// The tokens of every weight set, each once, by rising number. `split`, where shared weights have a gradient for each
+// e: by e, then so.
+struct Vocabulary {
+  struct Set {
+    int64_t* kinds = nullptr;  // token + e * I; null: all I
+    int64_t count = 0;
+    int32_t* place = nullptr;  // [token + e * I]: which kind; null: nothing was looked at
+  };
+  bool split;
+  int64_t most = 0;  // kinds that a weight set meets
+  Set* of;           // [set]
+
+  // `wanted`: null sets otherwise.
+  Vocabulary(const Call& call, const Sets& sets, bool wanted, bool split_by_e, Workspace& workspace)
+      : split(split_by_e), of(take<Set>(workspace, sets.count)) {
+    const Array<3>& tokens = call.p.tokens;
+    const Sizes& n = call.problem->sizes;
+    const int64_t keys = n.I * (split ? n.E : 1);
+    for (int64_t set = 0; set < sets.count; ++set) {
+      Set& to = of[set] = Set();
+      if (!wanted) continue;
+      const Rows& rows = sets.rows[set];
+      to.place = take<int32_t>(workspace, keys);
+      for (int64_t key = 0; key < keys; ++key) to.place[key] = 0;
+      for (int64_t i = 0; i < rows.N; ++i) {
+        const int32_t* row = element<int32_t>(tokens, 0, rows.e[i], rows.b[i]);
+        for (int64_t t = 0; t < rows.length[i]; ++t) {
+          int32_t& seen = to.place[row[t * tokens.stride[0]] + (split ? rows.e[i] * n.I : 0)];
+          to.count += !seen;
+          seen = 1;
+        }
+      }
+      to.kinds = take<int64_t>(workspace, to.count);
+      int32_t next = 0;
+      for (int64_t key = 0; key < keys; ++key)
+        if (to.place[key]) to.kinds[to.place[key] = next++] = key;
+      most = larger(most, to.count);
+    }
+  }
+};
+
+// Whether the columns of W that tokens ask for are packed first, each once, so that a token's column lies together and
+// W is read once, in order: not where looking for them (I) costs more than taking each where it lies (tokens * rows of
+// W).
+inline bool packs_columns(const Call& call, const Sets& sets) {
+  const Sizes& n = call.problem->sizes;
+  return call.p.tokens.data && n.T * sets.N * facts_of(call.problem->cell).gates * n.H > n.I;
+}
 
 template <class S, int P>
 struct ForwardWeights {
   Panels<S> W[P], R[P][kPhases];
   S* bias[P];  // one row of z
   bool has_W[P], has_R[P];
-  bool gathers;                   // tokens take columns of W where it lies, not of the panels
+  const int32_t* place;           // of a token among the columns packed; null: tokens take columns of W where it lies
   const void* W_at[P];            // ... W (G*H,I), of the type that pack was called with
   int64_t W_row[P], W_column[P];  // ... its strides
   int phases;
   int64_t ldz;
 
-  // Room for the widest layer of a call; `tokens`: how many the first layer takes at most, of `kinds`.
-  void allocate(const CellTable<S, P>& cell, int64_t inputs, int64_t H, int64_t tokens, int64_t kinds,
-                Workspace& workspace) {
-    if (worth_packing_table(tokens, kinds)) inputs = larger(inputs, kinds);
+  // Room for the widest layer of a call.
+  void allocate(const CellTable<S, P>& cell, int64_t inputs, int64_t H, Workspace& workspace) {
     const int64_t units = (H + Vec<S>::lanes - 1) / Vec<S>::lanes * Vec<S>::lanes;
     for (int q = 0; q < P; ++q) {
       W[q].data = take<S>(workspace, units * cell.gates * inputs);
@@ -43,20 +87,20 @@ struct ForwardWeights {
 
   // Packs the blocks of this team member, where that is worth it. `p[q]`: values, tangents (null pointers: not given).
   // `pairs` rows will be multiplied, `together` at a time those with R. T: what W and R consist of.
-  // `tokens`: the largest number of them, -1 for other inputs.
+  // `tokens`: null for other inputs.
   template <class T = S>
   void pack(const Team& team, const CellTable<S, P>& cell, const Params* const* p, int64_t e, int64_t inputs, int64_t H,
-            int64_t pairs, int64_t together, int64_t tokens = -1) {
+            int64_t pairs, int64_t together, const Vocabulary::Set* tokens) {
     constexpr int L = Vec<S>::lanes;
     const int64_t tiles = (H + L - 1) / L;
     const int block = block_tiles(cell.two_products ? 1 : cell.gates, tiles, team.size);
     ldz = tiles * cell.sums * L;
     phases = cell.two_products ? 2 : 1;
     const int first_gates = cell.two_products ? cell.gates - 1 : cell.gates;
-    gathers = tokens >= 0 && !worth_packing_table(tokens, inputs);
+    place = tokens ? tokens->place : nullptr;
     static constexpr int gate[4] = {0, 1, 2, 3};
     for (int q = 0; q < P; ++q) {
-      shape(W[q], inputs, H, cell.gates, cell, block, cell.x_sum);
+      shape(W[q], place ? tokens->count : inputs, H, cell.gates, cell, block, cell.x_sum);
       shape(R[q][0], H, H, first_gates, cell, block, cell.h_sum);
       shape(R[q][1], H, H, cell.gates - first_gates, cell, block, cell.h_sum + first_gates);
       R[q][1].data = R[q][0].data + R[q][0].elements();
@@ -65,13 +109,14 @@ struct ForwardWeights {
       const int64_t begin = team.begin(W[q].blocks()), end = team.end(W[q].blocks());
       for (int phase = 0; phase < phases; ++phase) R[q][phase].halves = sizeof(T) == 2 && together <= 2;
       W[q].source = nullptr;
-      if (has_W[q] && tokens < 0) leave_unpacked<T>(W[q], p[q]->W, e, 0, pairs);
+      if (has_W[q] && !tokens) leave_unpacked<T>(W[q], p[q]->W, e, 0, pairs);
       if (has_W[q]) W_at[q] = element<T>(p[q]->W, e), W_row[q] = p[q]->W.stride[1], W_column[q] = p[q]->W.stride[2];
       for (int phase = 0; has_R[q] && phase < phases; ++phase)
         leave_unpacked<T>(R[q][phase], p[q]->R, e, phase * first_gates * H, pairs);
       for (int64_t b = begin; b < end; ++b) {
-        if (has_W[q] && !W[q].source && !gathers)
-          pack_transposed(W[q], b, element<T>(p[q]->W, e), p[q]->W.stride[1], p[q]->W.stride[2], H, gate);
+        if (has_W[q] && !W[q].source && (!tokens || place))
+          pack_transposed(W[q], b, element<T>(p[q]->W, e), p[q]->W.stride[1], p[q]->W.stride[2], H, gate,
+                          place ? tokens->kinds : nullptr, inputs);
         if (!has_R[q] || R[q][0].source) continue;
         for (int phase = 0; phase < phases; ++phase)
           pack_transposed(R[q][phase], b, element<T>(p[q]->R, e), p[q]->R.stride[1], p[q]->R.stride[2], H,
@@ -105,10 +150,10 @@ struct ForwardWeights {
     for (int q = 0; q < P; ++q) {
       if (!has_W[q])
         fill_bias(cell, block, 0, cell.sums, n, z[q], bias[q]);
-      else if (gathers)
-        gather<T>(block, tokens, n, W_at[q], W_row[q], W_column[q], bias[q], z[q]);
-      else
+      else if (place)
         gather_packed(W[q], block, tokens, n, bias[q], z[q]);
+      else
+        gather<T>(block, tokens, n, W_at[q], W_row[q], W_column[q], bias[q], z[q]);
       if (has_W[q] && cell.gates < cell.sums) fill_bias(cell, block, cell.sums - 1, cell.sums, n, z[q], bias[q]);
     }
   }
@@ -134,7 +179,7 @@ struct ForwardWeights {
     w.source = pack ? nullptr : element<S>(m, e, row);
     w.row_stride = m.stride[1];
   }
-  // Column tokens[r] of a packed W: it lies together.
+  // The column of tokens[r] of a packed W: it lies together.
   void gather_packed(const Panels<S>& w, int64_t block, const int32_t* tokens, int64_t n, const S* from, S* z) const {
     const int64_t end = smaller((block + 1) * w.block, w.tiles()) * w.gates;
     for (int64_t v = block * w.block * w.gates; v < end; v += w.width()) {
@@ -143,7 +188,7 @@ struct ForwardWeights {
       for (int j = 0; j < nv; ++j) at[j] = ((v + j) / w.gates * w.sums + w.sum[(v + j) % w.gates]) * w.lanes;
       const S* table = w.data + v * w.lanes * w.K;
       for (int64_t r = 0; r < n; ++r) {
-        const S* column = table + tokens[r] * int64_t{nv} * w.lanes;
+        const S* column = table + place[tokens[r]] * int64_t{nv} * w.lanes;
         for (int j = 0; j < nv; ++j) store(z + r * ldz + at[j], load(from + at[j]) + load(column + j * w.lanes));
       }
     }
