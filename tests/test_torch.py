@@ -276,6 +276,95 @@ def test_packed(kind, lengths, options):
         same(y_state, padded_state)
 
 
+def counted(monkeypatch):
+    """What the short way's kernels answered, call by call: True, or False where they left it to the long way."""
+    fast, answers = fusedrnn.torch.fast, []
+    if not fast._open:
+        pytest.skip("this torch has no exchange interface of version 1")
+
+    def watch(function):
+        def watched(*arguments):
+            result = function(*arguments)
+            answers.append(result is not None)
+            return result
+
+        return watched
+
+    class Watched:
+        torch_forward = staticmethod(watch(fast._native.torch_forward))
+        torch_backward = staticmethod(watch(fast._native.torch_backward))
+
+    monkeypatch.setattr(fast, "_native", Watched)
+    return answers
+
+
+@pytest.mark.parametrize("lengths", [[7, 7, 7], [7, 6, 6, 5, 3, 3, 1], [1], [1, 1], [9], [13, 4]])
+@pytest.mark.parametrize("layers, bidirectional", [(1, False), (2, True)])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_the_short_way_of_lengths_and_packed(kind, layers, bidirectional, lengths, monkeypatch):
+    """In inference, training and the derivative of a gradient: where rows end is nowhere read and nowhere written."""
+    answers = counted(monkeypatch)
+    theirs, ours = pair(kind, 3, 17, layers, bidirectional=bidirectional, dtype=torch.float64)
+    T, B = max(lengths), len(lengths)
+    data = torch.randn(sum(lengths), 3, dtype=torch.float64)
+    sizes = torch.tensor([sum(n > t for n in lengths) for t in range(T)])
+    hx = states(kind, (layers * (1 + bidirectional), B, 17), torch.float64)
+    with torch.no_grad():
+        (y, final), (z, end) = (module(PackedSequence(data, sizes), hx) for module in (theirs, ours))
+        same([y.data, final], [z.data, end])
+        padded = torch.full((T, B, 3), math.nan, dtype=torch.float64)
+        for b, n in enumerate(lengths):
+            padded[:n, b] = pad_packed_sequence(PackedSequence(data, sizes))[0][:n, b]
+        u, end = ours(padded, hx, lengths=torch.tensor(lengths))
+        same([pad_packed_sequence(y)[0], final], [u, end])
+    assert answers == [True, True]
+    found = []
+    for module in (theirs, ours):
+        x = data.clone().requires_grad_()
+        y, final = module(PackedSequence(x, sizes), hx)
+        found.append(gradients(module, [y.data, final], [x, *flat(hx)]))
+    same(*found)
+    x = padded.clone().requires_grad_()
+    y, final = ours(x, hx, lengths=torch.tensor(lengths))
+    values = [pack_padded_sequence(y, lengths).data, final]
+    dx, *rest = gradients(ours, values, [x, *flat(hx)])
+    same([pack_padded_sequence(dx, lengths).data, *rest], found[0])
+    assert all(not dx[n:, b].any() for b, n in enumerate(lengths))
+    assert answers == [True] * 6
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_double_backward_of_packed(kind):
+    theirs, ours = pair(kind, 2, 3, bidirectional=True, dtype=torch.float64)
+    found = []
+    for module in (theirs, ours):
+        x = torch.randn(8, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        y, final = module(PackedSequence(x, torch.tensor([3, 2, 2, 1])))
+        loss = sum(t.sin().sum() for t in flat((y.data, final)))
+        first = torch.autograd.grad(loss, [x, *module.parameters()], create_graph=True)
+        second = torch.autograd.grad(sum(g.sin().sum() for g in first), [x, *module.parameters()])
+        found.append((first, second))
+    same(*found)
+
+
+@pytest.mark.parametrize("sizes", [[], [0], [2, 3], [3, 2, 0], [3, 3], [3, 1], [-1, 6], [2**62, 2**62]])
+def test_the_short_way_leaves_wrong_batch_sizes_alone(sizes):
+    fast = fusedrnn.torch.fast
+    if not fast._open:
+        pytest.skip("this torch has no exchange interface of version 1")
+    layer = fusedrnn.torch.GRU(2, 3)
+    settings = fast.Settings("gru", 1, 1, True, False, False, False, 0.0, 0.0, True)
+    weights = [w.detach() for w in layer.parameters()]
+    given = (torch.ones(5, 2), None, None, weights, torch.tensor(sizes, dtype=torch.int64))
+    assert fast._native.torch_forward(settings, *given, False) is None
+
+
+@pytest.mark.parametrize("lengths", [[8, 1], [-1, 1], [1, 1, 1], [1.0, 1.0], [True, True]])
+def test_wrong_lengths_raise_on_every_way(lengths):
+    with pytest.raises((ValueError, TypeError), match="lengths"):
+        fusedrnn.torch.LSTM(2, 3)(torch.ones(7, 2, 2), lengths=torch.tensor(lengths))
+
+
 @pytest.mark.parametrize("kind", LAYERS)
 def test_lengths_of_zero_carry_the_state(kind):
     ours = getattr(fusedrnn.torch, kind)(3, 4, batch_first=True)

@@ -15,7 +15,7 @@ torch = pytest.importorskip("torch", minversion="2.8")
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap  # noqa: E402
 
 import fusedrnn.torch  # noqa: E402
-from fusedrnn.torch import composite, operators  # noqa: E402
+from fusedrnn.torch import composite, fast, operators  # noqa: E402
 from fusedrnn.torch.how import How  # noqa: E402
 from fusedrnn.torch.kernels import Sizes, argument_shapes  # noqa: E402
 
@@ -187,6 +187,20 @@ def calls(monkeypatch):
             return kernel(*arguments, **options)
 
         monkeypatch.setattr(operators.kernels, name, counted)
+    native = fast._native
+
+    class ShortWay:
+        @staticmethod
+        def torch_forward(*arguments):
+            counts["forward"] += 1
+            return native.torch_forward(*arguments)
+
+        @staticmethod
+        def torch_backward(*arguments):
+            counts["backward"] += 1
+            return native.torch_backward(*arguments)
+
+    monkeypatch.setattr(fast, "_native", ShortWay)
     return counts
 
 
@@ -209,6 +223,61 @@ def test_an_ensemble_is_one_call(kind, calls):
         layer(x)[0].sin().sum().backward()
         for name, p in layer.named_parameters():
             close(found[name][n], p.grad)
+
+
+@pytest.mark.parametrize("what", ["", "state", "lengths", "batch_first", "single", "x", "x alone", "x last", "cell"])
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_models_trained_side_by_side(kind, what, calls):
+    """One vmap, gradients taken outside of it: one call of each kernel, and the gradient of a gradient is right."""
+    options = {"batch_first": what == "batch_first", "num_layers": 2, "bidirectional": True}
+    name, options = (f"{kind}Cell", {}) if what == "cell" else (kind, options)
+    layers = [getattr(fusedrnn.torch, name)(3, 5, dtype=torch.float64, **options) for _ in range(4)]
+    names = [key for key, _ in layers[0].named_parameters()]
+    stacked = [torch.stack([p.detach() for p in each]) for each in zip(*(m.parameters() for m in layers), strict=True)]
+    stacked = [stacked[n][0] if what == "x alone" else stacked[n] for n in range(len(names))]
+    shape = {"batch_first": (2, 6, 3), "single": (6, 3), "cell": (2, 3)}.get(what, (6, 2, 3))
+    shape = {"x": (4, *shape), "x alone": (4, *shape), "x last": (*shape, 4)}.get(what, shape)
+    axis = {"x": 0, "x alone": 0, "x last": 3}.get(what)
+    weight_axis = None if what == "x alone" else 0
+    leaves = [constant(torch.Size(shape).numel(), 2).reshape(shape), *stacked]
+    if what == "state":
+        leaves += [constant(4 * 2 * 5, n).reshape(4, 2, 5) for n in range(2 if kind == "LSTM" else 1)]
+
+    def run(x, *rest):
+        weights, state = dict(zip(names, rest[: len(names)], strict=True)), rest[len(names) :]
+        hx = (state if len(state) > 1 else state[0]) if state else None
+        given = {"lengths": torch.tensor([6, 2])} if what == "lengths" else {}
+        y, state = (
+            torch.func.functional_call(layers[0], weights, (x, hx), given)[:2]
+            if what != "cell"
+            else (torch.func.functional_call(layers[0], weights, (x, hx)), ())
+        )
+        return torch.cat([t.reshape(-1) for part in (y, state) for t in (part if isinstance(part, tuple) else (part,))])
+
+    def loop(x, *rest):
+        return torch.stack(
+            [
+                run(
+                    x if axis is None else x.select(axis, n),
+                    *(w if weight_axis is None else w[n] for w in rest[: len(names)]),
+                    *rest[len(names) :],
+                )
+                for n in range(4)
+            ]
+        )
+
+    many = vmap(run, (axis, *[weight_axis] * len(names), *[None] * (len(leaves) - 1 - len(names))))
+    found = []
+    for f in (many, loop):
+        given = [leaf.clone().requires_grad_() for leaf in leaves]
+        calls.update(dict.fromkeys(calls, 0))
+        y = f(*given)
+        first = torch.autograd.grad((y * constant(y.numel(), 3).reshape(y.shape)).sum(), given)
+        if f is many:
+            assert calls == {"forward": 1, "backward": 1, "jvp": 0, "hvp": 0}
+        second = torch.autograd.grad(f(*given).square().sum(), given, create_graph=True)
+        found.append((y, first, second, torch.autograd.grad(sum(g.sin().sum() for g in second), given)))
+    close(*found)
 
 
 @pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])

@@ -60,9 +60,12 @@ struct Settings {
   int layers, directions, parts;
   bool is_cell, batch_first, recompute;
   double clip_cell, clip_grad;
+  bool packed;
+  int64_t models;           // E, 0 where no tensor has that axis
+  unsigned long long each;  // which tensors have it, in front: one bit for each of x, h0, c0 and the weights
 
   bool read(PyObject* tuple) {
-    if (!PyTuple_CheckExact(tuple) || PyTuple_GET_SIZE(tuple) != 9) return false;
+    if (!PyTuple_Check(tuple) || PyTuple_GET_SIZE(tuple) != 12) return false;
     const auto item = [&](int n) { return PyTuple_GET_ITEM(tuple, n); };
     const char* name = PyUnicode_Check(item(0)) ? PyUnicode_AsUTF8(item(0)) : nullptr;
     if (!name || !find_cell(name, &cell)) return false;
@@ -74,9 +77,14 @@ struct Settings {
     recompute = item(6) == Py_True;
     clip_cell = PyFloat_AsDouble(item(7));
     clip_grad = PyFloat_AsDouble(item(8));
+    packed = item(9) == Py_True;
+    models = PyLong_AsLongLong(item(10));
+    each = PyLong_AsUnsignedLongLong(item(11));
     return layers >= 1 && layers < (1 << 20) && (directions == 1 || directions == 2) && clip_cell >= 0 &&
-           clip_grad >= 0;
+           clip_grad >= 0 && models >= 0 && (models > 0 || each == 0) && !(packed && (is_cell || models > 0)) &&
+           !PyErr_Occurred();
   }
+  bool has_models(int n) const { return (each >> n & 1) != 0; }
 };
 
 DLDataType type_of(Dtype dtype) {
@@ -100,62 +108,99 @@ T* data_of(const DLTensor& tensor) {
   return reinterpret_cast<T*>(static_cast<char*>(tensor.data) + tensor.byte_offset);
 }
 
-// One call: sizes from the tensors, and how canonical axes map to theirs.
+// One call: sizes from the tensors, and how canonical axes map to theirs. Tensors are numbered x, h0, c0, weights.
 struct Call {
   Settings settings;
   Problem problem;
   Arguments p;
   std::vector<Params> params;
+  std::vector<int64_t> lengths;
   PyObject** sources = nullptr;  // weights, borrowed
-  int rank = 0;                  // of x
+  int rank = 0;                  // of x, as all ranks here without the axis of models
   int64_t x_shape[3] = {}, y_shape[3] = {}, state_shape[3] = {};
   int state_rank = 0;
 
-  // Fills canonical axes (T,1,B,n) from x's or y's.
-  template <int Rank>
-  void place(const DLTensor& from, Array<Rank>* out) const {
-    static_assert(Rank == 4);
+  // Fills canonical axes (T,E,B,n) from x's or y's.
+  void place(const DLTensor& from, bool models, Array<4>* out) const {
     out->data = data_of<void>(from);
-    const int64_t* s = from.strides;
+    const int64_t* s = from.strides + models;
     int64_t t = 0, b = 0;
     if (settings.is_cell) {
       b = rank == 2 ? s[0] : 0;
     } else if (rank == 2) {
       t = s[0];
+      b = settings.packed ? s[0] : 0;
     } else {
       t = s[settings.batch_first ? 1 : 0], b = s[settings.batch_first ? 0 : 1];
     }
-    out->stride[0] = t, out->stride[1] = 0, out->stride[2] = b, out->stride[3] = s[rank - 1];
+    out->stride[0] = t, out->stride[1] = models ? from.strides[0] : 0, out->stride[2] = b, out->stride[3] = s[rank - 1];
   }
-  void place_state(const DLTensor& from, Array<4>* out) const {
+  void place_state(const DLTensor& from, bool models, Array<4>* out) const {
     out->data = data_of<void>(from);
-    const int64_t* s = from.strides;
-    const bool batch = problem.sizes.B > 1 || (settings.is_cell ? rank == 2 : rank == 3);
+    const int64_t* s = from.strides + models;
     out->stride[0] = settings.is_cell ? 0 : s[0];
-    out->stride[1] = 0;
-    out->stride[2] = batch ? s[state_rank - 2] : 0;
+    out->stride[1] = models ? from.strides[0] : 0;
+    out->stride[2] = state_rank == (settings.is_cell ? 2 : 3) ? s[state_rank - 2] : 0;
     out->stride[3] = s[state_rank - 1];
   }
 
-  bool fits(PyObject* object, int want_rank, const int64_t* shape, DLTensor* out) const {
-    return fits(object, problem.dtype, want_rank, shape, out);
+  bool fits(PyObject* object, bool models, int want_rank, const int64_t* shape, DLTensor* out) const {
+    return fits(object, problem.dtype, models, want_rank, shape, out);
   }
-  static bool fits(PyObject* object, Dtype dtype, int want_rank, const int64_t* shape, DLTensor* out) {
-    if (!look(object, out) || out->ndim != want_rank || !is(out->dtype, type_of(dtype))) return false;
+  bool fits(PyObject* object, Dtype dtype, bool models, int want_rank, const int64_t* shape, DLTensor* out) const {
+    if (!look(object, out) || out->ndim != want_rank + models || !is(out->dtype, type_of(dtype))) return false;
+    if (models && out->shape[0] != settings.models) return false;
     for (int axis = 0; axis < want_rank; ++axis)
-      if (out->shape[axis] != shape[axis]) return false;
+      if (out->shape[axis + models] != shape[axis]) return false;
     return true;
   }
 
-  bool read(PyObject* tuple, PyObject* x, PyObject* h0, PyObject* c0, PyObject* weights) {
+  // Lengths (B), or the rows that live at each step of a packed x; sets T and B of a packed x.
+  bool read_lengths(PyObject* object) {
+    Sizes& s = problem.sizes;
+    if (object == Py_None) return !settings.packed;
+    DLTensor view;
+    if (settings.is_cell || !look(object, &view) || view.ndim != 1 || !is(view.dtype, {0, 64, 1})) return false;
+    const auto* values = data_of<const int64_t>(view);
+    const int64_t count = view.shape[0], stride = view.strides[0];
+    if (settings.packed) {
+      if (count < 1) return false;
+      int64_t before = values[0], sum = 0;
+      for (int64_t t = 0; t < count; ++t) {
+        const int64_t live = values[t * stride];
+        if (live < 1 || live > before || sum > x_shape[0] - live) return false;
+        sum += before = live;
+      }
+      if (sum != x_shape[0]) return false;
+      s.T = count, s.B = values[0];
+      lengths.resize(static_cast<size_t>(s.B));
+      for (int64_t t = 0; t < count; ++t)
+        for (int64_t b = t + 1 < count ? values[(t + 1) * stride] : 0; b < values[t * stride]; ++b)
+          lengths[static_cast<size_t>(b)] = t + 1;
+    } else {
+      if (count != s.B) return false;
+      lengths.resize(static_cast<size_t>(s.B));
+      for (int64_t b = 0; b < s.B; ++b) {
+        if (values[b * stride] < 0 || values[b * stride] > s.T) return false;
+        lengths[static_cast<size_t>(b)] = values[b * stride];
+      }
+    }
+    problem.lengths = {lengths.data(), {0, 1}};
+    return true;
+  }
+
+  bool read(PyObject* tuple, PyObject* x, PyObject* h0, PyObject* c0, PyObject* weights, PyObject* given_lengths) {
     if (!api || !settings.read(tuple) || (!PyList_CheckExact(weights) && !PyTuple_CheckExact(weights))) return false;
     const int count = settings.layers * settings.directions;
-    if (PySequence_Fast_GET_SIZE(weights) != count * settings.parts) return false;
+    if (PySequence_Fast_GET_SIZE(weights) != count * settings.parts || (settings.each && count * settings.parts > 60))
+      return false;
     sources = PySequence_Fast_ITEMS(weights);
+    const bool x_models = settings.has_models(0), W_models = settings.has_models(3), R_models = settings.has_models(4);
     DLTensor view, first, second;
     if (!look(x, &view) || !look(sources[0], &first) || !look(sources[1], &second)) return false;
-    rank = view.ndim;
-    if (first.ndim != 2 || second.ndim != 2 || rank < (settings.is_cell ? 1 : 2) || rank > (settings.is_cell ? 2 : 3))
+    rank = view.ndim - x_models;
+    if (first.ndim != 2 + W_models || second.ndim != 2 + R_models || rank < (settings.is_cell ? 1 : 2) ||
+        rank > (settings.is_cell || settings.packed ? 2 : 3) || (x_models && view.shape[0] != settings.models))
       return false;
     problem.cell = settings.cell;
     problem.dtype = is(view.dtype, type_of(Dtype::f64)) ? Dtype::f64 : Dtype::f32;
@@ -163,11 +208,13 @@ struct Call {
     problem.bf16_weights = problem.dtype == Dtype::f32 && is(first.dtype, type_of(Dtype::bf16));
     const Dtype stored = problem.bf16_weights ? Dtype::bf16 : problem.dtype;
     problem.recompute = settings.recompute;
+    problem.packed = settings.packed;
     problem.clip_cell = settings.clip_cell;
     problem.clip_grad = settings.clip_grad;
     Sizes& s = problem.sizes;
-    s.I = first.shape[1], s.H = second.shape[1], s.L = settings.layers, s.D = settings.directions;
-    for (int axis = 0; axis < rank; ++axis) x_shape[axis] = y_shape[axis] = view.shape[axis];
+    s.E = settings.models ? settings.models : 1;
+    s.I = first.shape[1 + W_models], s.H = second.shape[1 + R_models], s.L = settings.layers, s.D = settings.directions;
+    for (int axis = 0; axis < rank; ++axis) x_shape[axis] = y_shape[axis] = view.shape[axis + x_models];
     y_shape[rank - 1] = s.D * s.H;
     if (settings.is_cell) {
       s.T = 1, s.B = rank == 2 ? x_shape[0] : 1;
@@ -175,22 +222,24 @@ struct Call {
       s.T = x_shape[rank == 3 && settings.batch_first ? 1 : 0];
       s.B = rank == 3 ? x_shape[settings.batch_first ? 0 : 1] : 1;
     }
-    if (x_shape[rank - 1] != s.I || s.T < 1 || s.B < 1 || s.I < 1 || s.H < 1) return false;
-    state_rank = rank;
+    if (x_shape[rank - 1] != s.I || s.T < 1 || s.B < 1 || s.I < 1 || s.H < 1 || !read_lengths(given_lengths))
+      return false;
+    state_rank = settings.packed ? 3 : rank;
     int axis = 0;
     if (!settings.is_cell) state_shape[axis++] = count;
-    if (settings.is_cell ? rank == 2 : rank == 3) state_shape[axis++] = s.B;
+    if (state_rank == (settings.is_cell ? 2 : 3)) state_shape[axis++] = s.B;
     state_shape[axis] = s.H;
-    place(view, &p.x);
+    place(view, x_models, &p.x);
     if (facts_of(settings.cell).cell_state && (h0 == Py_None) != (c0 == Py_None)) return false;
     DLTensor state;
     if (h0 != Py_None) {
-      if (!fits(h0, state_rank, state_shape, &state)) return false;
-      place_state(state, &p.h0);
+      if (!fits(h0, settings.has_models(1), state_rank, state_shape, &state)) return false;
+      place_state(state, settings.has_models(1), &p.h0);
     }
     if (c0 != Py_None) {
-      if (!facts_of(settings.cell).cell_state || !fits(c0, state_rank, state_shape, &state)) return false;
-      place_state(state, &p.c0);
+      if (!facts_of(settings.cell).cell_state || !fits(c0, settings.has_models(2), state_rank, state_shape, &state))
+        return false;
+      place_state(state, settings.has_models(2), &p.c0);
     }
     params.resize(static_cast<size_t>(count));
     for (int k = 0; k < count; ++k) {
@@ -200,12 +249,15 @@ struct Call {
         int64_t shape[2];
         weight_shape(k, part, shape);
         DLTensor weight;
+        const int n = k * settings.parts + part;
+        const bool models = settings.each && settings.has_models(3 + n);
         const Dtype type = part < 2 ? stored : problem.dtype;
-        if (!fits(sources[k * settings.parts + part], type, part < 2 ? 2 : 1, shape, &weight)) return false;
+        if (!fits(sources[n], type, models, part < 2 ? 2 : 1, shape, &weight)) return false;
+        const int64_t *stride = weight.strides + models, set = models ? weight.strides[0] : 0;
         if (part < 2)
-          *matrices[part] = {data_of<void>(weight), {0, weight.strides[0], weight.strides[1]}};
+          *matrices[part] = {data_of<void>(weight), {set, stride[0], stride[1]}};
         else
-          *vectors[part - 2] = {data_of<void>(weight), {0, weight.strides[0]}};
+          *vectors[part - 2] = {data_of<void>(weight), {set, stride[0]}};
       }
     }
     p.params = params.data();
@@ -217,7 +269,13 @@ struct Call {
     shape[0] = facts_of(settings.cell).gates * s.H;
     shape[1] = part == 1 ? s.H : k < s.D ? s.I : s.D * s.H;
   }
-  int64_t tape_elements() const { return static_cast<int64_t>(cpu::tape_elements(problem)) + 1; }
+  // (E, elements of one model and one more).
+  void tape_shape(int64_t (&shape)[2]) const {
+    Problem one = problem;
+    one.sizes.E = 1;
+    shape[0] = problem.sizes.E;
+    shape[1] = static_cast<int64_t>(cpu::tape_elements(one)) + 1;
+  }
 };
 
 // A new tensor with undefined contents; null with an exception set.
@@ -239,20 +297,22 @@ PyObject* make(Dtype dtype, int rank, const int64_t* shape, DLTensor* out) {
 // The results of a call, made one by one; dropped together when one fails.
 class Outputs {
  public:
-  explicit Outputs(Py_ssize_t count) : tuple_(PyTuple_New(count)) {}
+  Outputs(Py_ssize_t count, Dtype dtype, int64_t models) : tuple_(PyTuple_New(count)), dtype_(dtype), models_(models) {}
   ~Outputs() { Py_XDECREF(tuple_); }
   Outputs(const Outputs&) = delete;
   Outputs& operator=(const Outputs&) = delete;
 
   void none() { set(Py_NewRef(Py_None)); }
-  // `shape` must outlive the call.
-  bool add(Dtype dtype, int rank, const int64_t* shape, DLTensor* out, int64_t* strides) {
-    PyObject* object = make(dtype, rank, shape, out);
+  // With `models` of the axis E in front. `out` lies in this object until the next call.
+  bool add(bool models, int rank, const int64_t* shape, DLTensor* out) {
+    shape_[0] = models_;
+    for (int axis = 0; axis < rank; ++axis) shape_[axis + models] = shape[axis];
+    PyObject* object = make(dtype_, rank + models, shape_, out);
     if (!object) return false;
     set(object);
     int64_t step = 1;
-    for (int axis = rank; axis-- > 0; step *= shape[axis]) strides[axis] = step;
-    out->strides = strides;
+    for (int axis = rank + models; axis-- > 0; step *= shape_[axis]) strides_[axis] = step;
+    out->strides = strides_;
     return true;
   }
   PyObject* take() {
@@ -265,46 +325,49 @@ class Outputs {
   void set(PyObject* object) { PyTuple_SET_ITEM(tuple_, next_++, object); }
 
   PyObject* tuple_;
+  Dtype dtype_;
+  int64_t models_, shape_[4], strides_[4];
   Py_ssize_t next_ = 0;
 };
 
-// (settings, x, h0, c0, weights, tape wanted) -> (y or None, h_n, c_n or None, tape or None), or None
+// (settings, x, h0, c0, weights, lengths, tape wanted) -> (y or None, h_n, c_n or None, tape or None), or None
 PyObject* torch_forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
   Call call;
-  if (count != 6 || !call.read(args[0], args[1], args[2], args[3], args[4]) ||
-      (call.problem.bf16_weights && args[5] == Py_True)) {
+  if (count != 7 || !call.read(args[0], args[1], args[2], args[3], args[4], args[5]) ||
+      (call.problem.bf16_weights && args[6] == Py_True)) {
     PyErr_Clear();
     Py_RETURN_NONE;
   }
   const Dtype dtype = call.problem.dtype;
-  Outputs outputs(4);
+  const bool models = call.settings.models > 0;
+  Outputs outputs(4, dtype, call.settings.models);
   Results out;
   DLTensor made;
-  int64_t strides[3];
   if (call.settings.is_cell) {
     outputs.none();
   } else {
-    if (!outputs.add(dtype, call.rank, call.y_shape, &made, strides)) return nullptr;
-    call.place(made, &out.y);
+    if (!outputs.add(models, call.rank, call.y_shape, &made)) return nullptr;
+    call.place(made, models, &out.y);
   }
-  if (!outputs.add(dtype, call.state_rank, call.state_shape, &made, strides)) return nullptr;
-  call.place_state(made, &out.hn);
+  if (!outputs.add(models, call.state_rank, call.state_shape, &made)) return nullptr;
+  call.place_state(made, models, &out.hn);
   if (facts_of(call.settings.cell).cell_state) {
-    if (!outputs.add(dtype, call.state_rank, call.state_shape, &made, strides)) return nullptr;
-    call.place_state(made, &out.cn);
+    if (!outputs.add(models, call.state_rank, call.state_shape, &made)) return nullptr;
+    call.place_state(made, models, &out.cn);
   } else {
     outputs.none();
   }
   void* tape = nullptr;
-  if (args[5] == Py_True) {
-    const int64_t shape[2] = {1, call.tape_elements()};
-    if (!outputs.add(dtype, 2, shape, &made, strides)) return nullptr;
+  if (args[6] == Py_True) {
+    int64_t shape[2];
+    call.tape_shape(shape);
+    if (!outputs.add(false, 2, shape, &made)) return nullptr;
     tape = data_of<void>(made);
     // whose tape it is: see kernels.py
     if (dtype == Dtype::f32)
-      static_cast<float*>(tape)[shape[1] - 1] = 0;
+      static_cast<float*>(tape)[shape[0] * shape[1] - 1] = 0;
     else
-      static_cast<double*>(tape)[shape[1] - 1] = 0;
+      static_cast<double*>(tape)[shape[0] * shape[1] - 1] = 0;
   } else {
     outputs.none();
   }
@@ -318,7 +381,7 @@ PyObject* torch_forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return outputs.take();
 }
 
-// (settings, x, h0, c0, weights, tape, dy, dh_n, dc_n, wanted: one bit for each of x, h0, c0 and the weights)
+// (settings, x, h0, c0, weights, lengths, tape, dy, dh_n, dc_n, wanted: one bit for each of x, h0, c0 and the weights)
 // -> as many gradients or Nones, or None
 PyObject* torch_backward(PyObject*, PyObject* const* args, Py_ssize_t count) {
   Call call;
@@ -326,45 +389,44 @@ PyObject* torch_backward(PyObject*, PyObject* const* args, Py_ssize_t count) {
   DLTensor view;
   unsigned long long wanted = 0;
   const auto read = [&] {
-    if (count != 10 || !call.read(args[0], args[1], args[2], args[3], args[4]) || call.problem.bf16_weights)
+    if (count != 11 || !call.read(args[0], args[1], args[2], args[3], args[4], args[5]) || call.problem.bf16_weights)
       return false;
     if (call.settings.layers * call.settings.directions * call.settings.parts > 60) return false;
-    const int64_t tape[2] = {1, call.tape_elements()};
-    if (!call.fits(args[5], 2, tape, &view) || view.strides[1] != 1) return false;
-    void* const memory = data_of<void>(view);
-    if (args[6] != Py_None) {
-      if (call.settings.is_cell || !call.fits(args[6], call.rank, call.y_shape, &view)) return false;
-      call.place(view, &g.y);
+    const bool models = call.settings.models > 0;
+    if (args[7] != Py_None) {
+      if (call.settings.is_cell || !call.fits(args[7], models, call.rank, call.y_shape, &view)) return false;
+      call.place(view, models, &g.y);
     }
     Array<4>* states[2] = {&g.hn, &g.cn};
     for (int n = 0; n < 2; ++n) {
-      if (args[7 + n] == Py_None) continue;
-      if (!call.fits(args[7 + n], call.state_rank, call.state_shape, &view)) return false;
-      call.place_state(view, states[n]);
+      if (args[8 + n] == Py_None) continue;
+      if (!call.fits(args[8 + n], models, call.state_rank, call.state_shape, &view)) return false;
+      call.place_state(view, models, states[n]);
     }
-    wanted = PyLong_AsUnsignedLongLong(args[9]);
+    wanted = PyLong_AsUnsignedLongLong(args[10]);
     if (PyErr_Occurred()) return false;
-    call.fits(args[5], 2, tape, &view);
-    return memory == data_of<void>(view);
+    int64_t tape[2];
+    call.tape_shape(tape);
+    return call.fits(args[6], false, 2, tape, &view) && view.strides[1] == 1 &&
+           (tape[0] == 1 || view.strides[0] == tape[1]);
   };
   if (!read()) {
     PyErr_Clear();
     Py_RETURN_NONE;
   }
   void* const tape = data_of<void>(view);
-  const Dtype dtype = call.problem.dtype;
-  const int stacks = call.settings.layers * call.settings.directions, parts = call.settings.parts;
-  Outputs outputs(3 + stacks * parts);
+  const Settings& settings = call.settings;
+  const int stacks = settings.layers * settings.directions, parts = settings.parts;
+  Outputs outputs(3 + stacks * parts, call.problem.dtype, settings.models);
   Arguments dp;
   std::vector<Params> params(static_cast<size_t>(stacks));
   DLTensor made;
-  int64_t strides[3];
   const auto want = [&](int n) { return (wanted >> n & 1) != 0; };
   if (!want(0)) {
     outputs.none();
   } else {
-    if (!outputs.add(dtype, call.rank, call.x_shape, &made, strides)) return nullptr;
-    call.place(made, &dp.x);
+    if (!outputs.add(settings.has_models(0), call.rank, call.x_shape, &made)) return nullptr;
+    call.place(made, settings.has_models(0), &dp.x);
   }
   Array<4>* states[2] = {&dp.h0, &dp.c0};
   for (int n = 0; n < 2; ++n) {
@@ -372,23 +434,26 @@ PyObject* torch_backward(PyObject*, PyObject* const* args, Py_ssize_t count) {
       outputs.none();
       continue;
     }
-    if (!outputs.add(dtype, call.state_rank, call.state_shape, &made, strides)) return nullptr;
-    call.place_state(made, states[n]);
+    if (!outputs.add(settings.has_models(1 + n), call.state_rank, call.state_shape, &made)) return nullptr;
+    call.place_state(made, settings.has_models(1 + n), states[n]);
   }
   for (int k = 0; k < stacks; ++k)
     for (int part = 0; part < parts; ++part) {
-      if (!want(3 + k * parts + part)) {
+      const int n = 3 + k * parts + part;
+      if (!want(n)) {
         outputs.none();
         continue;
       }
       int64_t shape[2];
       call.weight_shape(k, part, shape);
-      if (!outputs.add(dtype, part < 2 ? 2 : 1, shape, &made, strides)) return nullptr;
+      const bool models = settings.has_models(n);
+      if (!outputs.add(models, part < 2 ? 2 : 1, shape, &made)) return nullptr;
+      const int64_t *stride = made.strides + models, set = models ? made.strides[0] : 0;
       Params& d = params[static_cast<size_t>(k)];
       if (part < 2)
-        (part == 0 ? d.W : d.R) = {data_of<void>(made), {0, strides[0], strides[1]}};
+        (part == 0 ? d.W : d.R) = {data_of<void>(made), {set, stride[0], stride[1]}};
       else
-        (part == 2 ? d.bW : d.bR) = {data_of<void>(made), {0, strides[0]}};
+        (part == 2 ? d.bW : d.bR) = {data_of<void>(made), {set, stride[0]}};
     }
   dp.params = params.data();
   try {

@@ -432,7 +432,7 @@ class Backward {
         if (a.l + 1 < n_.L)
           add_row(dplane(q, a.l, a.d, a.set) + (rows.off[s] + i) * H + a.u0, 1, dh[q] + a.u0, 1, n);
         else if (dy.data)
-          add_row(element<S>(dy, t, rows.e[i], rows.b[i], column), dy.stride[3], dh[q] + a.u0, 1, n);
+          add_row(element<S>(dy, rows.place(t), rows.e[i], rows.b[i], column), dy.stride[3], dh[q] + a.u0, 1, n);
         const Array<5>& dcells = g_[q]->cells;
         if (dcells.data)
           add_row(element<S>(dcells, a.l, t, rows.e[i], rows.b[i], column), dcells.stride[4],
@@ -686,7 +686,7 @@ class Backward {
       for (int64_t i = 0; i < rows.live[s]; ++i) {
         const int64_t r = rows.off[s] - pair0 + i, t = rows.time(a.reversed, s, i);
         if (a.l == 0) {
-          S* to = element<S>(dp_.x, t, rows.e[i], rows.b[i], c0);
+          S* to = element<S>(dp_.x, rows.place(t), rows.e[i], rows.b[i], c0);
           const S* from = w.dx[P - 1] + r * ld + c0;
           if (a.d == 0 && !dx_adds_up())
             copy_row(from, 1, to, dp_.x.stride[3], c1 - c0);
@@ -722,7 +722,7 @@ class Backward {
 
   // dx where no step writes it, or where all weight sets add into it.
   void zero_dx(const Team& part, int group, int groups) {
-    if (!dp_.x.data) return;
+    if (!dp_.x.data || problem_.packed) return;
     for (int64_t set = group; set < sets_.count; set += groups) {
       const Rows& rows = sets_.rows[set];
       for (int64_t i = part.begin(sets_.N); i < part.end(sets_.N); ++i)

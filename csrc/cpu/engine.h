@@ -271,7 +271,7 @@ struct Source {
       for (int64_t i_row = low; i_row < high; ++i_row) {
         const int64_t r = rows.off[s] - first + i_row;
         if (x) {
-          const S* from = x + rows.time(reversed, s, i_row) * t + rows.e[i_row] * e + rows.b[i_row] * b;
+          const S* from = x + rows.place(rows.time(reversed, s, i_row)) * t + rows.e[i_row] * e + rows.b[i_row] * b;
           out[r] = from;
           if (i != 1) copy_row(from, i, buffer + r * width, 1, width), out[r] = buffer + r * width;
         } else if (direct()) {

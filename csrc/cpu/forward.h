@@ -228,7 +228,7 @@ class Forward {
     const int64_t column = d * n_.H + u0;
     for (int64_t i = 0; i < sets_.N; ++i) {
       for (int64_t t = rows.length[i]; t < n_.T; ++t) {
-        if (out_.y.data && l + 1 == n_.L)
+        if (out_.y.data && l + 1 == n_.L && !rows.packed)
           zero_row(element<S>(out_.y, t, rows.e[i], rows.b[i], column), out_.y.stride[3], u1 - u0);
         if (out_.cells.data)
           zero_row(element<S>(out_.cells, l, t, rows.e[i], rows.b[i], column), out_.cells.stride[4], u1 - u0);
@@ -307,7 +307,8 @@ class Forward {
     const S* h = w.h[next][P - 1] + u0;
     if (out_.y.data && last)
       for (int64_t i = mine.r0; i < mine.r1; ++i)
-        copy_row(h + i * ld_, 1, element<S>(out_.y, rows.time(reversed, s, i), rows.e[i], rows.b[i], column),
+        copy_row(h + i * ld_, 1,
+                 element<S>(out_.y, rows.place(rows.time(reversed, s, i)), rows.e[i], rows.b[i], column),
                  out_.y.stride[3], n);
     if (out_.cells.data)
       for (int64_t i = mine.r0; i < mine.r1; ++i)

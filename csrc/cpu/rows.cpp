@@ -10,6 +10,7 @@ Rows make_rows(const Problem& problem, int64_t e_begin, int64_t e_end, Workspace
   const Sizes& n = problem.sizes;
   Rows rows;
   rows.N = (e_end - e_begin) * n.B;
+  rows.packed = problem.packed;
   auto take = [&](int64_t count) {
     return static_cast<int64_t*>(workspace.take(static_cast<size_t>(count) * sizeof(int64_t)));
   };

@@ -14,12 +14,15 @@ namespace fusedrnn::cpu {
 struct Rows {
   int64_t N = 0, steps = 0, total = 0;                    // rows, longest length, pairs
   bool uniform = true;                                    // every row has length `steps`, rows in natural order
+  bool packed = false;                                    // x and y lie pair by pair
   int64_t *e = nullptr, *b = nullptr, *length = nullptr;  // [N]
   int64_t *live = nullptr, *off = nullptr;                // [steps + 1]; live[steps] = 0, off[steps] = total
   uint8_t* cut[2] = {};      // [direction][pair]: the state before the step is not the last one
   uint8_t* any_cut[2] = {};  // [direction][step]
 
   FUSEDRNN_FORCE int64_t time(bool reversed, int64_t s, int64_t i) const { return reversed ? length[i] - 1 - s : s; }
+  // Where step t begins in x and y, in strides of their first axis.
+  FUSEDRNN_FORCE int64_t place(int64_t t) const { return packed ? off[t] : t; }
   FUSEDRNN_FORCE bool is_cut(bool reversed, int64_t s, int64_t i) const {
     return cut[reversed] && cut[reversed][off[s] + i];
   }

@@ -109,14 +109,17 @@ def viterbi(
 # The short way from torch's tensors to the kernels. torch_setup(torch.Tensor.__dlpack_c_exchange_api__, torch.Tensor,
 # torch.nn.Parameter) opens it once (False: this torch's interface is another). Then, with settings = (cell, num_layers,
 # num_directions, bias, whether x is one step (B,I) or (I,) of a cell module, batch_first, recompute, clip_cell,
-# clip_grad): torch_forward(settings, x, h0, c0, weights, tape wanted) -> (y, h_n, c_n, tape), None where there is none;
-# torch_backward(settings, x, h0, c0, weights, tape, dy, dh_n, dc_n, wanted) -> (dx, dh0, dc0, *gradients of weights),
-# `wanted` one bit for each. The plain case only: CPU tensors (no subclass) of one dtype, float32 or float64, of
-# torch.nn's shapes, any strides; h0, c0 and the last three may be None; without a tape W and R may be bfloat16 where
-# the rest is float32. Anything else: None, and nothing written.
+# clip_grad, whether x is a PackedSequence's data, models, each): torch_forward(settings, x, h0, c0, weights, lengths,
+# tape wanted) -> (y, h_n, c_n, tape), None where there is none; torch_backward(settings, x, h0, c0, weights, lengths,
+# tape, dy, dh_n, dc_n, wanted) -> (dx, dh0, dc0, *gradients of weights), `wanted` one bit for each of x, h0, c0 and the
+# weights. lengths: int64 (B,), or the batch_sizes of a packed x, or None. models = E > 0: results and their gradients
+# have an axis E in front, and so have those of x, h0, c0 and the weights (and their gradients) whose bits `each` has;
+# the others are shared, and get the sum. The plain case only: CPU tensors (no subclass) of one dtype, float32 or
+# float64, of torch.nn's shapes, any strides; h0, c0 and the last three may be None; without a tape W and R may be
+# bfloat16 where the rest is float32. Anything else: None, and nothing written.
 def torch_setup(capsule: object, tensor: type, parameter: type, /) -> bool: ...
 def torch_forward(
-    settings: tuple[Any, ...], x: Any, h0: Any, c0: Any, weights: Sequence[Any], tape: bool, /
+    settings: tuple[Any, ...], x: Any, h0: Any, c0: Any, weights: Sequence[Any], lengths: Any, tape: bool, /
 ) -> tuple[Any, ...] | None: ...
 def torch_backward(
     settings: tuple[Any, ...],
@@ -124,6 +127,7 @@ def torch_backward(
     h0: Any,
     c0: Any,
     weights: Sequence[Any],
+    lengths: Any,
     tape: Any,
     dy: Any,
     dh_n: Any,

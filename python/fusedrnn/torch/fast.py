@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """The short way of an ordinary eager call: from the module to C++ and back, one autograd node, no torch operator.
 
-It takes what is plain (CPU tensors, no transform, no mode, no autocast, the native backend) and returns None for all
-else, which then goes through `functional`. Second derivatives of what ran here come from the operators' rules.
+It takes what is plain (CPU tensors, at most one vmap, no mode, no autocast, the native backend) and returns None for
+all else, which then goes through `functional`. Second derivatives of what ran here come from the operators' rules.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C import _functorch
 from torch.autograd import forward_ad
 
 from .. import backends, config
@@ -34,45 +35,66 @@ class _NotPlain(Exception):
     """C++ found something out of the ordinary."""
 
 
+class Settings(NamedTuple):
+    """How a call's tensors lie: see torch_forward in _core.pyi."""
+
+    cell: str
+    layers: int
+    directions: int
+    bias: bool
+    is_cell: bool
+    batch_first: bool
+    recompute: bool
+    clip_cell: float
+    clip_grad: float
+    packed: bool = False
+    models: int = 0
+    each: int = 0
+
+    def has_models(self, n: int) -> bool:
+        """Whether the n-th of x, h0, c0 and the weights has the axis of models in front."""
+        return bool(self.each >> n & 1)
+
+
 class FusedRNN(torch.autograd.Function):
     """What an ordinary training step needs, no more: the rules for transforms are in `operators`."""
 
     @staticmethod
-    def forward(ctx: Any, settings: Any, x: Any, h0: Any, c0: Any, *weights: Any) -> Any:
-        outputs = _native.torch_forward(settings, x, h0, c0, weights, True)
+    def forward(ctx: Any, settings: Settings, lengths: Any, x: Any, h0: Any, c0: Any, *weights: Any) -> Any:
+        outputs = _native.torch_forward(settings, x, h0, c0, weights, lengths, True)
         if outputs is None:
             raise _NotPlain
         y, hn, cn, tape = outputs
         ctx.settings = settings
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, h0, c0, tape, *weights)
+        ctx.save_for_backward(lengths, x, h0, c0, tape, *weights)
         return y, hn, cn
 
     @staticmethod
     def backward(ctx: Any, dy: Any, dhn: Any, dcn: Any) -> Any:
-        x, h0, c0, tape, *weights = ctx.saved_tensors
-        needs = ctx.needs_input_grad
+        lengths, x, h0, c0, tape, *weights = ctx.saved_tensors
+        needs = ctx.needs_input_grad[2:]
         if not torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
             wanted = 0
-            for n, need in enumerate(needs[1:]):
+            for n, need in enumerate(needs):
                 wanted |= need << n
-            gradients = _native.torch_backward(ctx.settings, x, h0, c0, weights, tape, dy, dhn, dcn, wanted)
+            gradients = _native.torch_backward(ctx.settings, x, h0, c0, weights, lengths, tape, dy, dhn, dcn, wanted)
             if gradients is not None:
-                return None, *gradients
-        return None, *_differentiable(ctx.settings, x, h0, c0, weights, tape, dy, dhn, dcn, needs[1:])
+                return None, None, *gradients
+        return None, None, *_differentiable(ctx.settings, x, h0, c0, weights, lengths, tape, dy, dhn, dcn, needs)
 
 
 _apply = super(torch.autograd.Function, FusedRNN).apply  # without torch's look at transforms: `call` had one
 
 
-def call(settings: Any, x: Any, h0: Any, c0: Any, weights: Any) -> Any:
-    """(y or None, h_n, c_n or None); None where the call is not plain. `settings`: see torch_forward in _core.pyi."""
+def call(settings: Settings, x: Any, h0: Any, c0: Any, weights: Any, lengths: Any = None) -> Any:
+    """(y or None, h_n, c_n or None); None where the call is not plain. lengths: int64 (B,), or what lives at each step
+    of a packed x. One vmap may be at work: its models become one call."""
     if (
         not _open
         or len(weights) > operators.MOST_WEIGHTS
         or type(x) is not Tensor
         or config.backend not in (None, "native")
-        or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
         or torch._C._len_torch_dispatch_stack()
         or torch._C._is_torch_function_mode_enabled()
@@ -80,64 +102,129 @@ def call(settings: Any, x: Any, h0: Any, c0: Any, weights: Any) -> Any:
         or torch._C._get_tracing_state() is not None
     ):
         return None
+    if torch._C._are_functorch_transforms_active():
+        return None if settings.packed else _models(settings, x, h0, c0, weights, lengths)
+    return _run(settings, x, h0, c0, weights, lengths)
+
+
+def _run(settings: Settings, x: Any, h0: Any, c0: Any, weights: Any, lengths: Any) -> Any:
     if torch.is_grad_enabled() and torch._C._any_requires_grad(x, h0, c0, *weights):
         try:
-            return _apply(settings, x, h0, c0, *weights)
+            return _apply(settings, lengths, x, h0, c0, *weights)
         except _NotPlain:
             return None
     if x.dtype is torch.bfloat16:
-        return _bfloat16(settings, x, h0, c0, weights)
-    outputs = _native.torch_forward(settings, x, h0, c0, weights, False)
+        return _bfloat16(settings, x, h0, c0, weights, lengths)
+    outputs = _native.torch_forward(settings, x, h0, c0, weights, lengths, False)
     return None if outputs is None else outputs[:3]
 
 
-def _bfloat16(settings: Any, x: Any, h0: Any, c0: Any, weights: Any) -> Any:
+def _models(settings: Settings, x: Any, h0: Any, c0: Any, weights: Any, lengths: Any) -> Any:
+    """Under one vmap and nothing else: tensors with its axis in front, and back."""
+    if _functorch.get_dynamic_layer_stack_depth() != 1 or (lengths is not None and type(lengths) is not Tensor):
+        return None
+    interpreter = _functorch.peek_interpreter_stack()
+    if interpreter.key() != _functorch.TransformType.Vmap:
+        return None
+    vmap = _functorch.CVmapInterpreterPtr(interpreter)
+    level = vmap.level()
+    if lengths is not None and _functorch.is_batchedtensor(lengths):
+        return None
+    each = 0
+    given: list[Any] = []
+    stack = _functorch.pop_dynamic_layer_stack()
+    try:
+        for n, tensor in enumerate((x, h0, c0, *weights)):
+            if tensor is not None:
+                tensor, dim = _functorch._unwrap_batched(tensor, level)
+                if dim is not None:
+                    each |= 1 << n
+                    tensor = tensor.movedim(dim, 0) if dim else tensor
+            given.append(tensor)
+        if each:
+            settings = settings._replace(models=vmap.batchSize(), each=each)
+        outputs = _run(settings, given[0], given[1], given[2], given[3:], lengths)
+    finally:
+        _functorch.push_dynamic_layer_stack(stack)
+    if outputs is None or not each:
+        return outputs
+    return tuple(None if t is None else _functorch._add_batch_dim(t, 0, level) for t in outputs)
+
+
+def _bfloat16(settings: Settings, x: Any, h0: Any, c0: Any, weights: Any, lengths: Any) -> Any:
     """Inference with W and R as they are stored; all else is widened here, and what comes out is rounded once."""
     if any(t is not None and t.dtype is not torch.bfloat16 for t in (h0, c0, *weights)):
         return None
-    per = 4 if settings[3] else 2  # W, R and, with bias, two vectors
+    per = 4 if settings.bias else 2  # W, R and, with bias, two vectors
     widened = [w if n % per < 2 else w.float() for n, w in enumerate(weights)]
     states = (None if t is None else t.float() for t in (h0, c0))
-    outputs = _native.torch_forward(settings, x.float(), *states, widened, False)
+    outputs = _native.torch_forward(settings, x.float(), *states, widened, lengths, False)
     return None if outputs is None else tuple(None if t is None else t.bfloat16() for t in outputs[:3])
 
 
 def _differentiable(
-    settings: Any, x: Any, h0: Any, c0: Any, weights: Any, tape: Any, dy: Any, dhn: Any, dcn: Any, needs: Any
+    settings: Settings,
+    x: Any,
+    h0: Any,
+    c0: Any,
+    weights: Any,
+    lengths: Any,
+    tape: Any,
+    dy: Any,
+    dhn: Any,
+    dcn: Any,
+    needs: Any,
 ) -> Any:
     """The gradients, as functions of all that goes in."""
-    cell, layers, directions, bias, is_cell, batch_first, recompute, clip_cell, clip_grad = settings
+    cell, is_cell, packed, batch_first = settings.cell, settings.is_cell, settings.packed, settings.batch_first
     lstm = cell == "lstm"
     kept = [n for n in range(len(needs)) if lstm or n != 2]  # no c
     want = "".join("1" if needs[n] else "0" for n in kept)
-    how = How(cell, layers, directions, bias, False, False, recompute, clip_cell, clip_grad, True, want=want)
-    batched = x.dim() == (2 if is_cell else 3)
+    how = How(cell, *settings[1:4], False, False, *settings[6:9], True, want=want)
+    batched = packed or x.dim() - settings.has_models(0) == (2 if is_cell else 3)
+    sizes, rows = lengths, lengths  # of a packed x; of all others
 
-    def sequence(t: Any) -> Any:
+    def sequence(t: Any, models: bool) -> Any:
+        """(T,E,B,n) from a tensor like x."""
         if t is None:
             return None
-        if is_cell:
-            return t[None, None] if batched else t[None, None, None]
+        if packed:
+            t, _ = torch._VF._pad_packed_sequence(t, sizes, False, 0.0, len(sizes))  # type: ignore[attr-defined]
+        t = t if models else t.unsqueeze(0)
         if not batched:
-            return t[:, None, None]
-        return (t.transpose(0, 1) if batch_first else t).unsqueeze(1)
+            t = t.unsqueeze(-2)
+        if is_cell:
+            return t.unsqueeze(0)
+        return t.permute(2, 0, 1, 3) if batch_first and batched else t.transpose(0, 1)
 
-    def state(t: Any) -> Any:
+    def state(t: Any, models: bool) -> Any:
+        """(S,E,B,H)."""
         if t is None:
             return None
+        t = t if models else t.unsqueeze(0)
         t = t if batched else t.unsqueeze(-2)
-        return t[None, None] if is_cell else t.unsqueeze(1)
+        return t.unsqueeze(0) if is_cell else t.transpose(0, 1)
 
-    p = [sequence(x), state(h0), *([state(c0)] if lstm else []), *(w.unsqueeze(0) for w in weights)]
-    g = [sequence(dy), state(dhn), *([state(dcn)] if lstm else []), None]
-    values = iter(operators.apply("backward", how, None, None, *p, tape, *g))
-    shapes = [x.shape, *(None if t is None else t.shape for t in (h0, c0)), *(w.shape for w in weights)]
+    if packed:
+        _, rows = torch._VF._pad_packed_sequence(x, sizes, False, 0.0, len(sizes))  # type: ignore[attr-defined]
+    p = [sequence(x, settings.has_models(0)), state(h0, settings.has_models(1))]
+    p += [state(c0, settings.has_models(2))] if lstm else []
+    p += [w if settings.has_models(3 + n) else w.unsqueeze(0) for n, w in enumerate(weights)]
+    models = settings.models > 0
+    g = [sequence(dy, models), state(dhn, models), *([state(dcn, models)] if lstm else []), None]
+    lengths = None if rows is None else rows.unsqueeze(0)
+    values = iter(operators.apply("backward", how, lengths, None, *p, tape, *g))
+    like = [x, h0, c0, *weights]
     results: list[Any] = []
     for n, need in enumerate(needs):
         value = next(values) if need and n in kept else None
         if value is not None:
-            if n == 0 and batched and batch_first and not is_cell:
-                value = value.squeeze(1).transpose(0, 1)
-            value = value.reshape(shapes[n])
+            if n == 0 and packed:
+                value = torch._VF._pack_padded_sequence(value.squeeze(1), rows, False)[0]  # type: ignore[attr-defined]
+            elif n == 0 and not is_cell:
+                value = value.permute(1, 2, 0, 3) if batch_first and batched else value.transpose(0, 1)
+            elif n < 3 and not is_cell:
+                value = value.transpose(0, 1)
+            value = value.reshape(like[n].shape)
         results.append(value)
     return results

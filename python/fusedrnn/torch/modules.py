@@ -60,12 +60,13 @@ class _Layer(nn.RNNBase):
         """As torch.nn's, and: lengths (B,) of rows, in any order, 0 allowed; reset (T,B) or as input lies: True where a
         row begins a new sequence; return_cells: also the state of every layer and step (L,T,B,D*H); recompute: for this
         call."""
-        if torch.compiler.is_compiling() or not (lengths is None and reset is None) or return_cells:
+        if torch.compiler.is_compiling() or reset is not None or return_cells:
             return self._general(input, hx, lengths, reset, return_cells, recompute)
-        out = self._fast(input, hx, recompute)
-        return self._general(input, hx, None, None, False, recompute) if out is None else out
+        out = self._fast(input, hx, lengths, recompute)
+        return self._general(input, hx, lengths, None, False, recompute) if out is None else out
 
-    def _fast(self, input: Any, hx: Any, recompute: bool | None) -> Any:
+    def _fast(self, input: Any, hx: Any, lengths: Any, recompute: bool | None, packed: bool = False) -> Any:
+        """The short way: (y, final state), or None. packed: `lengths` tells what lives at each step."""
         mode = self.mode
         if self.proj_size or (self.training and self.dropout and self.num_layers > 1):
             return None
@@ -79,7 +80,7 @@ class _Layer(nn.RNNBase):
             weights = [parameters[name] for name in self._flat_weights_names]
         except KeyError:  # parametrized
             return None
-        settings = (
+        settings = fast.Settings(
             _CELLS[mode],
             self.num_layers,
             2 if self.bidirectional else 1,
@@ -89,8 +90,9 @@ class _Layer(nn.RNNBase):
             self.recompute if recompute is None else recompute,
             self.clip_cell or 0.0,
             self.clip_grad or 0.0,
+            packed,
         )
-        out = fast.call(settings, input, h0, c0, weights)
+        out = fast.call(settings, input, h0, c0, weights, lengths)
         if out is None:
             return None
         functional.set_route("fused")
@@ -167,8 +169,18 @@ class _Layer(nn.RNNBase):
         data, sizes, order, back = input
         weights = [getattr(self, name) for name in self._flat_weights_names]
         states = hx if self.mode == "LSTM" and isinstance(hx, tuple | list) else (hx,)
-        if order is not None and not self._why_not(data, (None,), weights):
-            states = tuple(s.index_select(1, order) if isinstance(s, Tensor) and s.dim() == 3 else s for s in states)
+        sorted_states = states
+        if order is not None:
+            sorted_states = tuple(
+                s.index_select(1, order) if isinstance(s, Tensor) and s.dim() == 3 else s for s in states
+            )
+        given = sorted_states if self.mode == "LSTM" and hx is not None else sorted_states[0]
+        out = self._fast(data, given, sizes, recompute, packed=True)
+        if out is not None:
+            y, final = out
+            return PackedSequence(y, sizes, order, back), self.permute_hidden(final, back)
+        if not self._why_not(data, (None,), weights):
+            states = sorted_states
         if why := self._why_not(data, states, weights, int(sizes[0])):
             return self._fall_back(why, input, hx)
         x, rows = torch._VF._pad_packed_sequence(data, sizes, False, 0.0, len(sizes))  # type: ignore[attr-defined]
@@ -278,7 +290,7 @@ def _fast_step(module: Any, cell: str, input: Any, hx: Any) -> Any:
     except KeyError:  # parametrized
         return None
     bias = weights[2] is not None
-    settings = (cell, 1, 1, bias, True, False, False, 0.0, 0.0)
+    settings = fast.Settings(cell, 1, 1, bias, True, False, False, 0.0, 0.0)
     out = fast.call(settings, input, h0, c0, weights if bias else weights[:2])
     if out is None:
         return None
