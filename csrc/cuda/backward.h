@@ -11,8 +11,9 @@
 namespace fusedrnn::cuda {
 
 // single: kUnits = 16 kWarps kMma. cluster: kUnits of a block, 16 kWarps kMma >= H. grid: kUnits = 16 kMma, the warps
-// share the depth.
-template <class Cell_, class T_, Route kRoute_, int kWarps_, int kMma_, int kUnits_, int kChunks_, int kTiles_>
+// share the depth, and kHeld of the kChunks are kept in registers, the rest in shared memory.
+template <class Cell_, class T_, Route kRoute_, int kWarps_, int kMma_, int kUnits_, int kChunks_, int kTiles_,
+          int kHeld_ = kChunks_>
 struct BackwardShape {
   using Cell = Cell_;
   using T = T_;
@@ -23,6 +24,7 @@ struct BackwardShape {
   static constexpr int kMma = kMma_;      // 16-unit weight tiles of a warp
   static constexpr int kUnits = kUnits_;  // of a block
   static constexpr int kChunks = kChunks_;
+  static constexpr int kHeld = kHeld_;
   static constexpr int kTiles = kTiles_;
   static constexpr int kRows = 8 * kTiles;
   static constexpr int kHalves = 8 / T::kPer;
@@ -37,6 +39,7 @@ struct BackwardShape {
   static_assert(kRoute != Route::single || kUnits == 16 * kWarps * kMma);
   static_assert(kRoute != Route::grid || kUnits == 16 * kMma);
   static_assert(kRoute == Route::grid || kLines * T::kPer >= kGates * kUnits);
+  static_assert(kRoute == Route::grid || kHeld == kChunks);
   static_assert(kUnits % 16 == 0);
 };
 
@@ -117,10 +120,11 @@ struct Backward {
   static constexpr int kBuffers = 2;
   static constexpr int kSums = S::kRoute == Route::cluster ? S::kMaxPeers * S::kUnits / 16 * S::kTiles * 32 : 0;
   static constexpr int kStaged = S::kRoute == Route::grid ? S::kWarps * S::kOwned * kGates * 64 : 0;
+  static constexpr int kLaid = (S::kChunks - S::kHeld) * 2 * S::kMma * kThreads;
   static constexpr int kPartial = S::kRoute == Route::grid ? 2 * S::kBlocks * (S::kSplit - 1) * 64 : 0;
 
   static constexpr int shared_bytes() {
-    return dev::shared_size<U4>(kBuffers * kBuffer) + dev::shared_size<U4>(2 * kSums) +
+    return dev::shared_size<U4>(kBuffers * kBuffer) + dev::shared_size<U4>(2 * kSums) + dev::shared_size<U4>(kLaid) +
            dev::shared_size<Storage>(kRing) + dev::shared_size<Storage>(kStaged) + dev::shared_size<float>(kPartial) +
            dev::shared_size<int>(S::kRows) + dev::shared_size<u64>(2);
   }
@@ -139,14 +143,15 @@ struct Backward {
     dev::Shared shared;
     U4* const lines = shared.take<U4>(kBuffers * kBuffer);
     U4* const sums = shared.take<U4>(2 * kSums);
+    U4* const laid = shared.take<U4>(kLaid);
     Storage* const ring = shared.take<Storage>(kRing) + warp * (kStages * kSlot);
     Storage* const staged = shared.take<Storage>(kStaged) + warp * (S::kOwned * kGates * 64);
     float* const partial = shared.take<float>(kPartial);
     int* const length = shared.take<int>(S::kRows);
     u64* const bar = shared.take<u64>(2);
 
-    U4 w[S::kChunks][2][S::kMma];
-    load_weights<S>(w, a.weights, set * a.peers + rank, warp, lane);
+    U4 w[S::kHeld][2][S::kMma];
+    load_weights<S>(w, a.weights, set * a.peers + rank, warp, lane, laid);
 
     row_lengths<S>(a, e, row0, length);
     const int expected = a.peers * (S::kUnits / 16) * S::kTiles * 512;
@@ -201,7 +206,7 @@ struct Backward {
         }
         if constexpr (S::kRoute == Route::grid) {
           float acc[kChains][S::kTiles][S::kMma][4] = {};
-          poll_multiply(acc, w, set, s + 1, tile_row, warp, g, q, late);
+          poll_multiply(acc, w, laid + dev::tid(), set, s + 1, tile_row, warp, g, q, late);
           join(acc);
           float* const shares =
               partial + (turn & 1) * (kPartial / 2);  // two: the warps are not in step with one another
@@ -446,9 +451,9 @@ struct Backward {
     for (int r = 0; r < 4; ++r) acc[0][j][m][r] += acc[k][j][m][r];
   }
 
-  FUSEDRNN_DEVICE void poll_multiply(float (&acc)[kChains][S::kTiles][S::kMma][4],
-                                     const U4 (&w)[S::kChunks][2][S::kMma], int set, int s, int tile_row, int warp,
-                                     int g, int q, bool& late) const {
+  FUSEDRNN_DEVICE void poll_multiply(float (&acc)[kChains][S::kTiles][S::kMma][4], const U4 (&w)[S::kHeld][2][S::kMma],
+                                     const U4* laid, int set, int s, int tile_row, int warp, int g, int q,
+                                     bool& late) const {
     // in parts, the next one under way while one is waited for and multiplied: more would not leave registers to the
     // weights
     constexpr int kPart = S::kChunks % 4 == 0 ? 4 : S::kChunks % 3 == 0 ? 3 : S::kChunks % 2 == 0 ? 2 : 1;
@@ -477,7 +482,16 @@ struct Backward {
         U4 v = b[n % 2][k];
         FUSEDRNN_UNROLL
         for (int r = 0; r < 4; ++r) v.w[r] &= on;
-        multiply(acc, w[part * kPart + k], 2 * k, j, v);
+        const int chunk = part * kPart + k;
+        if (chunk < S::kHeld) {
+          multiply(acc, w[chunk < S::kHeld ? chunk : 0], 2 * k, j, v);
+        } else {
+          U4 weights[2][S::kMma];
+          FUSEDRNN_UNROLL
+          for (int n = 0; n < 2 * S::kMma; ++n)
+            weights[n / S::kMma][n % S::kMma] = laid[((chunk - S::kHeld) * 2 * S::kMma + n) * kThreads];
+          multiply(acc, weights, 2 * k, j, v);
+        }
       }
     }
   }

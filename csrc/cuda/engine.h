@@ -134,6 +134,7 @@ double backward_cost(const Device& device, int64_t B, int64_t H, int64_t sets) {
   } else {
     if (!device.cooperative || peers * teams > device.multiprocessors) return 0;
     step += 0.6 + static_cast<double>(S::kRows * H * S::kGates) * sizeof(typename S::T::Storage) / 38 / kClock;
+    step += Backward<S>::kLaid * 16.0 * S::kTiles / 128 / kClock;  // weights in shared memory, for each tile of rows
   }
   return waves * step;
 }

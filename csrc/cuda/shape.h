@@ -81,15 +81,20 @@ FUSEDRNN_DEVICE int depth_of(int chunk, int half, int r, int q) {
   return (chunk * 4 + q) * T::kPer + (half * 2 + (r >> 1)) * (T::kPer / 4);
 }
 
-// What forward and backward begin with. A warp's weights, into registers for the whole sequence; how long each row of
-// this block runs; the barriers of a cluster, each with the bytes that a step brings.
-template <class S>
-FUSEDRNN_DEVICE void load_weights(U4 (&w)[S::kChunks][2][S::kMma], const U4* packed, int block, int warp, int lane) {
+// What forward and backward begin with. A warp's weights, into registers for the whole sequence, and those of chunks
+// beyond kHeld into shared memory, where `laid` has 16 bytes for every thread, chunk, half and tile; how long each row
+// of this block runs; the barriers of a cluster, each with the bytes that a step brings.
+template <class S, int kHeld>
+FUSEDRNN_DEVICE void load_weights(U4 (&w)[kHeld][2][S::kMma], const U4* packed, int block, int warp, int lane,
+                                  U4* laid = nullptr) {
   const U4* from = packed + (static_cast<int64_t>(block) * S::kWarps + warp) * (S::kChunks * 2 * S::kMma * 32) + lane;
   FUSEDRNN_UNROLL
-  for (int c = 0; c < S::kChunks; ++c) FUSEDRNN_UNROLL
+  for (int c = 0; c < kHeld; ++c) FUSEDRNN_UNROLL
   for (int p = 0; p < 2; ++p) FUSEDRNN_UNROLL
   for (int m = 0; m < S::kMma; ++m) w[c][p][m] = dev::ldg16(from + ((c * 2 + p) * S::kMma + m) * 32);
+  // a thread reads only what it wrote: no barrier
+  for (int n = 0; n < (S::kChunks - kHeld) * 2 * S::kMma; ++n)
+    laid[n * S::kThreads + dev::tid()] = dev::ldg16(from + (kHeld * 2 * S::kMma + n) * 32);
 }
 template <class S, class Args>
 FUSEDRNN_DEVICE void row_lengths(const Args& a, int e, int row0, int* length) {

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The persistent kernels that are built: for every cell and type, the cuts among which the cost model (engine.h)
-// chooses. Registers bound a cut: 128 of the 255 for weights leave none to spill at 8 rows (nvcc -Xptxas -v says).
+// chooses. Registers bound a cut: 128 of the 255 for weights leave none to spill at 8 rows (nvcc -Xptxas -v says). A
+// grid's backward can lay the rest of its weights in shared memory; its cuts differ in rows, since a device's blocks
+// must all be there at once.
 #pragma once
 
 #include "engine.h"
@@ -13,7 +15,7 @@ struct Shapes {  // only step by step
   using Backward = List<>;
 };
 
-// groups, split, octets, chunks, tiles | warps, tiles of 16 units, units of a block, chunks, tiles of rows
+// groups, split, octets, chunks, tiles | warps, tiles of 16 units, units of a block, chunks, tiles of rows, held chunks
 template <class T>
   requires(T::kPer == 8)
 struct Shapes<cells::Lstm, T> {
@@ -37,10 +39,12 @@ struct Shapes<cells::Lstm, T> {
   template <int... n>
   using g = BackwardShape<cells::Lstm, T, Route::grid, n...>;
   using Backward =
-      List<s<4, 1, 64, 8, 1>, s<8, 1, 128, 16, 1>,                                      // H <= 64, 128
-           c<8, 2, 16, 2, 1>, c<8, 2, 16, 2, 2>, c<8, 2, 32, 4, 1>, c<8, 2, 32, 4, 2>,  // 256, 16 and 8 blocks
-           c<8, 2, 64, 8, 1>, c<8, 4, 32, 4, 1>, c<8, 4, 32, 4, 2>,                     // 256, 4; 512, 16
-           g<8, 1, 16, 8, 1>, g<8, 1, 16, 12, 1>>;  // 512, 768; 16 chunks would spill
+      List<s<4, 1, 64, 8, 1>, s<8, 1, 128, 16, 1>,                                         // H <= 64, 128
+           c<8, 2, 16, 2, 1>, c<8, 2, 16, 2, 2>, c<8, 2, 32, 4, 1>, c<8, 2, 32, 4, 2>,     // 256, 16 and 8 blocks
+           c<8, 2, 64, 8, 1>, c<8, 4, 32, 4, 1>, c<8, 4, 32, 4, 2>,                        // 256, 4; 512, 16
+           g<8, 1, 16, 8, 1>, g<8, 1, 16, 12, 1>, g<8, 1, 16, 12, 2>, g<8, 1, 16, 12, 4>,  // 512, 768
+           g<8, 1, 16, 16, 1, 12>, g<8, 1, 16, 16, 2, 10>, g<8, 1, 16, 16, 4, 8>,          // 1024
+           g<8, 1, 16, 24, 1, 10>, g<8, 1, 16, 32, 1, 12>>;                                // 1536, 2048
 };
 
 template <class T>
@@ -66,7 +70,9 @@ struct Shapes<cells::Gru, T> {
       List<s<4, 1, 64, 6, 1>, s<8, 1, 128, 12, 1>,                                      // H <= 64, 128
            c<8, 2, 16, 2, 1>, c<8, 2, 32, 3, 1>, c<8, 2, 32, 3, 2>, c<8, 2, 64, 6, 1>,  // 256, 16, 8 and 4 blocks
            c<8, 4, 32, 3, 1>, c<8, 4, 32, 3, 2>,                                        // 512, 16
-           g<8, 1, 16, 6, 1>, g<8, 1, 16, 9, 1>, g<8, 1, 16, 12, 1>>;                   // 512, 768, 1024
+           g<8, 1, 16, 6, 1>, g<8, 1, 16, 9, 1>, g<8, 1, 16, 9, 2>, g<8, 1, 16, 9, 4>,  // 512, 768
+           g<8, 1, 16, 12, 1>, g<8, 1, 16, 12, 2>, g<8, 1, 16, 12, 4>,                  // 1024
+           g<8, 1, 16, 18, 1, 12>, g<8, 1, 16, 24, 1, 10>>;                             // 1536, 2048
 };
 
 template <bool kRelu, class T>
@@ -109,8 +115,9 @@ struct Shapes<cells::Lstm, dev::TF32> {
   using c = BackwardShape<cells::Lstm, dev::TF32, Route::cluster, n...>;
   template <int... n>
   using g = BackwardShape<cells::Lstm, dev::TF32, Route::grid, n...>;
-  using Backward =
-      List<s<4, 1, 64, 16, 1>, c<8, 1, 16, 4, 1>, c<8, 2, 16, 4, 1>, c<8, 2, 32, 8, 1>, g<8, 1, 16, 16, 1>>;
+  using Backward = List<s<4, 1, 64, 16, 1>, c<8, 1, 16, 4, 1>, c<8, 2, 16, 4, 1>, c<8, 2, 32, 8, 1>,
+                        g<8, 1, 16, 16, 1>,       // the last: 512
+                        g<8, 1, 16, 24, 1, 12>>;  // 768; 1024 would spill
 };
 
 template <>
@@ -129,7 +136,8 @@ struct Shapes<cells::Gru, dev::TF32> {
   using c = BackwardShape<cells::Gru, dev::TF32, Route::cluster, n...>;
   template <int... n>
   using g = BackwardShape<cells::Gru, dev::TF32, Route::grid, n...>;
-  using Backward = List<s<4, 1, 64, 12, 1>, c<8, 2, 16, 3, 1>, c<8, 2, 32, 6, 1>, g<8, 1, 16, 12, 1>>;
+  using Backward = List<s<4, 1, 64, 12, 1>, c<8, 2, 16, 3, 1>, c<8, 2, 32, 6, 1>, g<8, 1, 16, 12, 1>,
+                        g<8, 1, 16, 18, 1, 12>, g<8, 1, 16, 24, 1, 12>>;
 };
 
 template <bool kRelu>

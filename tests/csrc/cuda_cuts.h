@@ -73,7 +73,7 @@ void add_type(std::vector<Run>& runs) {
   add_forward<Shape<C, T, Route::grid, 1, 1, kOctets, 3, 2>>(runs, "deep");
   add_backward<BackwardShape<C, T, Route::single, 1, 2, 32, 4 * kFew, 2>>(runs, "tall");
   add_backward<BackwardShape<C, T, Route::cluster, 2, 2, 32, 4 * kFew, 2>>(runs, "tall");
-  add_backward<BackwardShape<C, T, Route::grid, 3, 2, 32, 2 * kFew, 2>>(runs, "tall");
+  add_backward<BackwardShape<C, T, Route::grid, 3, 2, 32, 2 * kFew, 2, kFew>>(runs, "tall");
 #endif
 }
 

@@ -83,7 +83,7 @@ struct Small {
   using Backward = List<BackwardShape<C, T, Route::single, 2, 1, 32, chunks(32, 1), 1>,
                         BackwardShape<C, T, Route::cluster, 3, 1, 16, chunks(16, 1), 1>,
                         BackwardShape<C, T, Route::cluster, 2, 2, 32, chunks(32, 1), 2>,
-                        BackwardShape<C, T, Route::grid, 3, 1, 16, chunks(48, 3), 1>>;
+                        BackwardShape<C, T, Route::grid, 3, 1, 16, chunks(48, 3), 1, (chunks(48, 3) + 1) / 2>>;
 };
 template <class C, class T>
   requires(std::is_same_v<T, F32> || std::is_same_v<T, F64> || C::two_products || std::is_same_v<C, cells::Rnn<true>>)
