@@ -185,12 +185,16 @@ class Pack:
     streams: list[int] = []
 
     def __init__(self, values: np.ndarray, kind: str = "", place: int = dlpack.CUDA) -> None:
-        self._values, self._place = values, place
+        self._chip, self._place = Chip(values), place
         self._kind = kind or values.dtype.name
 
     @property
+    def _values(self) -> np.ndarray:
+        return self._chip._values
+
+    @property
     def shape(self) -> tuple[int, ...]:
-        return self._values.shape
+        return self._chip.shape
 
     def __dlpack_device__(self) -> tuple[int, int]:
         return self._place, 0
@@ -198,12 +202,14 @@ class Pack:
     def __dlpack__(self, stream: int, max_version: Any = None) -> Any:
         Pack.streams.append(stream)
         version = {} if max_version is None else {"max_version": max_version}
-        values = self._values.view(np.uint8) if self._kind == "bool" else self._values
-        capsule = values.__dlpack__(**version)  # NumPy's, changed in two places
+        values = self._chip._mirror.view(np.uint8) if self._kind == "bool" else self._chip._mirror
+        capsule = values.__dlpack__(**version)  # NumPy's, changed in some places
         name = b"dltensor_versioned" if version else b"dltensor"
         pointer = ctypes.pythonapi.PyCapsule_GetPointer
         pointer.restype, pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
         start = pointer(capsule, name) + (32 if version else 0)
+        ctypes.c_void_p.from_address(start).value = memory.address(values, self._chip._there)
+        ctypes.c_uint64.from_address(start + 40).value = 0  # bytes between there and the first element
         ctypes.c_int32.from_address(start + 8).value = self._place
         if self._kind in ("bfloat16", "bool"):
             ctypes.c_uint8.from_address(start + 20).value = 4 if self._kind == "bfloat16" else 6

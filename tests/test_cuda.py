@@ -310,15 +310,14 @@ def test_errors_come_before_anything_is_written(twin, twin_extension):
         fusedrnn.lstm(chip(x), None, there, backend="native")
     with pytest.raises(TypeError, match="lengths has dtype int32; expected int64"):
         fusedrnn.lstm(chip(x), None, there, lengths=Chip(np.ones(3, np.int32)))
-    with pytest.raises(TypeError, match="x has dtype int64; expected float16, bfloat16, float32 or float64"):
+    with pytest.raises(TypeError, match="x has dtype complex128; expected float16, bfloat16, float32 or float64"):
+        fusedrnn.lstm(Chip(np.ones((5, 3, 4), complex)), None, there)
+    with pytest.raises(TypeError, match="x has dtype int64; expected float32 or float64, or two axes"):
         fusedrnn.lstm(Chip(np.ones((5, 3, 4), np.int64)), None, there)
     with pytest.raises(ValueError, match=r"weight_hh_l0 has shape \(24, 5\); expected \(24, 6\)"):
         fusedrnn.lstm(chip(x), chip((np.zeros((1, 3, 6)),) * 2), there | {"weight_hh_l0": Chip(np.ones((24, 5)))})
     with pytest.raises(NotImplementedError, match="recompute=True"):
         fusedrnn.lstm(chip(x), None, there, recompute=True)
-    more = there | {"weight_ch_l0": Chip(np.ones((24, 2)))}
-    with pytest.raises(NotImplementedError, match="context on a CUDA device"):
-        fusedrnn.lstm(chip(x), None, more, context=Chip(np.ones((3, 2))))
     with pytest.raises(NotImplementedError, match="cell 'mingru' on a CUDA device"):
         fusedrnn.mingru(chip(x), None, chip(parameters.init("mingru", 4, 6, dtype=np.float64)))
     _, _, tape = fusedrnn.lstm(chip(x), None, there, training=True)

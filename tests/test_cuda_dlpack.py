@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import close
+import cuda_twin
 import fusedrnn
 from cuda_twin import Chip, OldPack, Pack, host
 from fusedrnn import arrays, dlpack
@@ -86,6 +87,8 @@ def test_capsules_of_jax():
 @pytest.fixture
 def library(twin: Any, monkeypatch: Any) -> Any:
     """The twin; its library works on stream 7."""
+    if cuda_twin.memory.device != "cpu":
+        pytest.skip("there is no stream 7")
     monkeypatch.setitem(arrays.STREAMS, "cuda_twin", lambda like: 7)
     Pack.streams.clear()
     return twin
@@ -105,6 +108,22 @@ def gru_case(dtype: Any = np.float32) -> Any:
     rng = np.random.default_rng(0)
     params = {k: np.asarray(v, dtype) for k, v in parameters.init("gru", 4, 7, seed=1).items()}
     return rng.standard_normal((5, 3, 4)).astype(dtype), rng.standard_normal((1, 3, 7)).astype(dtype), params
+
+
+@pytest.mark.skipif(bool(cuda_twin.why_no_gpu()), reason=cuda_twin.why_no_gpu() or "-")
+def test_torchs_tensors_on_a_gpu():
+    torch = pytest.importorskip("torch")
+    x, _, params = gru_case()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        tensors = {k: torch.tensor(v, device="cuda") for k, v in params.items()}
+        y, _, tape = fusedrnn.gru(torch.tensor(x, device="cuda"), None, tensors, training=True)
+        grads = fusedrnn.gru_backward(tape, y)
+        expected, _, on_host = fusedrnn.gru(x, None, params, training=True)
+        close.check("y", y.cpu().numpy(), expected, 1e-5)
+        wanted = fusedrnn.gru_backward(on_host, expected)
+        close.check("dx", grads["x"].cpu().numpy(), wanted["x"], 1e-4)
+    with pytest.raises(TypeError, match="pass tensor.detach"):
+        fusedrnn.gru(torch.tensor(x, device="cuda").requires_grad_(), None, tensors)
 
 
 @pytest.mark.parametrize("kind", ["float32", "float64", "bfloat16"])

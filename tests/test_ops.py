@@ -12,7 +12,7 @@ import pytest
 
 import close
 import fusedrnn
-from fusedrnn import arrays, backends, config, layers, ops, report
+from fusedrnn import arrays, backends, config, dlpack, layers, ops, report
 from fusedrnn import params as parameters
 from fusedrnn.cells import CELLS
 
@@ -320,7 +320,7 @@ def test_float32_in_float32_out(backend):
         assert array.dtype == np.float32
 
 
-@pytest.mark.parametrize("module", [arrays, backends, config, layers, ops, parameters, report])
+@pytest.mark.parametrize("module", [arrays, backends, config, dlpack, layers, ops, parameters, report])
 def test_examples(module):
     result = doctest.testmod(module, extraglobs={"fusedrnn": fusedrnn, "np": np})
     assert result.attempted > 0

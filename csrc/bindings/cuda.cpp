@@ -48,6 +48,8 @@ Dtype dtype_of(const std::string& kind, const std::string& name) {
   throw py::type_error("cuda: " + name + " has dtype " + kind + "; expected float16, bfloat16, float32 or float64");
 }
 
+bool is_integer(const std::string& kind) { return kind.starts_with("int") || kind.starts_with("uint"); }
+
 std::string shape_text(const int64_t* shape, int rank) {
   std::string text = "(";
   for (int i = 0; i < rank; ++i) text += (i ? ", " : "") + std::to_string(shape[i]);
@@ -111,14 +113,27 @@ class Call {
     problem_.seed = given.attr("seed").cast<uint64_t>();
     if (given.attr("bf16_weights").cast<bool>()) fail("bf16_weights is set; expected weights of x's dtype");
     if (problem_.reverse && s.D == 2) fail("reverse is set; expected one direction with it, but D is 2");
-    kind_ = p.attr("x").attr("kind").cast<std::string>();
-    problem_.dtype = dtype_of(kind_, "x");
+    const py::object x = p.attr("x"), context = p.attr("context");
+    kind_ = x.attr("kind").cast<std::string>();
+    if (is_integer(kind_)) {
+      token_kind_ = kind_;
+      settings_.token_bytes = static_cast<int>(x.attr("itemsize").cast<int64_t>());
+      settings_.token_signed = kind_[0] == 'i';
+      const auto params = py::sequence(p.attr("params"));
+      if (params.size() == 0) fail("params are missing");
+      kind_ = py::sequence(params[0])[0].attr("kind").cast<std::string>();
+    }
+    problem_.dtype = dtype_of(kind_, token_kind_.empty() ? "x" : "params[0].W");
+    if (!context.is_none()) s.K = py::sequence(context.attr("shape"))[2].cast<int64_t>();
     problem_.lengths = array<2>(given.attr("lengths"), "lengths", {s.E, s.B}, "int64", 8);
     problem_.reset = array<3>(given.attr("reset"), "reset", {s.T, s.E, s.B}, "uint8", 1);
     p_ = arguments(p, "", p_params_);
     for (const Params& w : p_params_)
       if (!w.W.data || !w.R.data) fail("params lack W or R");
-    if (static_cast<int64_t>(p_params_.size()) != s.L * s.D || !p_.x.data) fail("x or params are missing");
+    if (static_cast<int64_t>(p_params_.size()) != s.L * s.D || (!p_.x.data && !p_.tokens.data))
+      fail("x or params are missing");
+    for (int d = 0; p_.context.data && d < s.D; ++d)
+      if (!p_.context_weights[d].data) fail("context_weights are missing");
   }
 
   size_t workspace_bytes() const { return workspace_; }
@@ -147,7 +162,11 @@ class Call {
     const Sizes& s = problem_.sizes;
     Arguments out;
     const int64_t state[4] = {s.L * s.D, s.E, s.B, s.H};
-    out.x = read<4>(given.attr("x"), role + "x", {s.T, s.E, s.B, s.I});
+    const py::object x = given.attr("x");
+    if (role.empty() && !token_kind_.empty())
+      out.tokens = array<3>(x, "x", {s.T, s.E, s.B}, token_kind_, settings_.token_bytes);
+    else
+      out.x = read<4>(x, role + "x", {s.T, s.E, s.B, s.I});
     out.h0 = read<4>(given.attr("h0"), role + "h0", state);
     out.c0 = read<4>(given.attr("c0"), role + "c0", state);
     if (problem_.cell != CellKind::lstm && out.c0.data) fail(role + "c0 is given; only lstm has it");
@@ -166,6 +185,10 @@ class Call {
     if (!params.empty() && static_cast<int64_t>(params.size()) != s.L * s.D)
       fail(role + "params has " + std::to_string(params.size()) + " entries; expected " + std::to_string(s.L * s.D));
     out.params = params.empty() ? nullptr : params.data();
+    out.context = read<3>(given.attr("context"), role + "context", {s.E, s.B, s.K});
+    if (const py::object weights = given.attr("context_weights"); !weights.is_none())
+      for (size_t d = 0; d < static_cast<size_t>(s.D); ++d)
+        out.context_weights[d] = read<3>(py::sequence(weights)[d], role + "context_weights", {s.E, rows, s.K});
     return out;
   }
 
@@ -183,7 +206,7 @@ class Call {
 
   Problem problem_;
   cuda::Settings settings_;
-  std::string kind_;
+  std::string kind_, token_kind_;  // of the numbers, and of x where it is tokens
   std::vector<Params> p_params_, dp_params_;
   Arguments p_, dp_;
   size_t workspace_ = 0, tape_ = 0;

@@ -21,6 +21,10 @@ struct Call {
   const char **forward_route = nullptr, **backward_route = nullptr;
 };
 
+constexpr const char* kWrongToken =
+    "x of an earlier call had a token that is no input; expected 0 <= token < I. It counted as the zero vector (this "
+    "call was not run): check the tokens before they go to the device";
+
 Status run_rnn_tanh(const Call& call);
 Status run_rnn_relu(const Call& call);
 Status run_lstm(const Call& call);

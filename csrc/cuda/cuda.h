@@ -19,6 +19,8 @@ struct Settings {
   Precision f32 = Precision::strict;
   int route = -1;  // 0 single, 1 cluster, 2 grid, 3 stepwise; -1 = by the cost model. A route that does not fit gives
                    // way to stepwise
+  int token_bytes = 4;  // tokens are integers of 1, 2, 4 or 8 bytes here. What is no input (0..I-1) counts as the zero
+  bool token_signed = true;  // vector, and a later call reports it
 };
 
 // Empty: done, or under way on the stream. Else what went wrong: kernel or call, sizes, CUDA's words.

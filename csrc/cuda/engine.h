@@ -9,6 +9,7 @@
 // states (sets,B,H); what runs over time (sets,T,B,..,pitch), with rows padded to `pitch`, a multiple of 8.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <initializer_list>
@@ -20,6 +21,7 @@
 #include "arrange.h"
 #include "backward.h"
 #include "forward.h"
+#include "inputs.h"
 #include "pack.h"
 #include "stepwise.h"
 
@@ -52,6 +54,7 @@ struct Device {
 
 struct Options {
   int route = -1;  // force this Route; -1 = the fastest by the cost model
+  TokenType tokens;
 };
 
 // Memory from one piece; with a null base it only counts.
@@ -155,7 +158,8 @@ class Engine {
   // Products of a type that kernels round by themselves see it as it is.
   using Full = std::conditional_t<std::is_same_v<Math, double>, F64, F32>;
 
-  Engine(Queue& queue, const Device& device, const Options& options, const Problem& problem, int* late)
+  Engine(Queue& queue, const Device& device, const Options& options, const Problem& problem,
+         int* late)  // late: see run.h; null while only counting
       : queue_(queue), device_(device), options_(options), p_(problem), late_(late) {
     const Sizes& z = p_.sizes;
     T_ = z.T, E_ = z.E, B_ = z.B, I_ = z.I, H_ = z.H, L_ = z.L, D_ = z.D;
@@ -177,15 +181,7 @@ class Engine {
       const size_t mark = work.mark();
       Layer& layer = tape[static_cast<size_t>(l)];
       const bool last = l == L_ - 1;
-      int64_t in = 0;
-      const Storage* x = input(p, layer, l, work, in);
-      for (int64_t d = 0; d < D_; ++d) {
-        const int64_t W_in = l == 0 ? I_ : D_ * H_;
-        const Storage* W = padded_weights(p.params[l * D_ + d].W, W_in, in, work);
-        queue_.template product<T, T>({T_ * B_, G * pitch_, in, x, in, T_ * B_ * in, false, W, in, G * pitch_ * in,
-                                       true, layer.gx + d * T_ * B_ * G * pitch_, G * pitch_, D_ * T_ * B_ * G * pitch_,
-                                       E_, false});
-      }
+      input_sums(p, layer, l, work);
       Math* bias = biases(p, l, work);
       const Storage* h0 = states(p.h0, l, work);
       const Storage* c0 = Cell::cell_state ? states(p.c0, l, work) : nullptr;
@@ -247,6 +243,8 @@ class Engine {
       pass_states(g.hn, dp.h0, work);
       if constexpr (Cell::cell_state) pass_states(g.cn, dp.c0, work);
       for (int64_t n = 0; dp.params && n < L_ * D_; ++n) zero(dp.params[n], n < D_ ? I_ : D_ * H_);
+      for (const Array<3>& a : dp.context_weights) zero(a, G, H_, p_.sizes.K);
+      zero(dp.context, 1, B_, p_.sizes.K);
       return;
     }
     Arena tape_arena(const_cast<void*>(tape_memory));
@@ -309,8 +307,26 @@ class Engine {
         if (l == 0) give(Array<4>{dx, {B_ * in, T_ * B_ * in, in, 1}}, dp.x, I_, false);
       }
       if (dp.params) {
-        const Storage* x = want_W ? input(p, layer, l, work, in) : nullptr;
-        for (int64_t d = 0; d < D_; ++d) weight_gradients(dp.params[l * D_ + d], layer, x, in, W_in, da, da_h, d, work);
+        const bool tokens = l == 0 && p.tokens.data;
+        const Storage* x = want_W && !tokens ? input(p, layer, l, work, in) : nullptr;
+        for (int64_t d = 0; d < D_; ++d) {
+          Params to = dp.params[l * D_ + d];
+          if (tokens && to.W.data) {
+            const size_t before = work.mark();
+            Math* dW = work.take<Math>(E_ * G * pitch_ * in);
+            token_gradient(p, da + d * T_ * B_ * G * pitch_, 0, T_, dW, in, false);
+            give_weights(to.W, dW, I_, in);
+            work.release(before);
+            to.W.data = nullptr;
+          }
+          weight_gradients(to, layer, x, in, W_in, da, da_h, d, work);
+        }
+      }
+      if (l == 0 && p.context.data) {
+        const int64_t row = B_ * G * pitch_;
+        Math* dz = work.take<Math>(D_ * E_ * row);
+        for (int64_t d = 0; d < D_; ++d) context_sum(da + d * T_ * row, T_, dz + d * E_ * row, false);
+        context_gradients(p, dz, dp, work);
       }
       work.release(mark);
     }
@@ -408,6 +424,123 @@ class Engine {
     return to;
   }
 
+  // gx of layer l: its input times W^T, or columns of W for tokens, and the context's share.
+  void input_sums(const Arguments& p, const Layer& layer, int64_t l, Arena& work) {
+    const bool tokens = l == 0 && p.tokens.data, context = l == 0 && p.context.data;
+    int64_t in = 0;
+    const Storage* x = tokens ? nullptr : input(p, layer, l, work, in);
+    for (int64_t d = 0; d < D_; ++d) {
+      const Array<3>& W = p.params[l * D_ + d].W;
+      Storage* gx = layer.gx + d * T_ * B_ * G * pitch_;
+      if (!tokens)
+        queue_.template product<T, T>({T_ * B_, G * pitch_, in, x, in, T_ * B_ * in, false,
+                                       padded_weights(W, l == 0 ? I_ : D_ * H_, in, work), in, G * pitch_ * in, true,
+                                       gx, G * pitch_, D_ * T_ * B_ * G * pitch_, E_, false});
+      if (tokens || context) add_inputs(p, d, context ? context_product(p, d, work) : nullptr, 0, T_, gx, work);
+    }
+  }
+  // Layer 0's tokens and context (E,B,G,pitch; may be null) into n steps of gx of direction d, from step `first` on.
+  void add_inputs(const Arguments& p, int64_t d, const Math* context, int64_t first, int64_t n, Storage* gx,
+                  Arena& work) {
+    InputSum<T> k{};
+    if (p.tokens.data) {
+      const Array<3>& W = p.params[d].W;
+      const int64_t* s = W.stride;
+      k.tokens = tokens_of(p, first);
+      k.W = static_cast<const Storage*>(W.data);
+      k.w_e = s[0], k.w_gate = H_ * s[1], k.w_unit = s[1], k.w_token = s[2];
+      if (T_ * B_ > I_ && s[1] != 1) {  // what is read several times, in one piece
+        Storage* turned = work.take<Storage>(E_ * I_ * G * pitch_);
+        copy<T, T>(W.data, {{s[0], s[2], H_ * s[1], s[1]}}, turned, {{I_ * G * pitch_, G * pitch_, pitch_, 1}},
+                   {{E_, I_, G, pitch_}}, {{E_, I_, G, H_}});
+        k.W = turned, k.w_e = I_ * G * pitch_, k.w_gate = pitch_, k.w_unit = 1, k.w_token = G * pitch_;
+      }
+    }
+    k.context = context, k.gx = gx, k.gx_e = D_ * n * B_ * G * pitch_;
+    k.E = static_cast<int>(E_), k.Tn = static_cast<int>(n), k.B = static_cast<int>(B_), k.gates = static_cast<int>(G),
+    k.H = static_cast<int>(H_), k.pitch = static_cast<int>(pitch_);
+    k.wrong = late_ ? late_ + 1 : nullptr;
+    queue_.run(k, std::min<int64_t>(E_ * n * B_, 4096));
+  }
+  Tokens tokens_of(const Arguments& p, int64_t first) const {
+    const int64_t* s = p.tokens.stride;
+    return {p.tokens.data,
+            options_.tokens,
+            first,
+            s[0],
+            s[1],
+            s[2],
+            I_,
+            static_cast<const int64_t*>(p_.lengths.data),
+            p_.lengths.stride[0],
+            p_.lengths.stride[1]};
+  }
+  // dW (E,G,pitch,in) of layer 0 in one direction, from da of n steps; with `add` added to it.
+  void token_gradient(const Arguments& p, const Storage* da, int64_t first, int64_t n, Math* dW, int64_t in, bool add) {
+    TokenGradient<T> k{};
+    k.tokens = tokens_of(p, first);
+    k.da = da, k.da_e = D_ * n * B_ * G * pitch_, k.dW = dW, k.dW_row = in;
+    k.E = static_cast<int>(E_), k.gates = static_cast<int>(G), k.H = static_cast<int>(H_),
+    k.pitch = static_cast<int>(pitch_), k.steps = n * B_, k.B = static_cast<int>(B_), k.add = add;
+    k.columns = (I_ + k.kTokens - 1) / k.kTokens, k.rows = (G * pitch_ + k.kThreads - 1) / k.kThreads;
+    queue_.run(k, std::min<int64_t>(E_ * k.columns * k.rows, 65535));
+  }
+
+  // The context (E,B,K), and its weights of direction d (E,G,pitch,K), in what sums are kept in.
+  const Math* context_rows(const Arguments& p, Arena& work) {
+    const int64_t K = p_.sizes.K, *s = p.context.stride;
+    Math* to = work.take<Math>(E_ * B_ * K);
+    copy<T, Full>(p.context.data, {{s[0], 0, s[1], s[2]}}, to, {{B_ * K, 0, K, 1}}, {{E_, 1, B_, K}}, {{E_, 1, B_, K}});
+    return to;
+  }
+  const Math* context_weights(const Arguments& p, int64_t d, Arena& work) {
+    const int64_t K = p_.sizes.K, *s = p.context_weights[d].stride;
+    Math* to = work.take<Math>(E_ * G * pitch_ * K);
+    copy<T, Full>(p.context_weights[d].data, {{s[0], H_ * s[1], s[1], s[2]}}, to, {{G * pitch_ * K, pitch_ * K, K, 1}},
+                  {{E_, G, pitch_, K}}, {{E_, G, H_, K}});
+    return to;
+  }
+  // context W_c^T (E,B,G,pitch) of direction d.
+  const Math* context_product(const Arguments& p, int64_t d, Arena& work) {
+    const int64_t K = p_.sizes.K, row = G * pitch_;
+    const Math *context = context_rows(p, work), *W = context_weights(p, d, work);
+    Math* to = work.take<Math>(E_ * B_ * row);
+    queue_.template product<Full, Full>(
+        {B_, row, K, context, K, B_ * K, false, W, K, row * K, true, to, row, B_ * row, E_, false});
+    return to;
+  }
+  // dz (E,B,G,pitch) of direction d, from da of n steps; with `add` added to it.
+  void context_sum(const Storage* da, int64_t n, Math* dz, bool add) {
+    const int64_t row = B_ * G * pitch_;
+    queue_.run(StepSum<T>{da, D_ * n * row, dz, static_cast<int>(E_), static_cast<int>(n), row, add},
+               blocks_for(E_ * row));
+  }
+  // Of the context and its weights, from dz (D,E,B,G,pitch).
+  void context_gradients(const Arguments& p, const Math* dz, const Arguments& dp, Arena& work) {
+    const int64_t K = p_.sizes.K, row = G * pitch_;
+    const bool wanted = dp.context.data;
+    Math* sum = wanted ? work.take<Math>(E_ * B_ * K) : nullptr;
+    for (int64_t d = 0; d < D_; ++d) {
+      const size_t mark = work.mark();
+      const Math* own = dz + d * E_ * B_ * row;
+      if (dp.context_weights[d].data) {
+        const Math* context = context_rows(p, work);
+        Math* dW = work.take<Math>(E_ * row * K);
+        queue_.template product<Full, Full>(
+            {row, K, B_, own, row, B_ * row, true, context, K, B_ * K, false, dW, K, row * K, E_, false});
+        give_weights(dp.context_weights[d], dW, K, K);
+      }
+      if (wanted)
+        queue_.template product<Full, Full>({B_, K, row, own, row, B_ * row, false, context_weights(p, d, work), K,
+                                             row * K, false, sum, K, B_ * K, E_, d > 0});
+      work.release(mark);
+    }
+    const int64_t* s = dp.context.stride;
+    if (wanted)
+      copy<Full, T>(sum, {{B_ * K, 0, K, 1}}, dp.context.data, {{s[0], 0, s[1], s[2]}}, {{E_, 1, B_, K}},
+                    {{E_, 1, B_, K}}, false, E_ > 1 && s[0] == 0);
+  }
+
   // W or R (E,G*H,columns) as (E,G,pitch,to_columns).
   const Storage* padded_weights(const Array<3>& w, int64_t columns, int64_t to_columns, Arena& work) {
     const int64_t* s = w.stride;
@@ -466,12 +599,15 @@ class Engine {
       give_states(to, v, l);
     }
   }
-  // All of these weights' gradients. (No element is valid, so every one is written as zero.)
+  // Zeros in (E,blocks*rows,columns). (No element is valid, so every one is written as zero.)
+  void zero(const Array<3>& a, int64_t blocks, int64_t rows, int64_t columns) {
+    const int64_t* s = a.stride;
+    if (a.data) copy<T, T>(a.data, {}, a.data, {{s[0], rows * s[1], s[1], s[2]}}, {{E_, blocks, rows, columns}}, {});
+  }
+  // In all of these weights' gradients.
   void zero(const Params& to, int64_t columns) {
-    for (const Array<3>* a : {&to.W, &to.R})
-      if (a->data)
-        copy<T, T>(a->data, {}, a->data, {{a->stride[0], H_ * a->stride[1], a->stride[1], a->stride[2]}},
-                   {{E_, G, H_, a == &to.W ? columns : H_}}, {});
+    zero(to.W, G, H_, columns);
+    zero(to.R, G, H_, H_);
     for (const Array<2>* a : {&to.bW, &to.bR})
       if (a->data) copy<T, T>(a->data, {}, a->data, {{a->stride[0], 0, 0, a->stride[1]}}, {{E_, 1, 1, G * H_}}, {});
   }

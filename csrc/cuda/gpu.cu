@@ -59,37 +59,40 @@ Status Gpu::open(void* stream, void* workspace, std::optional<Queue>* queue) {
 
 namespace {
 
-// Mapped into every device; a call that finds none is not run.
-int* late_word(std::string* why) {
+// Two words, mapped into every device; a call that finds none is not run.
+int* late_words(std::string* why) {
   static std::string reason;
-  static int* const word = [] {
+  static int* const words = [] {
     void* p = nullptr;
-    const cudaError_t status = cudaHostAlloc(&p, sizeof(int), cudaHostAllocMapped | cudaHostAllocPortable);
+    const cudaError_t status = cudaHostAlloc(&p, 2 * sizeof(int), cudaHostAllocMapped | cudaHostAllocPortable);
     if (status != cudaSuccess) {
-      reason = std::string("cudaHostAlloc of a word: ") + cudaGetErrorString(status);
+      reason = std::string("cudaHostAlloc of two words: ") + cudaGetErrorString(status);
       return static_cast<int*>(nullptr);
     }
-    *static_cast<int*>(p) = 0;
+    static_cast<int*>(p)[0] = static_cast<int*>(p)[1] = 0;
     return static_cast<int*>(p);
   }();
-  if (!word) *why = reason;
-  return word;
+  if (!words) *why = reason;
+  return words;
 }
 
 }  // namespace
 
 int* Gpu::late() {
   std::string why;
-  return late_word(&why);
+  return late_words(&why);
 }
 
 Status Gpu::gave_up() {
   std::string why;
-  int* const word = late_word(&why);
-  if (!word) return why;
-  if (!__atomic_exchange_n(word, 0, __ATOMIC_RELAXED)) return {};
-  return "an earlier call on a GPU gave up waiting for another block, so what it returned is wrong (this call was not "
-         "run): force the route \"stepwise\", and please report the sizes";
+  int* const words = late_words(&why);
+  if (!words) return why;
+  const bool late = __atomic_exchange_n(words, 0, __ATOMIC_RELAXED),
+             wrong = __atomic_exchange_n(words + 1, 0, __ATOMIC_RELAXED);
+  if (late)
+    return "an earlier call on a GPU gave up waiting for another block, so what it returned is wrong (this call was "
+           "not run): force the route \"stepwise\", and please report the sizes";
+  return wrong ? kWrongToken : "";
 }
 
 const Device* Gpu::device(std::string* why) {
@@ -132,7 +135,7 @@ const Device* Gpu::device(std::string* why) {
   }
   d.compute = std::min(10 * major + minor, code.ptxVersion);
   std::string no_word;
-  if (!late_word(&no_word)) {
+  if (!late_words(&no_word)) {
     *why = no_word;
     return nullptr;
   }

@@ -3,8 +3,8 @@
 //
 // A machine has: device(), which describes it; Queue, on which the engine runs, from open() (with products) or simple()
 // (kernels alone); kInFront, the bytes of a workspace that open() wants for itself; Shapes<Cell, T>, the persistent
-// kernels that are built; late(), the word that a kernel sets when it gives up a wait, which outlives the call, and
-// gave_up(), which tells of it and forgets it.
+// kernels that are built; late(), two words that outlive the call: a kernel sets the first when it gives up a wait, the
+// second when it meets a token that is no input; and gave_up(), which tells of it and forgets it.
 #pragma once
 
 #include <optional>
@@ -22,7 +22,7 @@ Status run(const Call& call) {
   std::string why;
   const Device* device = Machine::device(&why);
   if (!device) return why;
-  const Options options{call.settings->route};
+  const Options options{call.settings->route, {call.settings->token_bytes, call.settings->token_signed}};
   const auto count = [&](auto&& body) {
     Counting queue;
     Engine<Cell, T, Forwards, Backwards, Counting> engine(queue, *device, options, *call.problem, nullptr);

@@ -140,6 +140,8 @@ def is_float(op: str, name: str, value: Any, dtype: Any = None, like: str = "x")
 
 def is_whole(op: str, name: str, array: np.ndarray) -> np.ndarray:
     """The array, if its elements can be read in place."""
+    if isinstance(array, arrays.DeviceArray):
+        return _is_device_whole(op, name, array)
     if not array.flags.aligned or any(s % array.itemsize for s in array.strides):
         fix = f"Pass {name}.copy()."
         expected = f"whole elements of {array.itemsize} bytes"
@@ -156,6 +158,10 @@ def _is_device_float(op: str, name: str, array: Any, dtype: Any, like: str) -> A
     if dtype is not None and array.dtype != dtype:
         fix = f"Kernels compute in one type: convert one of them, e.g. {name}.astype(numpy.{dtype})."
         fail(op, name, f"has dtype {array.kind}", f"{dtype}, the dtype of {like}", fix, TypeError)
+    return _is_device_whole(op, name, array)
+
+
+def _is_device_whole(op: str, name: str, array: Any) -> Any:
     if array.pointer % array.itemsize or any(s % array.itemsize for s in array.strides):
         fix = f"Pass {name}.copy()."
         expected = f"whole elements of {array.itemsize} bytes"
@@ -336,7 +342,8 @@ def call(
     if type(x) is not np.ndarray and arrays.device_array(x) is not None:
         everything = (x, state, params, lengths, reset, context)
         x, state, params, lengths, reset, context = map(arrays.on_device, everything)
-    tokens = isinstance(x, np.ndarray) and x.dtype.kind in "iu"
+    on_cuda = isinstance(x, arrays.DeviceArray)
+    tokens = isinstance(x, np.ndarray | arrays.DeviceArray) and x.dtype.kind in "iu"
     if not tokens:
         x = is_float(op, "x", x)
     x_rank = x.ndim + tokens
@@ -360,7 +367,7 @@ def call(
         dtype, like = getattr(flat[0], "dtype", None), names[0]
         if dtype == np.uint16:
             dtype = np.dtype(np.float32)
-        if dtype not in _FLOATS:
+        if on_cuda or dtype not in _FLOATS:
             dtype = is_float(op, names[0], flat[0]).dtype
     else:
         dtype, like = x.dtype, "x"
@@ -386,7 +393,8 @@ def call(
         is_float(op, "context", context, dtype, like)
 
     if type(x) is not np.ndarray:
-        together(op, x, [*zip(names, flat, strict=True), ("state" if c0 is None else "state[0]", h0), ("state[1]", c0)])
+        others = [("state" if c0 is None else "state[0]", h0), ("state[1]", c0), ("context", context)]
+        together(op, x, [*zip(names, flat, strict=True), *context_params.items(), *others])
 
     unbatched = x_rank == 2
     x_axes = arrays.data_axes(arrays.TOKENS if tokens else arrays.X, batch_first, unbatched, x_rank == 4)
@@ -488,7 +496,7 @@ def call(
             fail(op, "lengths", got, f"0 <= lengths <= T={problem.T}", "Lengths count time steps of x.")
     if reset is not None:
         problem.reset = _placed(result, "reset", reset, arrays.RESET)
-    if tokens:
+    if tokens and not on_cuda:  # on a device nothing waits for them: kernels take zeros for what is out of range
         _in_range(result, x, arrays.view(x, x_axes, arrays.TOKENS, problem.E))
     return result, h0, c0
 

@@ -56,6 +56,7 @@ class Found(NamedTuple):
 def device(value: Any) -> tuple[int, int]:
     """The kind and number of the device that a value lies on; (CPU, 0) for what knows no DLPack.
 
+    >>> import numpy as np
     >>> device(np.zeros(3)), device([1.0])
     ((1, 0), (1, 0))
     """
@@ -69,6 +70,7 @@ def read(value: Any, stream: int | None = None) -> Found:
     """What lies there. stream: the CUDA stream that will use it; its library makes that one wait for the values (None:
     the array is on the host). Raises BufferError where the library does not give it.
 
+    >>> import numpy as np
     >>> read(np.zeros((2, 3), np.float32)).strides
     (12, 4)
     """

@@ -22,7 +22,8 @@ product is made once a call; backward has an entry "context". Resets do not touc
 
 CUDA: arrays on a CUDA device, of CuPy, torch (without requires_grad), JAX, Numba or anything that speaks DLPack, all in
 one place and on one stream; float16 and bfloat16, too. Results are the library's own arrays (CuPy's for JAX), and
-nothing waits for the device.
+nothing waits for the device: lengths there are clamped to 0..T, and a token there that is no input counts as the zero
+vector, of which a later call tells by its error (CudaError).
 
 Tokens: an integer x (of any integer type) without its last axis, (T,B), (B,T) or (T,), stands for the one-hot vectors
 of its values: x[t, b] = k is a 1 at input k, 0 <= k < I = weight_ih_l0.shape[1]. Then x W^T is a column of W, looked up

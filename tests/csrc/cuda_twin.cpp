@@ -72,7 +72,7 @@ PYBIND11_MODULE(fusedrnn_cuda_twin, module) {
   own.attr("pretend") = pybind11::cpp_function(
       [](int compute, bool late, const std::string& broken) {
         twin().compute = compute;
-        twin().late = late;
+        twin().late[0] = late, twin().late[1] = false;
         twin().broken_queue = broken;
       },
       pybind11::arg("compute") = 90, pybind11::arg("late") = false, pybind11::arg("broken") = "");

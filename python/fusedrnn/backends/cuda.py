@@ -84,15 +84,10 @@ def devices() -> tuple[list[dict[str, Any]], str]:
 CELLS = ("rnn_tanh", "rnn_relu", "lstm", "gru", "gru_reset_before")
 
 
-def _check(problem: Problem, p: Arguments) -> None:
+def _check(problem: Problem) -> None:
     if problem.cell not in CELLS:
         raise NotImplementedError(
             f"fusedrnn: cell {problem.cell!r} on a CUDA device: the CUDA kernels have {', '.join(CELLS)}. Copy the "
-            "arrays to the host"
-        )
-    if p.context is not None:
-        raise NotImplementedError(
-            "fusedrnn: context on a CUDA device: the CUDA kernels have none. Append it to x at every step, or copy the "
             "arrays to the host"
         )
     if problem.recompute:
@@ -140,8 +135,13 @@ def _place_rows(problem: Any, like: DeviceArray) -> None:
         problem.reset = to_device(like, problem.reset.view(np.uint8))
 
 
-def _settings(x: DeviceArray, tf32: bool) -> tuple[int, bool]:
-    return (-1 if _route is None else ROUTES.index(_route)), (tf32 or _float32 == "tf32") and x.kind == "float32"
+def _kind(p: Arguments) -> str:
+    """The type that a call computes in; x may be tokens."""
+    return str(p.params[0][0].kind)
+
+
+def _settings(p: Arguments, tf32: bool) -> tuple[int, bool]:
+    return (-1 if _route is None else ROUTES.index(_route)), (tf32 or _float32 == "tf32") and _kind(p) == "float32"
 
 
 def _enough(call: Any, tape: DeviceArray | None) -> None:
@@ -149,39 +149,39 @@ def _enough(call: Any, tape: DeviceArray | None) -> None:
         raise ValueError(f"fusedrnn: tape has {tape.nbytes} bytes; expected {call.tape_bytes}")
 
 
-def _took(call: Any, problem: Problem, x: DeviceArray, which: str) -> None:
+def _took(call: Any, problem: Problem, p: Arguments, which: str) -> None:
     setattr(_last, which, call.route)
     log.debug(
         "cuda: %s %s %s T=%d E=%d B=%d I=%d H=%d L=%d D=%d took route %s",
-        *(problem.cell, which, x.kind, problem.T, problem.E, problem.B, problem.I, problem.H, problem.L, problem.D),
+        *(problem.cell, which, _kind(p), problem.T, problem.E, problem.B, problem.I, problem.H, problem.L, problem.D),
         call.route,
     )
 
 
 def new_tape(problem: Problem, p: Arguments) -> DeviceArray:
     """Memory for the tape of a call."""
-    _check(problem, p)
+    _check(problem)
     _place_rows(problem, p.x)
-    call = _call(_extension.Forward, problem, p, Results(), True, *_settings(p.x, False))
+    call = _call(_extension.Forward, problem, p, Results(), True, *_settings(p, False))
     return bytes_like(p.x, call.tape_bytes)
 
 
 def forward(problem: Problem, p: Arguments, out: Results, tape: DeviceArray | None, tf32: bool = False) -> None:
-    _check(problem, p)
+    _check(problem)
     _place_rows(problem, p.x)
-    call = _call(_extension.Forward, problem, p, out, tape is not None, *_settings(p.x, tf32))
+    call = _call(_extension.Forward, problem, p, out, tape is not None, *_settings(p, tf32))
     _enough(call, tape)
     memory = bytes_like(p.x, call.workspace_bytes)
     _call(call.run, tape.pointer if tape else 0, memory.pointer, p.x.current_stream())
-    _took(call, problem, p.x, "forward")
+    _took(call, problem, p, "forward")
 
 
 def backward(problem: Problem, p: Arguments, tape: DeviceArray, g: Results, dp: Arguments, tf32: bool = False) -> None:
-    call = _call(_extension.Backward, problem, p, g, dp, *_settings(p.x, tf32))
+    call = _call(_extension.Backward, problem, p, g, dp, *_settings(p, tf32))
     _enough(call, tape)
     memory = bytes_like(p.x, call.workspace_bytes)
     _call(call.run, tape.pointer, memory.pointer, p.x.current_stream())
-    _took(call, problem, p.x, "backward")
+    _took(call, problem, p, "backward")
 
 
 def _derivative(name: str) -> Any:
