@@ -297,6 +297,23 @@ def test_routes_can_be_asked_forced_and_read_in_the_log(twin, caplog):
         twin.set_float32("fast")
 
 
+@pytest.mark.parametrize("compute", [75, 80, 90])
+@pytest.mark.parametrize("precision", ["half", "tf32"])
+def test_what_each_generation_of_gpus_runs(twin, twin_extension, compute, precision):
+    """Turing multiplies float16 only, clusters came with Hopper; a route that is not there gives way to stepwise."""
+    twin_extension.pretend(compute=compute)
+    x, params = lstm_case(np.float16 if precision == "half" else np.float32)
+    if precision == "tf32":
+        twin.set_float32("tf32")
+    for route in ("single", "cluster", "grid"):
+        twin.set_route(route)
+        _, _, tape = fusedrnn.lstm(chip(x), None, chip(params), training=True)
+        fusedrnn.lstm_backward(tape, chip(np.zeros((5, 3, 6), x.dtype)))
+        oldest = 90 if route == "cluster" else 75 if precision == "half" else 80
+        expected = route if compute >= oldest else "stepwise"
+        assert (twin.last_route(), twin.last_route(backward=True)) == (expected, expected)
+
+
 def test_errors_come_before_anything_is_written(twin, twin_extension):
     x, params = lstm_case()
     there = chip(params)

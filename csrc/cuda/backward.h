@@ -98,7 +98,9 @@ struct Backward {
   BackwardArgs<T> a;
 
   static constexpr int kThreads = S::kThreads;
-  static constexpr int kCompute = S::kRoute == Route::cluster ? 90 : 80;  // the oldest GPU it can run on
+  // sm_75's compiler spills where several tiles of rows meet many weights
+  static constexpr bool kSpillsOn75 = S::kRoute == Route::grid && S::kTiles > 1 && S::kHeld > 9;
+  static constexpr int kCompute = kSpillsOn75 && oldest<S>() < 80 ? 80 : oldest<S>();
   static constexpr int kStages = 4;
   static constexpr int kGates = S::kGates;
   static constexpr int kPieces = 8 * S::kHalves;

@@ -123,11 +123,22 @@ FUSEDRNN_DEVICE float shfl_xor(float v, int mask) { return __shfl_xor_sync(0xFFF
 //   d[0], d[1] = D[g][2q + {0,1}];  d[2], d[3] = D[g + 8][2q + {0,1}]
 template <class T>
 FUSEDRNN_DEVICE void mma(float (&d)[4], const U4& a, u32 b0, u32 b1);
+// What sm_75 has, float16 only: A 16 x 8, B 8 x 8. a[r] = A[g + 8*r][2q + {0,1}], b = B[2q + {0,1}][g].
+FUSEDRNN_DEVICE void mma_half_depth(float (&d)[4], u32 a0, u32 a1, u32 b) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a0), "r"(a1), "r"(b));
+}
 template <>
 FUSEDRNN_DEVICE void mma<F16>(float (&d)[4], const U4& a, u32 b0, u32 b1) {
+#if __CUDA_ARCH__ >= 800
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a.w[0]), "r"(a.w[1]), "r"(a.w[2]), "r"(a.w[3]), "r"(b0), "r"(b1));
+#else
+  mma_half_depth(d, a.w[0], a.w[1], b0);
+  mma_half_depth(d, a.w[2], a.w[3], b1);
+#endif
 }
 template <>
 FUSEDRNN_DEVICE void mma<BF16>(float (&d)[4], const U4& a, u32 b0, u32 b1) {
@@ -176,7 +187,7 @@ FUSEDRNN_DEVICE void cp_async16(void* shared, const void* global) {
                "l"(global)
                : "memory");
 #else
-  *static_cast<uint4*>(shared) = *static_cast<const uint4*>(global);
+  *static_cast<uint4*>(shared) = __ldcg(static_cast<const uint4*>(global));  // sm_75: waited for here
 #endif
 }
 FUSEDRNN_DEVICE void cp_async_commit() {

@@ -44,8 +44,8 @@ struct Forward {
   ForwardArgs<T> a;
 
   static constexpr int kThreads = S::kThreads;
-  static constexpr int kCompute = S::kRoute == Route::cluster ? 90 : 80;  // the oldest GPU it can run on
-  static constexpr int kStages = 4;                                       // steps of gx under way
+  static constexpr int kCompute = oldest<S>();
+  static constexpr int kStages = 4;  // steps of gx under way
   static constexpr int kChains = S::kMma * S::kTiles >= 4 ? 1 : 2;
   static constexpr int kGates = S::kGates;
   static constexpr int kPieces = 8 * S::kHalves;  // 16-byte pieces of a block

@@ -8,24 +8,6 @@
 
 namespace fusedrnn::cuda {
 
-// The oldest GPU a kernel can run on. For older ones its body is empty, and the cost model never chooses it.
-template <class K>
-struct Oldest {
-  static constexpr int value = 75;
-};
-template <class K>
-  requires(K::kCompute > 0)
-struct Oldest<K> {
-  static constexpr int value = K::kCompute;
-};
-
-template <class K>
-__global__ void __launch_bounds__(K::kThreads, 1) entry(const __grid_constant__ K kernel) {
-#ifdef __CUDA_ARCH__
-  if constexpr (Oldest<K>::value <= __CUDA_ARCH__ / 10) kernel();
-#endif
-}
-
 template <class K>
 concept UsesShared = requires { K::shared_bytes(); };
 
@@ -35,6 +17,24 @@ constexpr int shared_of() {
     return K::shared_bytes();
   else
     return 0;
+}
+
+// The oldest GPU a kernel can run on. Compiled for older ones its body is empty, and the cost model never chooses it.
+template <class K>
+constexpr int oldest_of() {
+  if constexpr (requires { K::kCompute; })
+    return K::kCompute < 80 && shared_of<K>() > 64 * 1024 ? 80 : K::kCompute;  // what a block has on sm_75
+  else
+    return 75;
+}
+template <class K>
+constexpr int kOldest = oldest_of<K>();
+
+template <class K>
+__global__ void __launch_bounds__(K::kThreads, 1) entry(const __grid_constant__ K kernel) {
+#ifdef __CUDA_ARCH__
+  if constexpr (kOldest<K> <= __CUDA_ARCH__ / 10) kernel();
+#endif
 }
 
 // cluster: blocks of a cluster, 0 = none. cooperative: fail rather than start with blocks waiting for room.

@@ -68,6 +68,12 @@ struct Shape {
   static_assert(kGates * kOctets % 2 == 0);
 };
 
+// The oldest GPU that a kernel cut like this runs on: what has clusters, what has the products.
+template <class S>
+constexpr int oldest() {
+  return S::kRoute == Route::cluster ? 90 : std::is_same_v<typename S::T, dev::F16> ? 75 : 80;
+}
+
 // The place in a line buffer (in 16-byte pieces) of row n (0..7) of tile j, line l.
 template <int kTiles>
 FUSEDRNN_DEVICE int piece(int l, int j, int n) {

@@ -91,6 +91,41 @@ void products(uint64_t seed) {
     }
 }
 
+// The same for sm_75's product of half the depth; and two of them are one of the full depth, as device.h has it.
+void half_products(uint64_t seed) {
+  const auto value = [](int row, int k, int of) { return static_cast<float>((row * 5 + k * 3 + of) % 11 - 5) * 0.5f; };
+  const auto pair = [&](int row, int k, int of, bool down) {
+    u32 two = 0;
+    for (int e = 0; e < 2; ++e)
+      two |= static_cast<u32>(F16::store(down ? value(row + e, k, of) : value(row, k + e, of))) << 16 * e;
+    return two;
+  };
+  float D[16][8] = {}, full[32][4] = {}, halves[32][4] = {};
+  const std::string said = told(
+      1, 1, 32, 0,
+      [&] {
+        const int group = tid() >> 2, in_group = tid() & 3, k = in_group * 2;
+        const U4 a{{pair(group, k, 0, false), pair(group + 8, k, 0, false), pair(group, k + 8, 0, false),
+                    pair(group + 8, k + 8, 0, false)}};
+        const u32 b0 = pair(k, group, 4, true), b1 = pair(k + 8, group, 4, true);
+        float d[4] = {2, 2, 2, 2};
+        mma_half_depth(d, a.w[0], a.w[1], b0);
+        for (int i = 0; i < 4; ++i) D[i < 2 ? group : group + 8][in_group * 2 + (i & 1)] = d[i];
+        mma_half_depth(halves[tid()], a.w[0], a.w[1], b0);
+        mma_half_depth(halves[tid()], a.w[2], a.w[3], b1);
+        mma<F16>(full[tid()], a, b0, b1);
+      },
+      seed);
+  expect(said.empty(), "a product of half the depth by one warp", said);
+  for (int i = 0; i < 16; ++i)
+    for (int j = 0; j < 8; ++j) {
+      float sum = 2;
+      for (int k = 0; k < 8; ++k) sum += value(i, k, 0) * value(k, j, 4);
+      expect(D[i][j] == sum, "an element of a product of half the depth", std::to_string(D[i][j]));
+    }
+  for (int i = 0; i < 128; ++i) expect(full[i / 4][i % 4] == halves[i / 4][i % 4], "two halves of a product");
+}
+
 void numbers() {
   for (u32 i = 0; i < 65536; ++i) {
     const auto h = static_cast<u16>(i);
@@ -303,6 +338,7 @@ int check_primitives() {
     products<F16>(seed);
     products<BF16>(seed);
     products<TF32>(seed);
+    half_products(seed);
     sound(seed);
     mistakes(seed);
   }

@@ -19,6 +19,7 @@ const Device* Twin::device(std::string* why) {
   static Device device;
   for (int& n : device.clusters) n = twin().compute >= 90 ? 8 : 0;
   device.compute = twin().compute;
+  device.shared_bytes = (device.compute < 80 ? 64 : device.compute < 90 ? 99 : 227) * 1024;
   if (twin().compute == 0) {
     *why = "no CUDA device: the twin was told so";
     return nullptr;

@@ -795,6 +795,25 @@ void poll16(U4* v, int n, const void* base, int stride, u32 wanted, Where at) {
 
 using namespace sim;
 
+void mma_half_depth(float (&d)[4], u32 a0, u32 a1, u32 b, Where at) {
+  Unseen unseen;
+  need(!self().apart, "lanes that a wait has let go one by one, without a sync_warp", "mma_half_depth", at);
+  const U4 mine{{a0, a1, 0, 0}};
+  MmaArgs args{d, &mine, {b, 0}};
+  collective("mma_half_depth", at, &args, [](Warp& w) {
+    float A[16][8], B[8][8];
+    for (int lane = 0; lane < 32; ++lane) {
+      const MmaArgs& from = of<MmaArgs>(w, lane);
+      const int g = lane / 4, q = lane % 4;
+      for (int e = 0; e < 2; ++e) {
+        for (int r = 0; r < 2; ++r) A[g + 8 * r][2 * q + e] = half_to_float(static_cast<u16>(from.a->w[r] >> 16 * e));
+        B[2 * q + e][g] = half_to_float(static_cast<u16>(from.b[0] >> 16 * e));
+      }
+    }
+    multiply<8>(w, A, B);
+  });
+}
+
 void sync_block(Where at) {
   Unseen unseen;
   if (broken("sync_block", at)) return;

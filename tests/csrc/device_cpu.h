@@ -144,6 +144,7 @@ float shfl_xor(float v, int mask, sim::Where at = sim::Where::current());
 
 template <class T>
 inline void mma(float (&d)[4], const U4& a, u32 b0, u32 b1, sim::Where at = sim::Where::current());
+void mma_half_depth(float (&d)[4], u32 a0, u32 a1, u32 b, sim::Where at = sim::Where::current());
 template <>
 inline void mma<F16>(float (&d)[4], const U4& a, u32 b0, u32 b1, sim::Where at) {
   sim::mma_16bit(d, a, b0, b1, false, at);
