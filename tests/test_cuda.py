@@ -24,7 +24,11 @@ OPS: dict[str, tuple[str, dict[str, Any]]] = {
     "lstm": ("lstm", {}),
     "gru": ("gru", {}),
     "gru_reset_before": ("gru", {"reset_after": False}),
+    "cifg": ("lstm", {"coupled": True}),
+    "mingru": ("mingru", {}),
+    "minlstm": ("minlstm", {}),
 }
+STEPWISE = ("gru_reset_before", "cifg", "mingru", "minlstm")  # and no other route
 BUDGETS = {"float64": 1e-12, "float32": 2e-5, "tf32": 2e-2, "float16": 2e-2}
 ROUTES = ("single", "cluster", "grid", "stepwise")
 
@@ -33,7 +37,7 @@ def kinds() -> list[tuple[str, str, str]]:
     every = [(c, d, r) for c in OPS for d in BUDGETS for r in ROUTES]
     # relu's slope jumps: where rounding moves a sum over 0, the gradient is another one
     every = [k for k in every if k[0] != "rnn_relu" or k[1] in ("float32", "float64")]
-    return [k for k in every if k[2] == "stepwise" or (k[0] != "gru_reset_before" and k[1] in ("tf32", "float16"))]
+    return [k for k in every if k[2] == "stepwise" or (k[0] not in STEPWISE and k[1] in ("tf32", "float16"))]
 
 
 class Case:
@@ -47,7 +51,7 @@ class Case:
         H, L, D = pick.choice([1, 7, 16, 21]), pick.choice([1, 1, 2]), pick.choice([1, 1, 2])
         E = pick.choice([0, 0, 0, 2])  # 0: no axis
         self.unbatched, batch_first = pick.random() < 0.15, pick.random() < 0.4
-        bias, state = pick.random() < 0.7, pick.random() < 0.6
+        bias, state, has_c = pick.random() < 0.7, pick.random() < 0.6, cell in ("lstm", "cifg")
         if self.unbatched:
             B = 1
 
@@ -62,8 +66,8 @@ class Case:
             name: np.stack([w * (1 - 0.2 * e) for e in range(E)]).astype(w.dtype) if E else w
             for name, w in weights.items()
         }
-        states = [self.draw(*lie("SEBH")) for _ in range(1 + (cell == "lstm"))]
-        self.state = (tuple(states) if cell == "lstm" else states[0]) if state else None
+        states = [self.draw(*lie("SEBH")) for _ in range(1 + has_c)]
+        self.state = (tuple(states) if has_c else states[0]) if state else None
         self.options: dict[str, Any] = {
             "num_layers": L,
             "bidirectional": D == 2,
@@ -78,7 +82,7 @@ class Case:
             self.options["lengths"] = self.numbers.integers(0, T + 1, lie("EB"))
         if pick.random() < 0.5:
             self.options["reset"] = self.numbers.random(lie("TEB")) < 0.3
-        if cell == "lstm" and exact:
+        if has_c and exact:
             self.options["clip_cell"] = 0.5 if pick.random() < 0.3 else None
 
     def draw(self, *shape: int) -> np.ndarray:
@@ -335,8 +339,6 @@ def test_errors_come_before_anything_is_written(twin, twin_extension):
         fusedrnn.lstm(chip(x), chip((np.zeros((1, 3, 6)),) * 2), there | {"weight_hh_l0": Chip(np.ones((24, 5)))})
     with pytest.raises(NotImplementedError, match="recompute=True"):
         fusedrnn.lstm(chip(x), None, there, recompute=True)
-    with pytest.raises(NotImplementedError, match="cell 'mingru' on a CUDA device"):
-        fusedrnn.mingru(chip(x), None, chip(parameters.init("mingru", 4, 6, dtype=np.float64)))
     _, _, tape = fusedrnn.lstm(chip(x), None, there, training=True)
     with pytest.raises(NotImplementedError, match="jvp of arrays on a CUDA device"):
         fusedrnn.ops.jvp(tape, {"x": chip(x)})

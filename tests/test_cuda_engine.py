@@ -17,7 +17,8 @@ from fusedrnn.arrays import DeviceArray, device_array
 from fusedrnn.backends import Arguments, Problem, Results, reference
 
 ROUTES = ("single", "cluster", "grid", "stepwise")
-CELLS = ("rnn_tanh", "rnn_relu", "lstm", "gru", "gru_reset_before")
+CELLS = ("rnn_tanh", "rnn_relu", "lstm", "gru", "gru_reset_before", "cifg", "mingru", "minlstm")
+STEPWISE = ("gru_reset_before", "cifg", "mingru", "minlstm")  # and no other route
 DTYPES = ("float32", "tf32", "float64", "bfloat16", "float16")
 BUDGETS = {"float64": 1e-12, "float32": 2e-5, "tf32": 2e-2, "float16": 2e-2, "bfloat16": 1e-1}
 
@@ -99,11 +100,11 @@ class Case:
     def __init__(self, cell: str, dtype: str, route: str, seed: int) -> None:
         pick, numbers = random.Random(seed), np.random.default_rng(seed)
         self.types, exact = Types(dtype), dtype.startswith("float") and dtype != "float16"
-        G = {"lstm": 4, "gru": 3, "gru_reset_before": 3}.get(cell, 1)
+        G = {"lstm": 4, "mingru": 2, "rnn_tanh": 1, "rnn_relu": 1}.get(cell, 3)
         T, E, B = pick.choice([1, 4, 6]), pick.choice([1, 1, 2]), pick.choice([1, 3, 8, 17])
         I, H = pick.choice([1, 5, 8, 16]), pick.choice([1, 7, 8, 16, 21, 24])  # noqa: E741
         L, D = pick.choice([1, 1, 2]), pick.choice([1, 1, 2])
-        has_c, odd, shared = cell == "lstm", pick.random() < 0.3, E > 1 and pick.random() < 0.5
+        has_c, odd, shared = cell in ("lstm", "cifg"), pick.random() < 0.3, E > 1 and pick.random() < 0.5
 
         def maybe(value: Any, often: float, otherwise: Any = None) -> Any:
             return value if pick.random() < often else otherwise
@@ -151,14 +152,14 @@ class Case:
             for _ in range(D)
         ]
         size = [[(3 / s[-1]) ** 0.5 if len(s) == 2 else 0.5 for s in group] for group in shapes]
-        wanted = 4 if bias else 2
+        wanted = [True, not cell.startswith("min"), bias, bias and not cell.startswith("min")]
         self.p = Arguments(
             draw(T, E, B, I),
             draw(L * D, E, B, H) if state else None,
             draw(L * D, E, B, H) if state and has_c else None,
             [
                 tuple(
-                    weights(lambda *n, s=s: draw(*n, scale=s), *n) if i < wanted else None
+                    weights(lambda *n, s=s: draw(*n, scale=s), *n) if wanted[i] else None
                     for i, (n, s) in enumerate(zip(g, k, strict=True))
                 )
                 for g, k in zip(shapes, size, strict=True)
@@ -168,7 +169,7 @@ class Case:
             empty(T, E, B, I),
             empty(L * D, E, B, H),
             empty(L * D, E, B, H) if has_c else None,
-            [tuple(weights(empty, *n) if i < wanted else None for i, n in enumerate(g)) for g in shapes],
+            [tuple(weights(empty, *n) if wanted[i] else None for i, n in enumerate(g)) for g in shapes],
         )
         self.out = Results(
             empty(T, E, B, D * H),
@@ -252,9 +253,7 @@ def kinds() -> list[tuple[str, str, str]]:
     every = [(c, d, r) for c in CELLS for d in DTYPES for r in ROUTES]
     # relu's slope jumps: where rounding moves a sum over 0, the gradient is another one
     every = [k for k in every if k[0] != "rnn_relu" or k[1] in ("float32", "float64")]
-    return [
-        k for k in every if k[2] == "stepwise" or (k[0] != "gru_reset_before" and k[1] not in ("float32", "float64"))
-    ]
+    return [k for k in every if k[2] == "stepwise" or (k[0] not in STEPWISE and k[1] not in ("float32", "float64"))]
 
 
 @pytest.mark.parametrize("cell, dtype, route", kinds())

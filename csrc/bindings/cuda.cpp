@@ -129,7 +129,7 @@ class Call {
     problem_.reset = array<3>(given.attr("reset"), "reset", {s.T, s.E, s.B}, "uint8", 1);
     p_ = arguments(p, "", p_params_);
     for (const Params& w : p_params_)
-      if (!w.W.data || !w.R.data) fail("params lack W or R");
+      if (!w.W.data || !w.R.data == facts_of(problem_.cell).state_product) fail("params lack W or R");
     if (static_cast<int64_t>(p_params_.size()) != s.L * s.D || (!p_.x.data && !p_.tokens.data))
       fail("x or params are missing");
     for (int d = 0; p_.context.data && d < s.D; ++d)
@@ -169,7 +169,7 @@ class Call {
       out.x = read<4>(x, role + "x", {s.T, s.E, s.B, s.I});
     out.h0 = read<4>(given.attr("h0"), role + "h0", state);
     out.c0 = read<4>(given.attr("c0"), role + "c0", state);
-    if (problem_.cell != CellKind::lstm && out.c0.data) fail(role + "c0 is given; only lstm has it");
+    if (!facts_of(problem_.cell).cell_state && out.c0.data) fail(role + "c0 is given; only lstm and cifg have it");
     const int64_t rows = facts_of(problem_.cell).gates * s.H;
     for (const py::handle entry : given.attr("params")) {
       const int64_t index = static_cast<int64_t>(params.size());
@@ -199,7 +199,7 @@ class Call {
     out.y = read<4>(given.attr("y"), role + "y", {s.T, s.E, s.B, s.D * s.H});
     out.hn = read<4>(given.attr("hn"), role + "hn", state);
     out.cn = read<4>(given.attr("cn"), role + "cn", state);
-    if (problem_.cell != CellKind::lstm && out.cn.data) fail(role + "cn is given; only lstm has it");
+    if (!facts_of(problem_.cell).cell_state && out.cn.data) fail(role + "cn is given; only lstm and cifg have it");
     out.cells = read<5>(given.attr("cells"), role + "cells", {s.L, s.T, s.E, s.B, s.D * s.H});
     return out;
   }

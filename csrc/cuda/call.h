@@ -30,5 +30,8 @@ Status run_rnn_relu(const Call& call);
 Status run_lstm(const Call& call);
 Status run_gru(const Call& call);
 Status run_gru_reset_before(const Call& call);
+Status run_cifg(const Call& call);
+Status run_mingru(const Call& call);
+Status run_minlstm(const Call& call);
 
 }  // namespace fusedrnn::cuda

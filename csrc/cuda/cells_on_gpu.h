@@ -6,7 +6,10 @@
 // clang-format off
 #include "device.h"
 #include "gates.h"
+#include "../cells/cifg.h"
 #include "../cells/gru.h"
 #include "../cells/lstm.h"
+#include "../cells/mingru.h"
+#include "../cells/minlstm.h"
 #include "../cells/rnn.h"
 // clang-format on

@@ -823,26 +823,31 @@ class Engine {
     }
     if (f.keep && Cell::two_products)
       queue_.fill(a.extra, 0, static_cast<size_t>(sets_ * T_ * B_ * pitch_) * sizeof(Storage));
-    std::vector<const Storage*> R(static_cast<size_t>(D_));
-    for (int64_t d = 0; d < D_; ++d)
-      R[static_cast<size_t>(d)] = padded_weights(p.params[l * D_ + d].R, H_, pitch_, work);
     const int64_t blocks = blocks_for(state);
-    queue_.run(StepPrepare<Cell, T, false>{a}, blocks);
-    const int64_t first = Cell::two_products ? G - 1 : G;
-    for (int64_t s = 0; s < T_; ++s) {
-      a.w.s = static_cast<int>(s);
+    if constexpr (Cell::state_product) {
+      std::vector<const Storage*> R(static_cast<size_t>(D_));
       for (int64_t d = 0; d < D_; ++d)
-        queue_.template product<T, Full>({B_, first * pitch_, pitch_, a.h + d * B_ * pitch_, pitch_, D_ * B_ * pitch_,
-                                          false, R[static_cast<size_t>(d)], pitch_, row * pitch_, true,
-                                          product + d * B_ * row, row, D_ * B_ * row, E_, false});
-      if constexpr (Cell::two_products) {
-        queue_.run(StepPrepare<Cell, T, true>{a}, blocks);
+        R[static_cast<size_t>(d)] = padded_weights(p.params[l * D_ + d].R, H_, pitch_, work);
+      queue_.run(StepPrepare<Cell, T, false>{a}, blocks);
+      const int64_t first = Cell::two_products ? G - 1 : G;
+      for (int64_t s = 0; s < T_; ++s) {
+        a.w.s = static_cast<int>(s);
         for (int64_t d = 0; d < D_; ++d)
-          queue_.template product<T, Full>({B_, pitch_, pitch_, a.rh + d * B_ * pitch_, pitch_, D_ * B_ * pitch_, false,
-                                            R[static_cast<size_t>(d)] + first * pitch_ * pitch_, pitch_, row * pitch_,
-                                            true, product_last + d * B_ * pitch_, pitch_, D_ * B_ * pitch_, E_, false});
+          queue_.template product<T, Full>({B_, first * pitch_, pitch_, a.h + d * B_ * pitch_, pitch_, D_ * B_ * pitch_,
+                                            false, R[static_cast<size_t>(d)], pitch_, row * pitch_, true,
+                                            product + d * B_ * row, row, D_ * B_ * row, E_, false});
+        if constexpr (Cell::two_products) {
+          queue_.run(StepPrepare<Cell, T, true>{a}, blocks);
+          for (int64_t d = 0; d < D_; ++d)
+            queue_.template product<T, Full>({B_, pitch_, pitch_, a.rh + d * B_ * pitch_, pitch_, D_ * B_ * pitch_,
+                                              false, R[static_cast<size_t>(d)] + first * pitch_ * pitch_, pitch_,
+                                              row * pitch_, true, product_last + d * B_ * pitch_, pitch_,
+                                              D_ * B_ * pitch_, E_, false});
+        }
+        queue_.run(StepForward<Cell, T>{a}, blocks);
       }
-      queue_.run(StepForward<Cell, T>{a}, blocks);
+    } else {
+      queue_.run(WalkForward<Cell, T>{a}, blocks);
     }
   }
 
@@ -862,29 +867,33 @@ class Engine {
     a.product = product, a.product_r = product_r;
     a.dh = work.take<Math>(state), a.dc = work.take<Math>(state);
     a.dh_first = work.take<Math>(state), a.dc_first = work.take<Math>(state);
-    std::vector<const Storage*> R(static_cast<size_t>(D_));
-    for (int64_t d = 0; d < D_; ++d)
-      R[static_cast<size_t>(d)] = padded_weights(p.params[l * D_ + d].R, H_, pitch_, work);
     const int64_t blocks = blocks_for(state);
-    const int64_t own = Cell::two_products ? G - 1 : G;
-    a.w.s = static_cast<int>(T_);
-    queue_.run(StepBackward<Cell, T>{a}, blocks);
-    for (int64_t s = T_ - 1; s >= -1; --s) {
-      a.w.s = static_cast<int>(s);
-      queue_.run(StepBackward<Cell, T>{a}, blocks);
-      if (s < 0) break;
-      if constexpr (Cell::two_products) {
-        for (int64_t d = 0; d < D_; ++d)
-          queue_.template product<T, Full>({B_, pitch_, pitch_, a.operand + d * B_ * row + own * pitch_, row,
-                                            D_ * B_ * row, false, R[static_cast<size_t>(d)] + own * pitch_ * pitch_,
-                                            pitch_, row * pitch_, false, product_r + d * B_ * pitch_, pitch_,
-                                            D_ * B_ * pitch_, E_, false});
-        queue_.run(StepBackwardGate<Cell, T>{a}, blocks);
-      }
+    if constexpr (Cell::state_product) {
+      std::vector<const Storage*> R(static_cast<size_t>(D_));
       for (int64_t d = 0; d < D_; ++d)
-        queue_.template product<T, Full>({B_, pitch_, own * pitch_, a.operand + d * B_ * row, row, D_ * B_ * row, false,
-                                          R[static_cast<size_t>(d)], pitch_, row * pitch_, false,
-                                          product + d * B_ * pitch_, pitch_, D_ * B_ * pitch_, E_, false});
+        R[static_cast<size_t>(d)] = padded_weights(p.params[l * D_ + d].R, H_, pitch_, work);
+      const int64_t own = Cell::two_products ? G - 1 : G;
+      a.w.s = static_cast<int>(T_);
+      queue_.run(StepBackward<Cell, T>{a}, blocks);
+      for (int64_t s = T_ - 1; s >= -1; --s) {
+        a.w.s = static_cast<int>(s);
+        queue_.run(StepBackward<Cell, T>{a}, blocks);
+        if (s < 0) break;
+        if constexpr (Cell::two_products) {
+          for (int64_t d = 0; d < D_; ++d)
+            queue_.template product<T, Full>({B_, pitch_, pitch_, a.operand + d * B_ * row + own * pitch_, row,
+                                              D_ * B_ * row, false, R[static_cast<size_t>(d)] + own * pitch_ * pitch_,
+                                              pitch_, row * pitch_, false, product_r + d * B_ * pitch_, pitch_,
+                                              D_ * B_ * pitch_, E_, false});
+          queue_.run(StepBackwardGate<Cell, T>{a}, blocks);
+        }
+        for (int64_t d = 0; d < D_; ++d)
+          queue_.template product<T, Full>({B_, pitch_, own * pitch_, a.operand + d * B_ * row, row, D_ * B_ * row,
+                                            false, R[static_cast<size_t>(d)], pitch_, row * pitch_, false,
+                                            product + d * B_ * pitch_, pitch_, D_ * B_ * pitch_, E_, false});
+      }
+    } else {
+      queue_.run(WalkBackward<Cell, T>{a}, blocks);
     }
   }
 

@@ -19,8 +19,12 @@ Status run_any(const Call& call) {
       return run_gru(call);
     case CellKind::gru_reset_before:
       return run_gru_reset_before(call);
-    default:
-      break;
+    case CellKind::cifg:
+      return run_cifg(call);
+    case CellKind::mingru:
+      return run_mingru(call);
+    case CellKind::minlstm:
+      return run_minlstm(call);
   }
   return std::string("cell ") + facts_of(call.problem->cell).name + " is none that the CUDA kernels know";
 }

@@ -15,6 +15,9 @@ template <class V>
 FUSEDRNN_DEVICE V relu(V x) {  // NaN stays NaN
   return x < V(0) ? V(0) : x;
 }
+// log(1 + exp(x))
+FUSEDRNN_DEVICE float softplus(float x) { return relu(x) + ::log1pf(dev::ex2(-1.4426950408889634f * ::fabsf(x))); }
+FUSEDRNN_DEVICE double softplus(double x) { return relu(x) + ::log1p(::exp(-::fabs(x))); }
 template <class V>
 FUSEDRNN_DEVICE V positive(V v, V x) {
   return x > V(0) ? v : V(0);

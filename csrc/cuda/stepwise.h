@@ -100,7 +100,7 @@ struct StepPrepare {
         }
         a.h_full[at] = h;
         if constexpr (Cell::cell_state) a.c[at] = c;
-        a.h[at] = T::operand(T::store(h));
+        if constexpr (Cell::state_product) a.h[at] = T::operand(T::store(h));
       }
     });
   }
@@ -139,7 +139,7 @@ struct StepForward {
           each<Cell::gates>([&](auto k) {
             constexpr int of_x = Cell::x_sum[k.value], of_h = Cell::h_sum[k.value];
             sums[of_x] += T::load(x[k.value * a.w.pitch]);
-            sums[of_h] += a.product[n + k.value * a.w.pitch];
+            if constexpr (Cell::state_product) sums[of_h] += a.product[n + k.value * a.w.pitch];
           });
           Cell::forward(sums, h_prev, c, a.clip_cell, kept, h, c_new);
           c = c_new;
@@ -160,7 +160,7 @@ struct StepForward {
         }
         a.h_full[at] = h;
         if constexpr (Cell::cell_state) a.c[at] = c;
-        a.h[at] = T::operand(T::store(h));
+        if constexpr (Cell::state_product) a.h[at] = T::operand(T::store(h));
       } else {
         a.y[set / a.w.directions * a.y_e + set % a.w.directions * a.y_d + t * a.y_t + row * a.y_b + unit] =
             T::store(Math(0));
@@ -224,7 +224,7 @@ struct StepBackward {
         return;
       }
       Math dh = a.dh[at], dc = 0;
-      if (s + 1 < a.w.Tn) dh += a.product[at];
+      if (Cell::state_product && s + 1 < a.w.Tn) dh += a.product[at];
       if constexpr (Cell::cell_state) dc = a.dc[at];
       if (s < 0) {
         if (!real) return;
@@ -286,9 +286,31 @@ struct StepBackward {
         constexpr int of_x = Cell::x_sum[k.value], of_h = Cell::h_sum[k.value];
         a.da[(step * Cell::gates + k.value) * a.w.pitch + unit] = T::store(da[of_x]);
         if constexpr (of_x != of_h) a.da_h[step * a.w.pitch + unit] = T::store(da[of_h]);
-        a.operand[n + k.value * a.w.pitch] = T::operand(T::store(da[of_h]));
+        if constexpr (Cell::state_product) a.operand[n + k.value * a.w.pitch] = T::operand(T::store(da[of_h]));
       });
     });
+  }
+};
+
+// Cells without R: no unit looks at another, so a thread walks over all steps with the cells that are its own in each
+// of them.
+template <class Cell, class T>
+struct WalkForward {
+  StepForwardArgs<Cell, T> a;
+  static constexpr int kThreads = 256;
+  FUSEDRNN_DEVICE void operator()() const {
+    StepPrepare<Cell, T, false>{a}();
+    StepForward<Cell, T> step{a};
+    for (step.a.w.s = 0; step.a.w.s < a.w.Tn; ++step.a.w.s) step();
+  }
+};
+template <class Cell, class T>
+struct WalkBackward {
+  StepBackwardArgs<Cell, T> a;
+  static constexpr int kThreads = 256;
+  FUSEDRNN_DEVICE void operator()() const {
+    StepBackward<Cell, T> step{a};
+    for (step.a.w.s = a.w.Tn; step.a.w.s >= -1; --step.a.w.s) step();
   }
 };
 

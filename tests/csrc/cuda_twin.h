@@ -7,8 +7,11 @@
 // clang-format off
 #include "device_cpu.h"
 #include "cuda/gates.h"
+#include "cells/cifg.h"
 #include "cells/gru.h"
 #include "cells/lstm.h"
+#include "cells/mingru.h"
+#include "cells/minlstm.h"
 #include "cells/rnn.h"
 #include "cuda/run.h"
 // clang-format on
@@ -86,7 +89,8 @@ struct Small {
                         BackwardShape<C, T, Route::grid, 3, 1, 16, chunks(48, 3), 1, (chunks(48, 3) + 1) / 2>>;
 };
 template <class C, class T>
-  requires(std::is_same_v<T, F32> || std::is_same_v<T, F64> || C::two_products || std::is_same_v<C, cells::Rnn<true>>)
+  requires(std::is_same_v<T, F32> || std::is_same_v<T, F64> || C::two_products || !C::state_product ||
+           std::is_same_v<C, cells::Cifg> || std::is_same_v<C, cells::Rnn<true>>)
 struct Small<C, T> {
   using Forward = List<>;
   using Backward = List<>;

@@ -81,15 +81,7 @@ def devices() -> tuple[list[dict[str, Any]], str]:
     return [dict(zip(("name", "compute", "multiprocessors", "bytes"), each, strict=True)) for each in found], str(why)
 
 
-CELLS = ("rnn_tanh", "rnn_relu", "lstm", "gru", "gru_reset_before")
-
-
 def _check(problem: Problem) -> None:
-    if problem.cell not in CELLS:
-        raise NotImplementedError(
-            f"fusedrnn: cell {problem.cell!r} on a CUDA device: the CUDA kernels have {', '.join(CELLS)}. Copy the "
-            "arrays to the host"
-        )
     if problem.recompute:
         raise NotImplementedError(
             "fusedrnn: recompute=True on a CUDA device: the CUDA kernels keep the whole tape. Pass recompute=False"
