@@ -19,7 +19,7 @@ CSRC, TESTS = ROOT / "csrc", ROOT / "tests" / "csrc"
 COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++") or ""
 SANITIZED = "libasan" in os.environ.get("LD_PRELOAD", "")
 DEVICE = ["device_cpu", "device_fiber", "cuda_primitives", "cuda_kernels"]
-CELLS = ["cuda_lstm", "cuda_gru", "cuda_rnn", "cuda_ctc"]
+CELLS = ["cuda_lstm", "cuda_gru", "cuda_rnn", "cuda_ctc", "cuda_inputs"]
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="the CPU twin of the device is written for Linux"),
@@ -80,7 +80,7 @@ def test_kernels_agree_with_float64(built):
     call([str(built()), "--quiet"], 400)
 
 
-@pytest.mark.parametrize("only,calls", [("lstm/f16", 25), ("gru/f16", 25), ("ctc/", 5)])
+@pytest.mark.parametrize("only,calls", [("lstm/f16", 25), ("gru/f16", 25), ("ctc/", 5), ("inputs/", 2)])
 def test_every_barrier_and_wait_is_needed(built, only, calls):
     """Each call of a primitive that orders anything is broken on its own; some case, schedule or seed must go wrong."""
     out = call([str(built()), "--break", "--only", only], 400, ok=False).stdout
@@ -97,7 +97,7 @@ def test_address_sanitizer(built):
 def test_thread_sanitizer(built):
     """Every access of a kernel to memory, against the order that its barriers give; the schedule does not matter."""
     program = built("-fsanitize=thread", "-DFUSEDRNN_FEW")
-    for only, case in (("/f16/", "3"), ("ctc/", "1")):
+    for only, case in (("/f16/", "3"), ("ctc/", "1"), ("inputs/", "3")):
         call([str(program), "--quiet", "--policy", "random", "--case", case, "--only", only], 400)
 
 
@@ -265,8 +265,8 @@ def test_planted_fault_is_noticed(built, tmp_path, fault):
     source.write_text(
         '#include "cuda_cuts.h"\nnamespace fusedrnn::test {\n'
         f'void add_lstm(std::vector<Run>& runs) {{ {what}(runs, "fault"); }}\n'
-        "void add_gru(std::vector<Run>&) {}\nvoid add_rnn(std::vector<Run>&) {}\n"
-        "void add_ctc(std::vector<Run>&) {}\n}\n"
+        + "".join(f"void add_{other}(std::vector<Run>&) {{}}\n" for other in ("gru", "rnn", "ctc", "inputs"))
+        + "}\n"
     )
     objects = [built().parent / f"{name}.o" for name in DEVICE]
     faulty = compiled(source, tmp_path, ["-O1", "-g1"], tmp_path / "csrc")

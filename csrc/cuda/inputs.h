@@ -92,6 +92,7 @@ struct TokenGradient {
   using Math = MathOf<T>;
   static constexpr int kThreads = 256, kTokens = 16;
   static constexpr int kRun = 16, kChunk = kThreads * kRun;  // steps that a thread, a block looks at in one go
+  static_assert(kTokens * kChunk == 1 << 16);
 
   Tokens tokens;
   const typename T::Storage* da;  // (E,T,B,G,pitch)
@@ -104,13 +105,13 @@ struct TokenGradient {
   bool add;
 
   static constexpr int shared_bytes() {
-    return dev::shared_size<Math>(kTokens * kThreads) + dev::shared_size<u32>(kChunk) + dev::shared_size<int>(kThreads);
+    return dev::shared_size<Math>(kTokens * kThreads) + dev::shared_size<u16>(kChunk) + dev::shared_size<int>(kThreads);
   }
 
   FUSEDRNN_DEVICE void operator()() const {
     dev::Shared shared;
     Math* const sums = shared.take<Math>(kTokens * kThreads);
-    u32* const list = shared.take<u32>(kChunk);  // step of the chunk, and column << 16
+    u16* const list = shared.take<u16>(kChunk);  // column * kChunk + step of the chunk
     int* const counts = shared.take<int>(kThreads);
     const int tid = dev::tid(), width = gates * pitch;
     for (int64_t part = dev::block(); part < E * columns * rows; part += dev::blocks()) {
@@ -119,12 +120,11 @@ struct TokenGradient {
       const bool mine = j < width && j % pitch < H;
       for (int k = 0; k < kTokens; ++k) sums[k * kThreads + tid] = 0;
       for (int64_t begin = 0; begin < steps; begin += kChunk) {
-        dev::sync_block();  // the list of the chunk before has been read
         const int64_t own = begin + static_cast<int64_t>(tid) * kRun, end = own + kRun < steps ? own + kRun : steps;
         int found = 0;
         for (int64_t n = own; n < end; ++n) found += column(e, n, first) >= 0;
         counts[tid] = found;
-        dev::sync_block();
+        dev::sync_block();  // and the list of the chunk before has been read
         int before = 0, total = 0;
         for (int k = 0; k < kThreads; ++k) {
           if (k == tid) before = total;
@@ -132,17 +132,17 @@ struct TokenGradient {
         }
         for (int64_t n = own; found > 0 && n < end; ++n)
           if (const int at = column(e, n, first); at >= 0)
-            list[before++] = static_cast<u32>(n - begin) | static_cast<u32>(at) << 16;
+            list[before++] = static_cast<u16>(at * kChunk + static_cast<int>(n - begin));
         dev::sync_block();
         const typename T::Storage* const from = da + e * da_e + begin * width + j;
         for (int k = 0; mine && k < total; k += 4) {
           Math v[4];
           FUSEDRNN_UNROLL
           for (int i = 0; i < 4; ++i)
-            if (k + i < total) v[i] = T::load(from[static_cast<int64_t>(list[k + i] & 0xFFFFu) * width]);
+            if (k + i < total) v[i] = T::load(from[static_cast<int64_t>(list[k + i] % kChunk) * width]);
           FUSEDRNN_UNROLL
           for (int i = 0; i < 4; ++i)
-            if (k + i < total) sums[(list[k + i] >> 16) * kThreads + tid] += v[i];
+            if (k + i < total) sums[list[k + i] / kChunk * kThreads + tid] += v[i];
         }
       }
       for (int k = 0; mine && k < kTokens && first + k < tokens.vocabulary; ++k) {

@@ -161,6 +161,7 @@ int main(int count, char** words) {
   add_gru(runs);
   add_rnn(runs);
   add_ctc(runs);
+  add_inputs(runs);
   if (settings.breaking) return break_all(runs, settings);
   int launches = 0, wrong = 0;
   for (const Run& run : runs) {

@@ -27,6 +27,7 @@ void add_lstm(std::vector<Run>& runs);
 void add_gru(std::vector<Run>& runs);
 void add_rnn(std::vector<Run>& runs);
 void add_ctc(std::vector<Run>& runs);
+void add_inputs(std::vector<Run>& runs);
 
 // A case in words.
 std::string describe(const Case& c);
