@@ -11,6 +11,7 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #define FUSEDRNN_DEVICE __device__ __forceinline__
 #define FUSEDRNN_INLINE static __device__ __forceinline__
@@ -152,6 +153,68 @@ FUSEDRNN_DEVICE void mma<TF32>(float (&d)[4], const U4& a, u32 b0, u32 b1) {
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a.w[0]), "r"(a.w[1]), "r"(a.w[2]), "r"(a.w[3]), "r"(b0), "r"(b1));
 }
+
+// ---- products of a warpgroup, asynchronous: compute capability 9.0 alone
+// --------------------------------------------- A warpgroup is 4 warps from a multiple of 4 on. D (64 x 8N) += A B:
+// warp w of it holds rows 16w .. 16w + 15 of A and D as in `mma` (sums d[j] for columns 8j .. 8j + 7), and B, of the
+// same depth, lies in shared memory, where `operand16` put it, in 8 columns by 16 bytes of depth (128 bytes) at a time;
+// an `operand` says where: the first of these, bytes from one to the next along the depth, and along the columns.
+// Adding n to an operand moves it by 16n bytes.
+//   the writers of B: operand16, fence_async, barrier.   A warpgroup: wgmma_fence, wgmma .., wgmma_commit, and
+//   wgmma_wait before it looks at d again; until then A and B stay as they are.
+FUSEDRNN_DEVICE u64 operand(const void* shared, int along_depth, int along_columns) {
+  return static_cast<u64>(static_cast<u32>(__cvta_generic_to_shared(shared)) >> 4 & 0x3FFFu) |
+         static_cast<u64>(along_depth >> 4) << 16 | static_cast<u64>(along_columns >> 4) << 32;
+}
+FUSEDRNN_DEVICE void operand16(U4* shared, const U4& v) { *shared = v; }
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+FUSEDRNN_DEVICE void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+FUSEDRNN_DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+FUSEDRNN_DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int N>
+FUSEDRNN_DEVICE void wgmma_wait(float (&d)[N][4]) {  // until all that was committed is done; d may then be used
+  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+  FUSEDRNN_UNROLL
+  for (int j = 0; j < N; ++j) asm volatile("" : "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3])::"memory");
+}
+#define FUSEDRNN_SUMS(j) "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3])
+#define FUSEDRNN_WGMMA_32(shape, type, end)                                                                    \
+  asm volatile("wgmma.mma_async.sync.aligned." shape ".f32." type "." type                                     \
+               " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, {%16,%17,%18,%19}, %20, 1, 1, 1" end \
+               : FUSEDRNN_SUMS(0), FUSEDRNN_SUMS(1), FUSEDRNN_SUMS(2), FUSEDRNN_SUMS(3)                        \
+               : "r"(a.w[0]), "r"(a.w[1]), "r"(a.w[2]), "r"(a.w[3]), "l"(b))
+#define FUSEDRNN_WGMMA_64(shape, type, end)                                                                       \
+  asm volatile("wgmma.mma_async.sync.aligned." shape ".f32." type "." type                                        \
+               " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25," \
+               "%26,%27,%28,%29,%30,%31}, {%32,%33,%34,%35}, %36, 1, 1, 1" end                                    \
+               : FUSEDRNN_SUMS(0), FUSEDRNN_SUMS(1), FUSEDRNN_SUMS(2), FUSEDRNN_SUMS(3), FUSEDRNN_SUMS(4),        \
+                 FUSEDRNN_SUMS(5), FUSEDRNN_SUMS(6), FUSEDRNN_SUMS(7)                                             \
+               : "r"(a.w[0]), "r"(a.w[1]), "r"(a.w[2]), "r"(a.w[3]), "l"(b))
+template <class T, int N>
+FUSEDRNN_DEVICE void wgmma(float (&d)[N][4], const U4& a, u64 b) {
+  static_assert(N == 4 || N == 8, "32 or 64 columns");
+  constexpr bool kHalf = std::is_same_v<T, F16>, kBfloat = std::is_same_v<T, BF16>;
+  if constexpr (N == 4 && kHalf) FUSEDRNN_WGMMA_32("m64n32k16", "f16", ", 0;");
+  if constexpr (N == 4 && kBfloat) FUSEDRNN_WGMMA_32("m64n32k16", "bf16", ", 0;");
+  if constexpr (N == 4 && !kHalf && !kBfloat) FUSEDRNN_WGMMA_32("m64n32k8", "tf32", ";");
+  if constexpr (N == 8 && kHalf) FUSEDRNN_WGMMA_64("m64n64k16", "f16", ", 0;");
+  if constexpr (N == 8 && kBfloat) FUSEDRNN_WGMMA_64("m64n64k16", "bf16", ", 0;");
+  if constexpr (N == 8 && !kHalf && !kBfloat) FUSEDRNN_WGMMA_64("m64n64k8", "tf32", ";");
+}
+#undef FUSEDRNN_WGMMA_64
+#undef FUSEDRNN_WGMMA_32
+#undef FUSEDRNN_SUMS
+#else  // never chosen (Device::wgmma)
+FUSEDRNN_DEVICE void fence_async() {}
+FUSEDRNN_DEVICE void wgmma_fence() {}
+FUSEDRNN_DEVICE void wgmma_commit() {}
+template <int N>
+FUSEDRNN_DEVICE void wgmma_wait(float (&)[N][4]) {}
+template <class T, int N>
+FUSEDRNN_DEVICE void wgmma(float (&)[N][4], const U4&, u64) {
+  __trap();
+}
+#endif
 
 // ---- memory -------------------------------------------------------------------------------------------------------
 // Arrays in the block's shared memory, one behind the other, each on a 128-byte boundary.

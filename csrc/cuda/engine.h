@@ -50,6 +50,7 @@ struct Device {
   int shared_bytes = 227 * 1024;
   int clusters[17] = {};
   bool cooperative = true;
+  bool wgmma = true;
 };
 
 struct Options {
@@ -98,6 +99,10 @@ inline double product_time(int64_t products, int warps) {
   return static_cast<double>(products) * ((warps + 3) / 4) * 6.26 / kClock;
 }
 
+// Clocks of a product of 64 gate rows, 32 bytes of depth and 8, 16, .. rows of the batch by wgmma: a floor, then the
+// rate of the pipe.
+constexpr double wgmma_clocks(int tiles) { return tiles < 8 ? 16.8 + 2 * tiles : 4.1 * tiles; }
+
 template <class S>
 double forward_cost(const Device& device, int64_t B, int64_t H, int64_t sets) {
   const int64_t tiles = (B + S::kRows - 1) / S::kRows, teams = tiles * sets;
@@ -115,6 +120,12 @@ double forward_cost(const Device& device, int64_t B, int64_t H, int64_t sets) {
     step += 0.2 + bytes / 18 / kClock;
   } else {
     if (H > S::kDepth || !device.cooperative || peers * teams > device.multiprocessors) return 0;
+    if constexpr (S::kWide) {  // products run while h arrives; sums meet in shared memory, 128 bytes a clock
+      if (!device.wgmma) return 0;
+      const double product = S::kGroups * S::kDepths * S::kChunks * 2 * wgmma_clocks(S::kTiles) / kClock;
+      const double arrival = bytes / 38 / kClock, sums = 2 * 256.0 * S::kGroups * S::kDepths * S::kRows / 128 / kClock;
+      return 0.2 + 0.05 * S::kOwned + 0.55 + (product > arrival ? product : arrival) + sums;
+    }
     step += 0.55 + bytes * S::kGroups / 38 / kClock;
   }
   return waves * step;

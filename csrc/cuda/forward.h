@@ -44,20 +44,20 @@ struct Forward {
   ForwardArgs<T> a;
 
   static constexpr int kThreads = S::kThreads;
-  static constexpr int kCompute = oldest<S>();
-  static constexpr int kStages = 4;  // steps of gx under way
-  static constexpr int kChains = S::kMma * S::kTiles >= 4 ? 1 : 2;
+  static constexpr int kCompute = S::kWide ? 90 : oldest<S>();
+  static constexpr int kStages = S::kWide ? 3 : 4;  // steps of gx under way
+  static constexpr int kChains = S::kMma * S::kTiles >= 4 || S::kWide ? 1 : 2;
   static constexpr int kGates = S::kGates;
   static constexpr int kPieces = 8 * S::kHalves;  // 16-byte pieces of a block
   static constexpr bool kOnChip = S::kRoute != Route::grid;
   static constexpr int kRing = S::kWarps * kStages * S::kOwned * kGates * 64;
   static constexpr int kStaged = S::kWarps * S::kOwned * 3 * 64;
-  static constexpr int kShare =
-      S::kBlocks * (S::kSplit - 1) * kGates * 64;  // of a group: sums of the warps that do not finish them
+  // of a group: sums of the warps that do not finish them; wide: of all
+  static constexpr int kShare = S::kWide ? S::kSplit * 2 * S::kTiles * 64 : S::kBlocks * (S::kSplit - 1) * kGates * 64;
   // In a grid a warp may be a step ahead of one that still reads what it wrote: it waits for its part of the depth
   // only.
   static constexpr int kPartial = S::kGroups * kShare * (kOnChip ? 1 : 2);
-  static constexpr int kH = kOnChip ? 2 * S::kLines * S::kTiles * 8 : 0;
+  static constexpr int kH = (kOnChip ? 2 : S::kWide ? 1 : 0) * S::kLines * S::kTiles * 8;
 
   static constexpr int shared_bytes() {
     return dev::shared_size<U4>(kH) + dev::shared_size<Storage>(kRing) + dev::shared_size<Storage>(kStaged) +
@@ -70,7 +70,7 @@ struct Forward {
   FUSEDRNN_DEVICE void operator()() const {
     const int lane = dev::tid() % 32, warp = dev::tid() / 32;
     const int g = lane / 4, q = lane % 4;
-    const int group = warp % S::kGroups, split = warp / S::kGroups;
+    const int group = S::group_of(warp), split = S::split_of(warp);
     const int rank = S::kRoute == Route::single ? 0 : dev::block() % a.peers;
     const int team = S::kRoute == Route::single ? dev::block() : dev::block() / a.peers;
     const int tile_row = team % a.row_tiles, set = team / a.row_tiles;
@@ -111,6 +111,10 @@ struct Forward {
         h_lines[i] = u.v;
       }
     }
+    if constexpr (S::kWide) {
+      for (int i = dev::tid(); i < kH; i += kThreads) dev::operand16(h_lines + i, U4{});
+      dev::fence_async();
+    }
     if constexpr (S::kRoute == Route::cluster)
       dev::sync_cluster();
     else
@@ -131,10 +135,7 @@ struct Forward {
         c[i][p] = Cell::cell_state ? start(a.c0, e, set, row, unit, backwards) : 0.0f;
       }
       FUSEDRNN_UNROLL
-      for (int n = 0; n < Cell::sums; ++n)
-        bias[i][n] = a.bias && owned(split, i) && unit < a.H
-                         ? a.bias[(static_cast<int64_t>(set) * Cell::sums + n) * a.pitch + unit]
-                         : 0.0f;
+      for (int n = 0; n < Cell::sums; ++n) bias[i][n] = owned(split, i) ? bias_of(set, n, unit) : 0.0f;
     }
     // the same blocks as 16-byte pieces: lane -> row and half of the first line
     const int piece_row = lane / S::kHalves % 8, piece_half = lane % S::kHalves * T::kPer;
@@ -159,11 +160,18 @@ struct Forward {
     }
 
     // a group beyond the last unit has nothing to do, and nobody would hold it to the pace of the others
-    if (S::kRoute != Route::single && unit_of(rank, group, 0, 0) >= a.H) steps = 0;
+    if (S::kRoute != Route::single && !S::kWide && unit_of(rank, group, 0, 0) >= a.H) steps = 0;
     for (int s = 0; s < steps; ++s) {
+      // wide has no registers left to carry along what follows from a thread's place: it is computed anew in every step
+      const int thread = S::kWide ? dev::opaque(dev::tid()) : dev::tid();
+      const int lane = thread % 32, warp = thread / 32, group = S::group_of(warp), split = S::split_of(warp);
+      const int g = lane / 4, q = lane % 4, piece_row = lane / S::kHalves % 8, piece_half = lane % S::kHalves * T::kPer;
       // -- product of this warp's rows of R with h
+      float* const shares = partial + (kOnChip ? 0 : (s & 1) * (S::kGroups * kShare));
       float acc[kChains][S::kTiles][S::kMma][4] = {};
-      if constexpr (kOnChip) {
+      if constexpr (S::kWide) {
+        wide_product(shares, h_lines, w, slot(set, s, tile_row), lines, warp, late);
+      } else if constexpr (kOnChip) {
         if constexpr (S::kRoute == Route::cluster) {
           if (s > 0) {
             dev::mbar_wait(bar + (s & 1), (s - 1) >> 1 & 1, late);
@@ -199,10 +207,9 @@ struct Forward {
       }
 
       // -- sums of the warps that share the depth
-      float* const shares = partial + (kOnChip ? 0 : (s & 1) * (S::kGroups * kShare));
       float sum[S::kOwned][kGates][2] = {};
       FUSEDRNN_UNROLL
-      for (int n = 0; n < S::kBlocks; ++n) FUSEDRNN_UNROLL
+      for (int n = 0; n < (S::kWide ? 0 : S::kBlocks); ++n) FUSEDRNN_UNROLL
       for (int k = 0; k < kGates; ++k) {
         const int half = n % S::kOctets * kGates + k;
         const float v0 = acc[0][n / S::kOctets][half / 2][half % 2 * 2];
@@ -217,7 +224,19 @@ struct Forward {
           to[1] = v1;
         }
       }
-      if constexpr (S::kSplit > 1) {
+      if constexpr (S::kWide) {
+        dev::sync_block();
+        FUSEDRNN_UNROLL
+        for (int i = 0; i < S::kOwned; ++i) FUSEDRNN_UNROLL
+        for (int part = 0; part < S::kDepths; ++part) FUSEDRNN_UNROLL
+        for (int k = 0; k < kGates; ++k) {
+          if (!owned(split, i)) continue;
+          const int half = part * 8 + (split + i * S::kSplit) % S::kOctets * kGates + k;
+          const Two v = reinterpret_cast<const Two*>(shares)[(half * S::kTiles + tile_of(split, i)) * 32 + lane];
+          sum[i][k][0] += v.x[0];
+          sum[i][k][1] += v.x[1];
+        }
+      } else if constexpr (S::kSplit > 1) {
         dev::sync_named(1 + group, 32 * S::kSplit);
         FUSEDRNN_UNROLL
         for (int i = 0; i < S::kOwned; ++i) {
@@ -248,7 +267,7 @@ struct Forward {
           Storage* const x = now + i * (kGates * 64) + (2 * q + p) * 8 + g;
           float sums[Cell::sums];
           FUSEDRNN_UNROLL
-          for (int n = 0; n < Cell::sums; ++n) sums[n] = bias[i][n];
+          for (int n = 0; n < Cell::sums; ++n) sums[n] = S::kWide ? bias_of(set, n, unit) : bias[i][n];
           each<kGates>([&](auto k) {
             constexpr int of_x = Cell::x_sum[k.value], of_h = Cell::h_sum[k.value];
             sums[of_x] += T::load(x[k.value * 64]);
@@ -362,6 +381,10 @@ struct Forward {
   }
 
  private:
+  struct alignas(8) Two {
+    float x[2];
+  };
+
   // Block i of this warp: is there one, which tile of rows, which units; and does it hold a unit at all.
   static FUSEDRNN_DEVICE bool owned(int split, int i) { return split + i * S::kSplit < S::kBlocks; }
   static FUSEDRNN_DEVICE int tile_of(int split, int i) { return (split + i * S::kSplit) / S::kOctets; }
@@ -370,6 +393,9 @@ struct Forward {
   }
   FUSEDRNN_DEVICE bool live(int rank, int group, int split, int i) const {
     return owned(split, i) && unit_of(rank, group, split, i) < a.H;
+  }
+  FUSEDRNN_DEVICE float bias_of(int set, int n, int unit) const {
+    return a.bias && unit < a.H ? a.bias[(static_cast<int64_t>(set) * Cell::sums + n) * a.pitch + unit] : 0.0f;
   }
   FUSEDRNN_DEVICE int64_t padded(int set, int t, int row) const {
     return ((static_cast<int64_t>(set) * a.Tn + t) * a.B + row) * a.pitch;
@@ -403,6 +429,55 @@ struct Forward {
     for (int m = 0; m < S::kMma; ++m) dev::mma<T>(acc[0][j][m], w[0][m], b.w[0], b.w[1]);
     FUSEDRNN_UNROLL
     for (int m = 0; m < S::kMma; ++m) dev::mma<T>(acc[kChains - 1][j][m], w[1][m], b.w[2], b.w[3]);
+  }
+
+  // wide: h from the slot into shared memory, each part of the depth by the warpgroups that multiply it, a round under
+  // way while the one before is multiplied; all sums to `shares` [part][half tile][tile of rows][lane][2].
+  FUSEDRNN_DEVICE void wide_product(float* shares, U4* h, const U4 (&w)[S::kChunks][2][S::kMma], const U4* slot,
+                                    int lines, int warp, bool& late) const {
+    constexpr int kThem = 128 * S::kGroups;  // threads of a part
+    constexpr int kChunk = 32 * S::kTiles;   // 16-byte pieces of h
+    constexpr int kMost = 16 * S::kGroups / S::kTiles;
+    constexpr int kRound = kMost < 1 ? 1 : kMost < S::kChunks ? kMost : S::kChunks;  // chunks
+    constexpr int kRounds = S::kChunks / kRound;
+    constexpr int kPiecesOfRound = kRound * kChunk, kMine = (kPiecesOfRound + kThem - 1) / kThem;
+    static_assert(kRounds * kRound == S::kChunks);
+    const int part = S::part_of(warp), me = dev::tid() - part * kThem;
+    const int first = part * S::kChunks * kChunk, end = lines * S::kTiles * 8;  // pieces
+    const u64 B = dev::operand(h + first, S::kTiles * 128, 128);
+    float acc[S::kTiles][4] = {};
+    U4 v[kMine] = {};
+    const auto wanted = [&](int round) {
+      u32 bits = 0;
+      FUSEDRNN_UNROLL
+      for (int i = 0; i < kMine; ++i)
+        if (me + i * kThem < kPiecesOfRound && first + round * kPiecesOfRound + me + i * kThem < end) bits |= 1u << i;
+      return bits;
+    };
+    dev::peek16(v, slot + first + me, 16 * kThem, wanted(0));
+    FUSEDRNN_UNROLL
+    for (int round = 0; round < kRounds; ++round) {
+      const int at = first + round * kPiecesOfRound + me;
+      dev::settle16(v, slot + at, 16 * kThem, wanted(round), late);
+      FUSEDRNN_UNROLL
+      for (int i = 0; i < kMine; ++i)
+        if (wanted(round) >> i & 1) dev::operand16(h + at + i * kThem, v[i]);
+      dev::fence_async();
+      if (round + 1 < kRounds) dev::peek16(v, slot + at + kPiecesOfRound, 16 * kThem, wanted(round + 1));
+      dev::sync_named(1 + part, kThem);
+      dev::sync_warp();
+      dev::wgmma_fence();
+      FUSEDRNN_UNROLL
+      for (int k = 0; k < kRound; ++k) FUSEDRNN_UNROLL
+      for (int p = 0; p < 2; ++p)
+        dev::wgmma<T>(acc, w[round * kRound + k][p][0], B + round * kPiecesOfRound + k * kChunk + p * (kChunk / 2));
+      dev::wgmma_commit();
+    }
+    dev::wgmma_wait(acc);
+    Two* const to = reinterpret_cast<Two*>(shares) + (part * 8 + warp % 4 * 2) * S::kTiles * 32 + dev::tid() % 32;
+    FUSEDRNN_UNROLL
+    for (int j = 0; j < S::kTiles; ++j) FUSEDRNN_UNROLL
+    for (int p = 0; p < 2; ++p) to[(p * S::kTiles + j) * 32] = {{acc[j][2 * p], acc[j][2 * p + 1]}};
   }
 
   // gx of step s on its way into the ring: pieces of this warp's blocks only, so no other warp is involved.

@@ -71,11 +71,11 @@ struct PackForward {
 
   FUSEDRNN_DEVICE void operator()() const {
     pack_pieces<S>(a, kThreads, [&](const Place& at, int r, int j) {
-      const int group = at.warp % S::kGroups, split = at.warp / S::kGroups, s = 2 * at.tile + (r & 1);
+      const int group = S::group_of(at.warp), s = S::half_of(at.warp, at.tile, r);
       const int octet = (at.peer * S::kGroups + group) * S::kOctets + s / S::kGates;
       const int unit = octet * 8 + at.lane / 4;
-      const int k = depth_of<T>(split * S::kChunks + at.chunk, at.half, r, at.lane % 4) + j;
-      if (unit >= a.H || k >= a.H) return T::store(0.0f);
+      const int k = S::depth_at(at.warp, at.chunk, at.half, r, at.lane % 4) + j;
+      if (unit >= a.H || k >= a.H || s >= S::kOctets * S::kGates) return T::store(0.0f);
       const int64_t row = static_cast<int64_t>(s % S::kGates) * a.H + unit;
       return T::operand(a.R[at.set * a.r_set + row * a.r_row + k * a.r_column]);
     });

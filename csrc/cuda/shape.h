@@ -43,6 +43,13 @@ using MathOf = std::conditional_t<sizeof(typename T::Storage) == 8, double, floa
 
 enum class Route { single, cluster, grid, stepwise };
 
+// Weight register r (0..3) of product `half` (0, 1) on chunk `chunk`, lane q: the first depth index it holds (16-bit
+// types hold this one and the next).
+template <class T>
+FUSEDRNN_DEVICE int depth_of(int chunk, int half, int r, int q) {
+  return (chunk * 4 + q) * T::kPer + (half * 2 + (r >> 1)) * (T::kPer / 4);
+}
+
 template <class Cell_, class T_, Route kRoute_, int kGroups_, int kSplit_, int kOctets_, int kChunks_, int kTiles_>
 struct Shape {
   using Cell = Cell_;
@@ -65,7 +72,53 @@ struct Shape {
   static constexpr int kBlocks = kTiles * kOctets;                // of a group
   static constexpr int kOwned = (kBlocks + kSplit - 1) / kSplit;  // finished by one warp at most
   static constexpr int kHalves = 8 / T::kPer;                     // lines of a block
+  static constexpr bool kWide = false;
   static_assert(kGates * kOctets % 2 == 0);
+
+  static FUSEDRNN_DEVICE int group_of(int warp) { return warp % kGroups; }
+  static FUSEDRNN_DEVICE int split_of(int warp) { return warp / kGroups; }
+  // What weight register r of a warp's tile holds: which half tile, and from which depth on.
+  static FUSEDRNN_DEVICE int half_of(int, int tile, int r) { return 2 * tile + (r & 1); }
+  static FUSEDRNN_DEVICE int depth_at(int warp, int chunk, int half, int r, int q) {
+    return depth_of<T>(split_of(warp) * kChunks + chunk, half, r, q);
+  }
+};
+
+// The cut for many rows of the batch, on wgmma: a grid whose blocks bring h into shared memory. A group is 64 gate rows
+// (8 half tiles; GRU leaves 2 of them empty) and kDepths warpgroups that share the depth: a warp multiplies 16 of
+// the rows, so it has only some gates of a unit, and all sums meet in shared memory. kSplit: the warps of a group.
+template <class Cell_, class T_, int kGroups_, int kDepths_, int kChunks_, int kTiles_>
+struct WideShape {
+  using Cell = Cell_;
+  using T = T_;
+  static constexpr Route kRoute = Route::grid;
+  static constexpr bool kWide = true;
+  static constexpr int kGates = Cell::gates;
+  static constexpr int kGroups = kGroups_;
+  static constexpr int kDepths = kDepths_;
+  static constexpr int kSplit = 4 * kDepths;
+  static constexpr int kOctets = 8 / kGates;
+  static constexpr int kChunks = kChunks_;
+  static constexpr int kTiles = kTiles_;
+  static constexpr int kWarps = kGroups * kSplit;
+  static constexpr int kThreads = 32 * kWarps;
+  static constexpr int kRows = 8 * kTiles;
+  static constexpr int kUnits = 8 * kGroups * kOctets;
+  static constexpr int kMma = 1;
+  static constexpr int kLines = 4 * kDepths * kChunks;
+  static constexpr int kDepth = kLines * T::kPer;
+  static constexpr int kBlocks = kTiles * kOctets;
+  static constexpr int kOwned = (kBlocks + kSplit - 1) / kSplit;
+  static constexpr int kHalves = 8 / T::kPer;
+
+  // Warpgroups: all groups of the first part of the depth, then of the next.
+  static FUSEDRNN_DEVICE int part_of(int warp) { return warp / (4 * kGroups); }
+  static FUSEDRNN_DEVICE int group_of(int warp) { return warp / 4 % kGroups; }
+  static FUSEDRNN_DEVICE int split_of(int warp) { return part_of(warp) * 4 + warp % 4; }
+  static FUSEDRNN_DEVICE int half_of(int warp, int, int r) { return 2 * (warp % 4) + (r & 1); }
+  static FUSEDRNN_DEVICE int depth_at(int warp, int chunk, int half, int r, int q) {  // a product takes two lines
+    return ((part_of(warp) * kChunks + chunk) * 4 + half * 2 + (r >> 1)) * T::kPer + q * (T::kPer / 4);
+  }
 };
 
 // The oldest GPU that a kernel cut like this runs on: what has clusters, what has the products.
@@ -78,13 +131,6 @@ constexpr int oldest() {
 template <int kTiles>
 FUSEDRNN_DEVICE int piece(int l, int j, int n) {
   return (l * kTiles + j) * 8 + (n ^ (2 * (l & 3)));
-}
-
-// Weight register r (0..3) of product `half` (0, 1) on chunk `chunk`, lane q: the first depth index it holds (16-bit
-// types hold this one and the next).
-template <class T>
-FUSEDRNN_DEVICE int depth_of(int chunk, int half, int r, int q) {
-  return (chunk * 4 + q) * T::kPer + (half * 2 + (r >> 1)) * (T::kPer / 4);
 }
 
 // What forward and backward begin with. A warp's weights, into registers for the whole sequence, and those of chunks

@@ -60,10 +60,12 @@ void add_type(std::vector<Run>& runs) {
   using cuda::BackwardShape;
   using cuda::Route;
   using cuda::Shape;
+  using cuda::WideShape;
   constexpr int kFew = 8 / T::kPer;  // 16-byte pieces that hold eight values
   add_forward<Shape<C, T, Route::single, 2, 1, kOctets, 2, 2>>(runs, "deep");
   add_forward<Shape<C, T, Route::cluster, 1, 2, kOctets, 1, 2>>(runs, "split");
   add_forward<Shape<C, T, Route::grid, 2, 3, kOctets, 1, 1>>(runs, "split");
+  add_forward<WideShape<C, T, 1, 2, 1, 2>>(runs, "wgmma");
   add_backward<BackwardShape<C, T, Route::single, 2, 1, 32, 4 * kFew, 1>>(runs, "wide");
   add_backward<BackwardShape<C, T, Route::cluster, 3, 1, 16, 2 * kFew, 1>>(runs, "wide");
   add_backward<BackwardShape<C, T, Route::grid, 2, 1, 16, 3 * kFew, 1>>(runs, "wide");
@@ -71,6 +73,7 @@ void add_type(std::vector<Run>& runs) {
   add_forward<Shape<C, T, Route::single, 3, 2, kOctets, 1, 1>>(runs, "split");
   add_forward<Shape<C, T, Route::cluster, 2, 1, kOctets, 3, 1>>(runs, "deep");
   add_forward<Shape<C, T, Route::grid, 1, 1, kOctets, 3, 2>>(runs, "deep");
+  add_forward<WideShape<C, T, 2, 1, 2 * kFew, 1>>(runs, "wgmma tall");
   add_backward<BackwardShape<C, T, Route::single, 1, 2, 32, 4 * kFew, 2>>(runs, "tall");
   add_backward<BackwardShape<C, T, Route::cluster, 2, 2, 32, 4 * kFew, 2>>(runs, "tall");
   add_backward<BackwardShape<C, T, Route::grid, 3, 2, 32, 2 * kFew, 2, kFew>>(runs, "tall");

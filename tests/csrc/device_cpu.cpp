@@ -46,6 +46,19 @@ struct Copy {
   const void* from;
 };
 
+// A product of a warpgroup under way, as one warp sees it.
+struct AsyncProduct {
+  int tiles;
+  Kind kind;
+  u64 b;
+  bool committed = false, sound = true, first;  // first: the sums were in `d`, else they come from the product before
+  std::array<U4, 32> a;
+  std::array<float*, 32> d;
+  std::vector<float> sums;  // [lane][tile][4]
+  std::vector<U4> early;    // B, if it has been read already
+  Where at;
+};
+
 struct Thread : Identity {
   Fiber fiber;
   Warp* warp = nullptr;
@@ -55,9 +68,11 @@ struct Thread : Identity {
   bool apart = false;          // it has left a wait that lanes leave one by one, and has met nobody since
   const char* what = nullptr;  // the primitive it waits in
   Where at;
-  void* args = nullptr;                  // what the other lanes of a collective may look at
-  std::vector<Copy> copies;              // cp.async, not committed
-  std::deque<std::vector<Copy>> groups;  // committed
+  void* args = nullptr;                      // what the other lanes of a collective may look at
+  std::vector<Copy> copies;                  // cp.async, not committed
+  std::deque<std::vector<Copy>> groups;      // committed
+  std::vector<std::pair<U4*, U4>> operands;  // operand16, not fenced
+  bool fenced = false;                       // wgmma_fence since the last wait
   const u8* poll_base = nullptr;
   int poll_stride = 0;
   u32 poll_wanted = 0;
@@ -74,6 +89,8 @@ struct Warp {
   double priority = 0;
   std::array<u8, 2> tag{};  // for ThreadSanitizer, by phase
   int phase = 0;
+  std::deque<AsyncProduct> products;
+  size_t issued = 0;
 };
 
 struct Barrier {
@@ -100,6 +117,7 @@ struct Block {
   int begun = 0;
   int ended = 0;
   int index = 0;
+  std::array<std::vector<std::pair<u64, u32>>, 8> products;  // of each warpgroup: operand and line
 };
 
 struct Delivery {
@@ -628,6 +646,11 @@ void launch(int grid, int cluster, int threads, int shared_bytes, void (*call)(c
   order_acquire(&l.end_tag);
   if (races_reported() > races) fail("data race, see the report of ThreadSanitizer");
   check_red_zones();
+  for (size_t i = 0; i < l.warps.size() && l.failure.empty(); ++i)
+    if (const Thread& t = *l.warps[i].lanes[0]; t.tid / 128 < 8)
+      if (l.warps[i].issued != t.home->products[static_cast<size_t>(t.tid / 128)].size() ||
+          !l.warps[i].products.empty())
+        fail("a warpgroup's product that not all its warps have made and waited for: " + name(t));
   now = nullptr;
   if (!l.failure.empty()) throw Failure(l.failure);
 }
@@ -752,6 +775,110 @@ void st_async(void* to, const U4& v, u64* bar, Where at) {
   send_later({&t, static_cast<u8*>(to), v, 4, &message_barrier(bar, "st_async", at), at});
 }
 
+namespace {
+
+// The two lines of B that a product reads, as the PTX manual has it for an operand whose depth is contiguous and that
+// is not swizzled: bits 0-13 first address / 16, 16-29 bytes / 16 from one core matrix (8 columns by 16 bytes) to the
+// next along the depth, 32-45 along the columns, 49-51 base offset, 62-63 swizzling.
+std::vector<U4> read_operand(const Thread& t, const AsyncProduct& p) {
+  const Launch& l = *now;
+  const auto field = [&](int bit) { return static_cast<size_t>(p.b >> bit & 0x3FFF) * 16; };
+  need((p.b & ~0x3FFF3FFF3FFFull) == 0, "an operand with bits set that are none of its three fields", "wgmma", p.at);
+  std::vector<U4> B;
+  for (int line = 0; line < 2; ++line)
+    for (int column = 0; column < 8 * p.tiles; ++column) {
+      const size_t at = field(0) + static_cast<size_t>(line) * field(16) + static_cast<size_t>(column / 8) * field(32) +
+                        static_cast<size_t>(column % 8) * 16;
+      if (!std::any_of(l.layout.begin(), l.layout.end(),
+                       [&](const Launch::Array& a) { return at >= a.offset && at + 16 <= a.offset + a.bytes; }))
+        fault("an operand outside the arrays of shared memory: " + name(t, "wgmma", p.at));
+      const u8* from = t.home->arena + at;
+      seen_read(from, 16);
+      U4 v;
+      std::memcpy(&v, from, 16);
+      B.push_back(v);
+    }
+  return B;
+}
+
+void multiply_operand(const Thread& t, AsyncProduct& p) {
+  const std::vector<U4> B = p.early.empty() ? read_operand(t, p) : p.early;
+  const float* half = half_table();
+  const int each = p.kind == Kind::tf32 ? 1 : 2;  // numbers in a word
+  const auto number = [&](u32 v, int e) {
+    v >>= 16 * e;
+    return p.kind == Kind::tf32 ? as_float(v & ~0x1FFFu) : p.kind == Kind::bf16 ? as_float(v << 16) : half[v & 0xFFFF];
+  };
+  for (int lane = 0; lane < 32; ++lane)
+    for (int i = 0; i < 4 * p.tiles; ++i) {
+      const int row = lane / 4 + i % 4 / 2 * 8, column = i / 4 * 8 + lane % 4 * 2 + i % 2;
+      float sum = 0;
+      for (int line = 0; line < 2; ++line)
+        for (int word = 0; word < 4; ++word)
+          for (int e = 0; e < each; ++e)
+            sum += number(p.a[static_cast<size_t>(row % 8 * 4 + word)].w[2 * line + row / 8], e) *
+                   number(B[static_cast<size_t>(line * 8 * p.tiles + column)].w[word], e);
+      p.sums[static_cast<size_t>(lane * 4 * p.tiles + i)] += sum;
+    }
+}
+
+}  // namespace
+
+// Sums are NaN from here to the wait; B is read here or only there.
+void wgmma(float* d, int tiles, const U4& a, u64 b, Kind kind, Where at) {
+  Unseen unseen;
+  struct Args {
+    float* d;
+    U4 a;
+    u64 b;
+    bool fenced;
+  } args{d, broken("wgmma", at) ? swapped(a) : a, b, self().fenced};
+  collective("wgmma", at, &args, [&](Warp& w) {
+    const Thread& t = self();
+    need(t.threads % 128 == 0, "a block that is not a number of whole warpgroups", "wgmma", at);
+    auto& issued = t.home->products[static_cast<size_t>(t.tid / 128)];
+    const std::pair<u64, u32> what{b, at.line()};
+    if (w.issued == issued.size()) issued.push_back(what);
+    need(issued[w.issued++] == what, "the warps of a warpgroup multiply different things", "wgmma", at);
+    AsyncProduct p{
+        .tiles = tiles, .kind = kind, .b = b, .first = true, .a = {}, .d = {}, .sums = {}, .early = {}, .at = at};
+    const auto n = static_cast<size_t>(4 * tiles);
+    for (const AsyncProduct& before : w.products) p.first &= before.d[0] != of<Args>(w, 0).d;
+    for (int lane = 0; lane < 32; ++lane) {
+      const Args& mine = of<Args>(w, lane);
+      need(mine.b == b, "lanes with different operands", "wgmma", at);
+      p.a[static_cast<size_t>(lane)] = mine.a;
+      p.d[static_cast<size_t>(lane)] = mine.d;
+      p.sound &= mine.fenced;
+      p.sums.insert(p.sums.end(), mine.d, mine.d + n);
+      std::fill(mine.d, mine.d + n, NAN);
+    }
+    if (now->random.below(2)) p.early = read_operand(t, p);
+    w.products.push_back(std::move(p));
+  });
+}
+
+void wgmma_wait(Where at) {
+  Unseen unseen;
+  const bool skip = broken("wgmma_wait", at);
+  collective("wgmma_wait", at, nullptr, [&](Warp& w) {
+    for (size_t i = 0; i < w.products.size() && w.products[i].committed && !skip; ++i) {
+      AsyncProduct& p = w.products[i];
+      for (size_t k = i; !p.first && k-- > 0;)
+        if (w.products[k].d[0] == p.d[0]) {
+          p.sums = w.products[k].sums;
+          p.sound &= w.products[k].sound;
+          break;
+        }
+      multiply_operand(self(), p);
+      const size_t n = p.sums.size() / 32;
+      for (size_t k = 0; p.sound && k < p.sums.size(); ++k) p.d[k / n][k % n] = p.sums[k];
+    }
+    std::erase_if(w.products, [&](const AsyncProduct& p) { return p.committed && !skip; });
+    for (Thread* t : w.lanes) t->fenced = false;
+  });
+}
+
 void cp_async_wait(int open, Where at) {
   Unseen unseen;
   if (broken("cp_async_wait", at)) ++open;
@@ -864,6 +991,50 @@ float shfl_xor(float v, int mask, Where at) {
     }
   });
   return skip ? v : args.out;
+}
+
+u64 operand(const void* shared, int along_depth, int along_columns, Where at) {
+  Unseen unseen;
+  const Block* home = self().home;
+  need(block_of(shared) == home && aligned(shared, 16), "not a multiple of 16 in the block's own shared memory",
+       "operand", at);
+  const auto start = static_cast<u64>(static_cast<const u8*>(shared) - home->arena);
+  return start >> 4 | static_cast<u64>(along_depth >> 4) << 16 | static_cast<u64>(along_columns >> 4) << 32;
+}
+
+// What products read is there after the writer's fence_async, not before.
+void operand16(U4* shared, const U4& v, Where at) {
+  Unseen unseen;
+  need(block_of(shared) == self().home && aligned(shared, 16), "not a multiple of 16 in the block's own shared memory",
+       "operand16", at);
+  seen_write(shared, 16);
+  std::memset(shared, 0xFF, 16);
+  self().operands.emplace_back(shared, v);
+}
+
+void fence_async(Where at) {
+  Unseen unseen;
+  if (broken("fence_async", at)) return;
+  for (const auto& [to, v] : self().operands) {
+    seen_write(to, 16);
+    std::memcpy(to, &v, 16);
+  }
+  self().operands.clear();
+}
+
+void wgmma_fence(Where at) {
+  Unseen unseen;
+  const bool skip = broken("wgmma_fence", at);
+  collective("wgmma_fence", at, nullptr, [](Warp&) {});
+  if (!skip) self().fenced = true;
+}
+
+void wgmma_commit(Where at) {
+  Unseen unseen;
+  const bool skip = broken("wgmma_commit", at);
+  collective("wgmma_commit", at, nullptr, [&](Warp& w) {
+    for (AsyncProduct& p : w.products) p.committed |= !skip;
+  });
 }
 
 U4 ldg16(const void* p, Where at) {

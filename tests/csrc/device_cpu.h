@@ -18,6 +18,7 @@
 #include <source_location>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #define FUSEDRNN_DEVICE inline
 #define FUSEDRNN_INLINE static inline
@@ -71,6 +72,9 @@ void* take(int index, size_t bytes, Where at);
 void* peer(const void* shared, int rank, Where at);
 void mma_16bit(float (&d)[4], const U4& a, u32 b0, u32 b1, bool bfloat, Where at);
 void mma_tf32(float (&d)[4], const U4& a, u32 b0, u32 b1, Where at);
+enum class Kind { f16, bf16, tf32 };
+void wgmma(float* d, int tiles, const U4& a, u64 b, Kind kind, Where at);
+void wgmma_wait(Where at);
 void st_async(void* to, const U4& v, u64* bar, Where at);
 void cp_async_wait(int open, Where at);
 void poll16(U4* v, int n, const void* base, int stride, u32 wanted, Where at);
@@ -156,6 +160,25 @@ inline void mma<BF16>(float (&d)[4], const U4& a, u32 b0, u32 b1, sim::Where at)
 template <>
 inline void mma<TF32>(float (&d)[4], const U4& a, u32 b0, u32 b1, sim::Where at) {
   sim::mma_tf32(d, a, b0, b1, at);
+}
+
+// ---- products of a warpgroup ----------------------------------------------------------------------------------------
+u64 operand(const void* shared, int along_depth, int along_columns, sim::Where at = sim::Where::current());
+void operand16(U4* shared, const U4& v, sim::Where at = sim::Where::current());
+void fence_async(sim::Where at = sim::Where::current());
+void wgmma_fence(sim::Where at = sim::Where::current());
+void wgmma_commit(sim::Where at = sim::Where::current());
+template <int N>
+inline void wgmma_wait(float (&)[N][4], sim::Where at = sim::Where::current()) {
+  sim::wgmma_wait(at);
+}
+template <class T, int N>
+inline void wgmma(float (&d)[N][4], const U4& a, u64 b, sim::Where at = sim::Where::current()) {
+  sim::wgmma(d[0], N, a, b,
+             T::kPer == 4              ? sim::Kind::tf32
+             : std::is_same_v<T, BF16> ? sim::Kind::bf16
+                                       : sim::Kind::f16,
+             at);
 }
 
 // ---- memory -------------------------------------------------------------------------------------------------------
