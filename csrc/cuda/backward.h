@@ -47,7 +47,7 @@ template <class T>
 struct BackwardArgs {
   using Storage = typename T::Storage;
   int Tn, B, H, pitch;
-  int sets, directions, peers, row_tiles;
+  int sets, directions, peers, row_tiles, first_team;
   bool reverse, reset_to_initial;
   bool wide;  // dy can be read in 16-byte pieces
   float clip_cell, clip_grad;
@@ -135,7 +135,7 @@ struct Backward {
     const int lane = dev::tid() % 32, warp = dev::tid() / 32;
     const int g = lane / 4, q = lane % 4;
     const int rank = S::kRoute == Route::single ? 0 : dev::block() % a.peers;
-    const int team = S::kRoute == Route::single ? dev::block() : dev::block() / a.peers;
+    const int team = a.first_team + (S::kRoute == Route::single ? dev::block() : dev::block() / a.peers);
     const int tile_row = team % a.row_tiles, set = team / a.row_tiles;
     const int e = set / a.directions, d = set % a.directions;
     const bool backwards = a.directions == 2 ? d == 1 : a.reverse;

@@ -99,6 +99,13 @@ inline double product_time(int64_t products, int warps) {
   return static_cast<double>(products) * ((warps + 3) / 4) * 6.26 / kClock;
 }
 
+// A grid's blocks wait for one another, so it holds only teams (blocks that share one R) that all fit at once: the
+// others come in launches of their own.
+inline int64_t teams_at_once(const Device& device, int64_t peers) { return device.multiprocessors / peers; }
+inline double grid_waves(const Device& device, int64_t teams, int64_t peers) {
+  return static_cast<double>((teams + teams_at_once(device, peers) - 1) / teams_at_once(device, peers));
+}
+
 // Clocks of a product of 64 gate rows, 32 bytes of depth and 8, 16, .. rows of the batch by wgmma: a floor, then the
 // rate of the pipe.
 constexpr double wgmma_clocks(int tiles) { return tiles < 8 ? 16.8 + 2 * tiles : 4.1 * tiles; }
@@ -119,14 +126,16 @@ double forward_cost(const Device& device, int64_t B, int64_t H, int64_t sets) {
     waves = static_cast<double>((teams + device.clusters[peers] - 1) / device.clusters[peers]);
     step += 0.2 + bytes / 18 / kClock;
   } else {
-    if (H > S::kDepth || !device.cooperative || peers * teams > device.multiprocessors) return 0;
+    if (H > S::kDepth || !device.cooperative || peers > device.multiprocessors) return 0;
+    waves = grid_waves(device, teams, peers);
     if constexpr (S::kWide) {  // products run while h arrives; sums meet in shared memory, 128 bytes a clock
       if (!device.wgmma) return 0;
       const double product = S::kGroups * S::kDepths * S::kChunks * 2 * wgmma_clocks(S::kTiles) / kClock;
       const double arrival = bytes / 38 / kClock, sums = 2 * 256.0 * S::kGroups * S::kDepths * S::kRows / 128 / kClock;
-      return 0.2 + 0.05 * S::kOwned + 0.55 + (product > arrival ? product : arrival) + sums;
+      step = 0.2 + 0.05 * S::kOwned + 0.55 + (product > arrival ? product : arrival) + sums;
+    } else {
+      step += 0.55 + bytes * S::kGroups / 38 / kClock;
     }
-    step += 0.55 + bytes * S::kGroups / 38 / kClock;
   }
   return waves * step;
 }
@@ -146,7 +155,8 @@ double backward_cost(const Device& device, int64_t B, int64_t H, int64_t sets) {
     waves = static_cast<double>((teams + device.clusters[peers] - 1) / device.clusters[peers]);
     step += 0.25 + static_cast<double>(S::kRows * H) * 4 / 18 / kClock;
   } else {
-    if (!device.cooperative || peers * teams > device.multiprocessors) return 0;
+    if (!device.cooperative || peers > device.multiprocessors) return 0;
+    waves = grid_waves(device, teams, peers);
     step += 0.6 + static_cast<double>(S::kRows * H * S::kGates) * sizeof(typename S::T::Storage) / 38 / kClock;
     step += Backward<S>::kLaid * 16.0 * S::kTiles / 128 / kClock;  // weights in shared memory, for each tile of rows
   }
@@ -776,8 +786,17 @@ class Engine {
       a.hand_off = work.take<U4>(pieces);
       queue_.fill(a.hand_off, 0xFF, static_cast<size_t>(pieces) * sizeof(U4));
     }
-    queue_.run(Forward<S>{a}, sets_ * a.row_tiles * a.peers, S::kRoute == Route::cluster ? a.peers : 0,
-               S::kRoute == Route::grid);
+    run_teams<Forward<S>, S::kRoute>(a);
+  }
+  template <class K, Route kRoute, class Args>
+  void run_teams(Args& a) {
+    const int64_t teams = sets_ * a.row_tiles,
+                  at_once = kRoute == Route::grid ? teams_at_once(device_, a.peers) : teams;
+    for (int64_t n = 0; n < teams; n += at_once) {
+      a.first_team = static_cast<int>(n);
+      queue_.run(K{a}, (teams - n < at_once ? teams - n : at_once) * a.peers, kRoute == Route::cluster ? a.peers : 0,
+                 kRoute == Route::grid);
+    }
   }
 
   void run_backward(BackwardArgs<T>& a, const Arguments& p, int64_t l, Arena& work) {
@@ -804,8 +823,7 @@ class Engine {
       a.hand_off = work.take<U4>(pieces);
       queue_.fill(a.hand_off, 0xFF, static_cast<size_t>(pieces) * sizeof(U4));
     }
-    queue_.run(Backward<S>{a}, sets_ * a.row_tiles * a.peers, S::kRoute == Route::cluster ? a.peers : 0,
-               S::kRoute == Route::grid);
+    run_teams<Backward<S>, S::kRoute>(a);
   }
 
   template <class Args>

@@ -17,6 +17,7 @@ struct ForwardArgs {
   int sets, directions;  // set = weight set * directions + direction; the last direction of two walks backwards
   int peers;             // blocks that share one R
   int row_tiles;         // ceil(B / kRows)
+  int first_team;        // of this launch; a team is the blocks that share one R
   bool reverse;          // with one direction: walk backwards
   bool reset_to_initial;
   bool keep;  // write what backward needs
@@ -72,7 +73,7 @@ struct Forward {
     const int g = lane / 4, q = lane % 4;
     const int group = S::group_of(warp), split = S::split_of(warp);
     const int rank = S::kRoute == Route::single ? 0 : dev::block() % a.peers;
-    const int team = S::kRoute == Route::single ? dev::block() : dev::block() / a.peers;
+    const int team = a.first_team + (S::kRoute == Route::single ? dev::block() : dev::block() / a.peers);
     const int tile_row = team % a.row_tiles, set = team / a.row_tiles;
     const int e = set / a.directions, d = set % a.directions;
     const bool backwards = a.directions == 2 ? d == 1 : a.reverse;

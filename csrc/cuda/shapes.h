@@ -15,7 +15,8 @@ struct Shapes {  // only step by step
   using Backward = List<>;
 };
 
-// groups, split, octets, chunks, tiles | warps, tiles of 16 units, units of a block, chunks, tiles of rows, held chunks
+// groups, split, octets, chunks, tiles | (wide) groups, depths, chunks, tiles | warps, tiles of 16 units, units of a
+// block, chunks, tiles of rows, held chunks
 template <class T>
   requires(T::kPer == 8)
 struct Shapes<cells::Lstm, T> {
@@ -25,13 +26,17 @@ struct Shapes<cells::Lstm, T> {
   using C = Shape<cells::Lstm, T, Route::cluster, n...>;
   template <int... n>
   using G = Shape<cells::Lstm, T, Route::grid, n...>;
+  template <int... n>
+  using W = WideShape<cells::Lstm, T, n...>;
   using Forward = List<S<8, 1, 1, 2, 1>, S<8, 1, 1, 2, 2>, S<8, 1, 2, 4, 1>,                    // H <= 64, 128
                        C<2, 4, 1, 2, 1>, C<2, 4, 1, 2, 2>, C<2, 4, 1, 2, 4>,                    // 256, 16 blocks
                        C<4, 2, 1, 4, 1>, C<4, 2, 1, 4, 2>, C<4, 2, 1, 4, 4>,                    // 256, 8
                        C<8, 1, 1, 8, 1>, C<8, 1, 1, 8, 2>,                                      // 256, 4
                        C<4, 2, 1, 8, 1>, C<4, 2, 1, 8, 2>,                                      // 512, 16
                        G<1, 8, 2, 2, 1>, G<1, 8, 2, 2, 2>, G<1, 8, 2, 3, 1>, G<1, 8, 2, 3, 2>,  // 512, 32; 768, 48
-                       G<1, 8, 2, 4, 1>, G<1, 8, 2, 4, 2>>;                                     // 1024, 64
+                       G<1, 8, 2, 4, 1>, G<1, 8, 2, 4, 2>,                                      // 1024, 64
+                       W<2, 1, 8, 8>, W<1, 2, 8, 4>, W<2, 1, 16, 4>,                     // 256, 8; 512, 32 and 16
+                       W<1, 2, 12, 4>, W<1, 2, 12, 8>, W<1, 2, 16, 4>, W<1, 2, 16, 8>>;  // 768, 48; 1024, 64
   template <int... n>
   using s = BackwardShape<cells::Lstm, T, Route::single, n...>;
   template <int... n>
@@ -56,10 +61,14 @@ struct Shapes<cells::Gru, T> {
   using C = Shape<cells::Gru, T, Route::cluster, n...>;
   template <int... n>
   using G = Shape<cells::Gru, T, Route::grid, n...>;
-  using Forward = List<S<4, 1, 2, 2, 1>, S<8, 1, 2, 4, 1>,                                       // H <= 64, 128
-                       C<1, 8, 2, 1, 1>, C<1, 8, 2, 1, 2>, C<2, 4, 2, 2, 1>, C<2, 4, 2, 2, 2>,   // 256, 16 and 8 blocks
-                       C<4, 2, 2, 4, 1>, C<4, 2, 2, 4, 2>, C<2, 4, 2, 4, 1>, C<2, 4, 2, 4, 2>,   // 256, 4; 512, 16
-                       G<1, 8, 2, 2, 1>, G<1, 8, 2, 3, 1>, G<1, 8, 2, 4, 1>, G<1, 8, 2, 4, 2>>;  // 512, 768, 1024
+  template <int... n>
+  using W = WideShape<cells::Gru, T, n...>;
+  using Forward = List<S<4, 1, 2, 2, 1>, S<8, 1, 2, 4, 1>,                                      // H <= 64, 128
+                       C<1, 8, 2, 1, 1>, C<1, 8, 2, 1, 2>, C<2, 4, 2, 2, 1>, C<2, 4, 2, 2, 2>,  // 256, 16 and 8 blocks
+                       C<4, 2, 2, 4, 1>, C<4, 2, 2, 4, 2>, C<2, 4, 2, 4, 1>, C<2, 4, 2, 4, 2>,  // 256, 4; 512, 16
+                       G<1, 8, 2, 2, 1>, G<1, 8, 2, 3, 1>, G<1, 8, 2, 4, 1>, G<1, 8, 2, 4, 2>,  // 512, 768, 1024
+                       W<2, 1, 8, 8>, W<1, 2, 8, 4>, W<2, 1, 16, 4>,                            // 256, 512
+                       W<1, 2, 12, 4>, W<1, 2, 12, 8>, W<1, 2, 16, 4>, W<1, 2, 16, 8>>;         // 768, 1024
   template <int... n>
   using s = BackwardShape<cells::Gru, T, Route::single, n...>;
   template <int... n>
@@ -86,7 +95,8 @@ struct Shapes<cells::Rnn<kRelu>, T> {
   using G = Shape<cells::Rnn<kRelu>, T, Route::grid, n...>;
   using Forward = List<S<4, 1, 2, 2, 1>, S<8, 1, 2, 4, 1>,                     // H <= 64, 128
                        C<2, 4, 2, 4, 1>, C<2, 4, 2, 4, 2>, C<4, 2, 2, 16, 1>,  // 512, 1024, 16 blocks
-                       G<1, 8, 2, 4, 1>, G<1, 8, 2, 8, 1>>;                    // 1024, 2048
+                       G<1, 8, 2, 4, 1>, G<1, 8, 2, 8, 1>,                     // 1024, 2048
+                       WideShape<cells::Rnn<kRelu>, T, 1, 2, 8, 8>, WideShape<cells::Rnn<kRelu>, T, 1, 2, 16, 4>>;
   template <int... n>
   using s = BackwardShape<cells::Rnn<kRelu>, T, Route::single, n...>;
   template <int... n>
@@ -106,9 +116,10 @@ struct Shapes<cells::Lstm, dev::TF32> {
   using C = Shape<cells::Lstm, dev::TF32, Route::cluster, n...>;
   template <int... n>
   using G = Shape<cells::Lstm, dev::TF32, Route::grid, n...>;
-  using Forward = List<S<8, 1, 1, 4, 1>, C<2, 4, 1, 2, 1>,                     // H <= 64; 128, 8 blocks
-                       C<2, 4, 1, 4, 1>, C<2, 4, 1, 4, 2>, C<4, 2, 1, 8, 1>,   // 256, 16 and 8
-                       G<1, 8, 1, 4, 1>, G<1, 8, 1, 6, 1>, G<1, 8, 1, 8, 1>>;  // 512, 768, 1024
+  using Forward = List<S<8, 1, 1, 4, 1>, C<2, 4, 1, 2, 1>,                    // H <= 64; 128, 8 blocks
+                       C<2, 4, 1, 4, 1>, C<2, 4, 1, 4, 2>, C<4, 2, 1, 8, 1>,  // 256, 16 and 8
+                       G<1, 8, 1, 4, 1>, G<1, 8, 1, 6, 1>, G<1, 8, 1, 8, 1>,  // 512, 768, 1024
+                       WideShape<cells::Lstm, dev::TF32, 1, 2, 16, 4>>;       // 512
   template <int... n>
   using s = BackwardShape<cells::Lstm, dev::TF32, Route::single, n...>;
   template <int... n>
@@ -129,7 +140,7 @@ struct Shapes<cells::Gru, dev::TF32> {
   template <int... n>
   using G = Shape<cells::Gru, dev::TF32, Route::grid, n...>;
   using Forward = List<S<4, 1, 2, 4, 1>, C<1, 8, 2, 1, 1>, C<1, 8, 2, 2, 1>, C<2, 4, 2, 4, 1>,  // H <= 64; 128, 256
-                       G<1, 8, 2, 4, 1>>;                                                       // 512
+                       G<1, 8, 2, 4, 1>, WideShape<cells::Gru, dev::TF32, 1, 2, 16, 4>>;        // 512
   template <int... n>
   using s = BackwardShape<cells::Gru, dev::TF32, Route::single, n...>;
   template <int... n>

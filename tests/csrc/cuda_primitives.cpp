@@ -47,38 +47,50 @@ void expect_told(const std::string& got, const char* part, const char* what) {
   expect(got.find(part) != std::string::npos, what, got);
 }
 
+template <class T>
+constexpr int kDepth = 2 * T::kPer;  // of one product
+template <class T>
+constexpr int kEach = T::kPer / 4;  // values in a register
+
+float value(int row, int k, int of) { return static_cast<float>((row * 7 + k * 3 + of) % 13 - 6) * 0.25f; }
+
+// This lane's registers of A, whose row 0 is `row0`, as the PTX manual's tables have them.
+template <class T>
+U4 registers_of_a(int row0) {
+  const int group = tid() % 32 >> 2, in_group = tid() & 3;
+  U4 a{};
+  for (int i = 0; i < 4 * kEach<T>; ++i) {
+    const int r = i / kEach<T>, e = i % kEach<T>;
+    const int row = r == 0 || r == 2 ? group : group + 8;
+    const int column = kEach<T> == 2 ? in_group * 2 + e + (i >= 4 ? 8 : 0) : in_group + (r >= 2 ? 4 : 0);
+    if constexpr (kEach<T> == 2)
+      a.w[r] |= static_cast<u32>(T::store(value(row0 + row, column, 0))) << 16 * e;
+    else
+      a.w[r] = bits(value(row0 + row, column, 0));
+  }
+  return a;
+}
+
 // D = A B with the operands and sums laid out as the PTX manual's tables say (row and column of every register, by
 // lane).
 template <class T>
 void products(uint64_t seed) {
-  constexpr int kDepth = T::kPer == 8 ? 16 : 8, kEach = T::kPer == 8 ? 2 : 1;  // depth; values in a register
-  const auto value = [](int row, int k, int of) { return static_cast<float>((row * 7 + k * 3 + of) % 13 - 6) * 0.25f; };
   float D[16][8] = {};
   const std::string said = told(
       1, 1, 32, 0,
       [&] {
         const int group = tid() >> 2, in_group = tid() & 3;
-        U4 a{};
         u32 b[2] = {};
-        for (int i = 0; i < 4 * kEach; ++i) {
-          const int r = i / kEach, e = i % kEach;
-          const int row = r == 0 || r == 2 ? group : group + 8;
-          const int column = kEach == 2 ? in_group * 2 + e + (i >= 4 ? 8 : 0) : in_group + (r >= 2 ? 4 : 0);
-          if constexpr (kEach == 2)
-            a.w[r] |= static_cast<u32>(T::store(value(row, column, 0))) << 16 * e;
-          else
-            a.w[r] = bits(value(row, column, 0));
-        }
-        for (int i = 0; i < 2 * kEach; ++i) {
-          const int r = i / kEach, e = i % kEach;
-          const int row = kEach == 2 ? in_group * 2 + e + (i >= 2 ? 8 : 0) : in_group + (r >= 1 ? 4 : 0);
-          if constexpr (kEach == 2)
+        for (int i = 0; i < 2 * kEach<T>; ++i) {
+          const int r = i / kEach<T>, e = i % kEach<T>;
+          const int row = kEach<T> == 2 ? in_group * 2 + e + (i >= 2 ? 8 : 0) : in_group + (r >= 1 ? 4 : 0);
+          if constexpr (kEach<T> == 2)
             b[r] |= static_cast<u32>(T::store(value(row, group, 5))) << 16 * e;
           else
             b[r] = bits(value(row, group, 5));
         }
         float d[4] = {1, 1, 1, 1};
-        mma<T>(d, a, b[0], b[1]);
+        mma<T>(d, registers_of_a<T>(0), b[0], b[1]);
         for (int i = 0; i < 4; ++i) D[i < 2 ? group : group + 8][in_group * 2 + (i & 1)] = d[i];
       },
       seed);
@@ -86,7 +98,7 @@ void products(uint64_t seed) {
   for (int i = 0; i < 16; ++i)
     for (int j = 0; j < 8; ++j) {
       float sum = 1;
-      for (int k = 0; k < kDepth; ++k) sum += value(i, k, 0) * value(k, j, 5);
+      for (int k = 0; k < kDepth<T>; ++k) sum += value(i, k, 0) * value(k, j, 5);
       expect(D[i][j] == sum, "an element of a product", std::to_string(D[i][j]));
     }
 }
@@ -124,6 +136,72 @@ void half_products(uint64_t seed) {
       expect(D[i][j] == sum, "an element of a product of half the depth", std::to_string(D[i][j]));
     }
   for (int i = 0; i < 128; ++i) expect(full[i / 4][i % 4] == halves[i / 4][i % 4], "two halves of a product");
+}
+
+// A chain of two products by a warpgroup, of 32 columns, with B in shared memory laid out as the PTX manual has it for
+// an operand without swizzling whose depth is contiguous; gaps between its parts, so that no two strides are equal.
+template <class T>
+void wide_products(uint64_t seed) {
+  constexpr int kColumns = 32, kAlongDepth = 1024, kAlongColumns = 192;
+  std::vector<float> D(64 * kColumns);
+  const std::string said = told(
+      1, 1, 128, shared_size<U4>(128),
+      [&] {
+        Shared shared;
+        U4* const s = shared.take<U4>(128);
+        for (int at = tid(); at < 2 * kColumns; at += 128) {
+          const int line = at / kColumns, column = at % kColumns;
+          union {
+            U4 v;
+            typename T::Storage x[T::kPer];
+          } u;
+          for (int k = 0; k < T::kPer; ++k) u.x[k] = T::store(value(line * T::kPer + k, column, 5));
+          operand16(s + (line * kAlongDepth + column / 8 * kAlongColumns) / 16 + column % 8, u.v);
+        }
+        fence_async();
+        sync_block();
+        const U4 a = registers_of_a<T>(tid() / 32 * 16);
+        float d[kColumns / 8][4];
+        for (auto& tile : d)
+          for (float& x : tile) x = 1;
+        wgmma_fence();
+        for (int twice = 0; twice < 2; ++twice) wgmma<T>(d, a, operand(s, kAlongDepth, kAlongColumns));
+        wgmma_commit();
+        expect(d[1][2] != d[1][2], "sums that nobody waited for are not there yet");
+        wgmma_wait(d);
+        for (int i = 0; i < kColumns / 2; ++i) {  // the manual's table of d0, d1, ...
+          const int row = tid() / 32 * 16 + tid() % 32 / 4 + (i / 2 % 2) * 8,
+                    column = i / 4 * 8 + tid() % 4 * 2 + i % 2;
+          D[static_cast<size_t>(row * kColumns + column)] = d[i / 4][i % 4];
+        }
+      },
+      seed);
+  expect(said.empty(), "a product by a warpgroup", said);
+  for (int i = 0; i < 64; ++i)
+    for (int j = 0; j < kColumns; ++j) {
+      float sum = 1;
+      for (int k = 0; k < kDepth<T>; ++k) sum += 2 * value(i, k, 0) * value(k, j, 5);
+      const float got = D[static_cast<size_t>(i * kColumns + j)];
+      expect(got == sum, "an element of a warpgroup's product", std::to_string(got));
+    }
+}
+
+// What `change` makes of a sound product by a warpgroup: a word of what was said, or of what came out.
+template <class F>
+std::string wide_mistake(uint64_t seed, F change) {
+  bool nan = false;
+  const std::string said = told(
+      1, 1, 128, shared_size<U4>(16),
+      [&] {
+        Shared shared;
+        U4* const s = shared.take<U4>(16);
+        float d[1][4] = {};
+        change(s, d);
+        wgmma_wait(d);
+        if (d[0][0] != d[0][0]) nan = true;
+      },
+      seed);
+  return said.empty() && nan ? "nan" : said;
 }
 
 void numbers() {
@@ -303,6 +381,58 @@ void mistakes(uint64_t seed) {
                   seed),
               "outside its arrays", "one element too far in shared memory");
 #endif
+  const auto written = [](U4* s) {
+    if (tid() < 16) operand16(s + tid(), U4{});
+    fence_async();
+    sync_block();
+  };
+  expect_told(wide_mistake(seed,
+                           [&](U4* s, auto& d) {
+                             if (tid() < 16) operand16(s + tid(), U4{});
+                             sync_block();
+                             wgmma_fence();
+                             wgmma<F16>(d, U4{}, operand(s, 128, 128));
+                             wgmma_commit();
+                           }),
+              "nan", "an operand that was written but not fenced");
+  expect_told(wide_mistake(seed,
+                           [&](U4* s, auto& d) {
+                             written(s);
+                             wgmma<F16>(d, U4{}, operand(s, 128, 128));
+                             wgmma_commit();
+                           }),
+              "nan", "a product without a fence in front");
+  expect_told(wide_mistake(seed,
+                           [&](U4* s, auto& d) {
+                             written(s);
+                             wgmma_fence();
+                             wgmma<F16>(d, U4{}, operand(s, 128, 128));
+                           }),
+              "waited for", "a product that is not committed");
+  expect_told(wide_mistake(seed,
+                           [&](U4* s, auto& d) {
+                             written(s);
+                             wgmma_fence();
+                             wgmma<F16>(d, U4{}, operand(s, 256, 128));
+                             wgmma_commit();
+                           }),
+              "outside the arrays", "an operand that reaches too far along the depth");
+  expect_told(wide_mistake(seed,
+                           [&](U4* s, auto& d) {
+                             written(s);
+                             wgmma_fence();
+                             wgmma<F16>(d, U4{}, operand(s, 128, 128) | u64{1} << 62);
+                             wgmma_commit();
+                           }),
+              "bits set", "an operand that says it is swizzled");
+  expect_told(wide_mistake(seed,
+                           [&](U4* s, auto& d) {
+                             written(s);
+                             wgmma_fence();
+                             if (tid() < 96) wgmma<F16>(d, U4{}, operand(s, 128, 128));
+                             wgmma_commit();
+                           }),
+              "not all its warps", "a product by three warps of a warpgroup");
   // copies are late: without the wait, what is read is NaN
   float seen = 0;
   expect_told(told(
@@ -339,6 +469,9 @@ int check_primitives() {
     products<BF16>(seed);
     products<TF32>(seed);
     half_products(seed);
+    wide_products<F16>(seed);
+    wide_products<BF16>(seed);
+    wide_products<TF32>(seed);
     sound(seed);
     mistakes(seed);
   }

@@ -10,6 +10,9 @@
 
 namespace fusedrnn::cuda {
 
+// So few that a grid of more than a few rows takes several launches, or kernels that take many rows at once.
+constexpr int kMultiprocessors = 7;
+
 TwinState& twin() {
   static TwinState state;
   return state;
@@ -20,6 +23,7 @@ const Device* Twin::device(std::string* why) {
   for (int& n : device.clusters) n = twin().compute >= 90 ? 8 : 0;
   device.compute = twin().compute;
   device.shared_bytes = (device.compute < 80 ? 64 : device.compute < 90 ? 99 : 227) * 1024;
+  device.multiprocessors = kMultiprocessors;
   if (twin().compute == 0) {
     *why = "no CUDA device: the twin was told so";
     return nullptr;
@@ -44,7 +48,7 @@ Status ctc(const Ctc& call, int64_t most, int64_t longest, void* workspace, void
 Status devices(std::vector<Found>* found) {
   found->clear();
   if (twin().compute == 0) return "no CUDA device: the twin was told so";
-  found->push_back({"CPU twin", twin().compute, 132, int64_t{1} << 30});
+  found->push_back({"CPU twin", twin().compute, kMultiprocessors, int64_t{1} << 30});
   return {};
 }
 const char* built_for() { return "twin"; }

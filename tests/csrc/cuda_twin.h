@@ -82,7 +82,8 @@ struct Small {
     return (C::gates * units / T::kPer + 4 * warps - 1) / (4 * warps);
   }
   using Forward = List<Shape<C, T, Route::single, 3, 1, kOctets, 2, 1>, Shape<C, T, Route::single, 2, 2, kOctets, 1, 2>,
-                       Shape<C, T, Route::cluster, 2, 2, kOctets, 1, 1>, Shape<C, T, Route::grid, 1, 3, kOctets, 1, 1>>;
+                       Shape<C, T, Route::cluster, 2, 2, kOctets, 1, 1>, Shape<C, T, Route::grid, 1, 3, kOctets, 1, 1>,
+                       WideShape<C, T, 1, 1, 2, 2>>;
   using Backward = List<BackwardShape<C, T, Route::single, 2, 1, 32, chunks(32, 1), 1>,
                         BackwardShape<C, T, Route::cluster, 3, 1, 16, chunks(16, 1), 1>,
                         BackwardShape<C, T, Route::cluster, 2, 2, 32, chunks(32, 1), 2>,

@@ -827,6 +827,7 @@ void multiply_operand(const Thread& t, AsyncProduct& p) {
 // Sums are NaN from here to the wait; B is read here or only there.
 void wgmma(float* d, int tiles, const U4& a, u64 b, Kind kind, Where at) {
   Unseen unseen;
+  need(!self().apart, "lanes that a wait has let go one by one, without a sync_warp", "wgmma", at);
   struct Args {
     float* d;
     U4 a;
@@ -1024,6 +1025,7 @@ void fence_async(Where at) {
 
 void wgmma_fence(Where at) {
   Unseen unseen;
+  need(!self().apart, "lanes that a wait has let go one by one, without a sync_warp", "wgmma_fence", at);
   const bool skip = broken("wgmma_fence", at);
   collective("wgmma_fence", at, nullptr, [](Warp&) {});
   if (!skip) self().fenced = true;
