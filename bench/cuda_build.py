@@ -52,9 +52,9 @@ class Kernel:
         self.kernel = short.split("<")[0]
         if cell := re.search(r"\b(Lstm|Gru|Rnn<\w+>)", short):
             self.cell = {"Rnn<false>": "Rnn", "Rnn<true>": "Rnn relu"}.get(cell[1], cell[1])
-        if shape := re.search(r"Shape\w*<[\w<>]+, (\w+), \(Route\)(\d), ([\w, ()]+)>", short):
-            self.type, self.route = shape[1], ROUTES[int(shape[2])]
-            self.cut = shape[3].replace(" ", "")
+        if shape := re.search(r"Shape\w*<[\w<>]+, (\w+), (?:\(Route\)(\d), )?([\w, ()]+)>", short):
+            self.type, self.route = shape[1], ROUTES[int(shape[2])] if shape[2] else "grid"
+            self.cut = ("" if shape[2] else "wide ") + shape[3].replace(" ", "")
         else:
             self.cut = short.partition("<")[2].removesuffix(">")
 

@@ -156,6 +156,7 @@ def test_nvcc_compiles_without_spills(tmp_path, arch):
     assert len(persistent) >= 10 and {k.architecture for k in persistent} == {arch}, report[-3000:]
     spilled = [k.name for k in persistent if k.spilled]
     assert not spilled, "\n".join(spilled)
+    assert not re.findall(".*serialized.*", report)  # what ptxas says where products of a warpgroup wait for each other
 
 
 def test_the_report_is_read():
@@ -169,22 +170,26 @@ ptxas info    : Used {registers} registers, used 1 barriers{static}
         for name, arch, stores, loads, registers, static in (
             ("INS0_7ForwardINS0_5ShapeINS_5cells4LstmENS_3dev3F16ELNS0_5RouteE2ELi1ELi8ELi2ELi4ELi1EEEEE",)
             + ("sm_90a", 12, 4, 255, ""),
+            ("INS0_7ForwardINS0_9WideShapeINS_5cells3GruENS_3dev4BF16ELi1ELi2ELi16ELi8EEEEE",)
+            + ("sm_90a", 0, 0, 251, ""),
             ("INS0_11PackForwardINS0_5ShapeINS_5cells3RnnILb1EEENS_3dev4TF32ELNS0_5RouteE0ELi4ELi1EEEEE",)
             + ("sm_75", 0, 0, 40, ", 16 bytes smem"),
         )
     )
-    forward, pack = cuda_build.kernels(report)
+    forward, wide, pack = cuda_build.kernels(report)
     assert forward.place == ("Lstm", "F16", "grid", "Forward", "1,8,2,4,1")
     assert (forward.architecture, forward.registers, forward.spilled, forward.shared) == ("sm_90a", 255, 16, 0)
+    assert wide.place == ("Gru", "BF16", "grid", "Forward", "wide 1,2,16,8")
     assert pack.place == ("Rnn relu", "TF32", "single", "PackForward", "4,1")
     assert (pack.architecture, pack.registers, pack.spilled, pack.shared) == ("sm_75", 40, 0, 16)
-    assert forward.persistent and not pack.persistent
+    assert forward.persistent and wide.persistent and not pack.persistent
 
 
 FORWARD = {
     "single": "add_forward<cuda::Shape<cells::Lstm, dev::F16, cuda::Route::single, 3, 2, 1, 1, 1>>",
     "cluster": "add_forward<cuda::Shape<cells::Lstm, dev::F16, cuda::Route::cluster, 1, 2, 1, 1, 2>>",
     "grid": "add_forward<cuda::Shape<cells::Lstm, dev::F16, cuda::Route::grid, 2, 3, 1, 1, 1>>",
+    "wide": "add_forward<cuda::WideShape<cells::Lstm, dev::F16, 1, 2, 1, 2>>",
 }
 BACKWARD = {
     "single": "add_backward<cuda::BackwardShape<cells::Lstm, dev::F16, cuda::Route::single, 2, 1, 32, 4, 1>>",
@@ -233,6 +238,9 @@ FAULTS = [
     Fault(
         "restart a step late in reverse", "grid", "backwards ? len - 1 - s : s + 1)", "backwards ? len - 2 - s : s + 1)"
     ),
+    Fault("strides of the operand exchanged", "wide", "S::kTiles * 128, 128)", "128, S::kTiles * 128)"),
+    Fault("the second product's operand", "wide", "+ p * (kChunk / 2)", "+ p * (kChunk / 4)"),
+    Fault("half tiles of the other part", "wide", "half = part * 8 +", "half = (S::kDepths - 1) * 8 +"),
     Fault("one buffer for da", "cluster", "kBuffers = 2;", "kBuffers = 1;", "backward.h"),
     Fault("parity in backward", "cluster", "(turn - 1) >> 1 & 1, late", "turn >> 1 & 1, late", "backward.h"),
     Fault(
