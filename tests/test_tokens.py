@@ -17,8 +17,8 @@ from fusedrnn import params as parameters
 from fusedrnn.backends import Arguments, reference
 from shapes import ALL_CELLS, Case, build, empty_arguments, empty_results, named
 
-# I is the vocabulary. Columns are packed unless I is more than tokens times the rows of W; then they are read where they
-# lie: 3000 > 5 * 3 * 4 * H.
+# I is the vocabulary. Columns are packed unless I is more than tokens times the rows of W; then they are read where
+# they lie: 3000 > 5 * 3 * 4 * H.
 CASES = [
     Case(**({"T": 5} | options))
     for options in [

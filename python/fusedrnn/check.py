@@ -10,7 +10,7 @@ import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
@@ -20,17 +20,17 @@ from .backends import Problem, Variant
 from .cells import CELLS
 from .cells.activations import ACTIVATIONS
 from .cells.cell import Cell
+from .errors import fail as fail
+from .errors import flag as flag
+from .errors import integer as integer
+from .errors import number as number
+from .errors import word as word
 
 _FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
 _EXTRA_AXES = (arrays.WEIGHT_HR, arrays.WEIGHT_PH, arrays.BIAS, arrays.BIAS, arrays.NORM_C, arrays.NORM_C)
 _WEIGHT_AXES = dict(zip(parameters.KINDS, (arrays.WEIGHT_IH, arrays.WEIGHT_HH, arrays.BIAS, arrays.BIAS), strict=True))
 _WEIGHT_AXES |= dict(zip(parameters.EXTRAS, _EXTRA_AXES, strict=True))
 _WEIGHT_AXES["weight_ch"] = arrays.WEIGHT_CH
-
-
-def fail(op: str, name: str, got: str, expected: str, fix: str = "", error: type[Exception] = ValueError) -> NoReturn:
-    """Raise the error, worded as all errors are."""
-    raise error(f"{op}: {name} {got}; expected {expected}." + (f" {fix}" if fix else ""))
 
 
 NARROW = ("h", "state", "state[0]", "dy", "tdy", "dstate", "dstate[0]", "tdstate", "tdstate[0]")  # h's units, by name
@@ -116,6 +116,9 @@ def is_array(op: str, name: str, value: Any) -> np.ndarray:
     if not isinstance(value, np.ndarray):
         fix = f"Pass numpy.asarray({name.split('[')[0]}, dtype=numpy.float32)."
         fail(op, name, f"is {arrays.kind(value)}", "a NumPy array", fix, TypeError)
+    if isinstance(value, np.matrix):
+        fix = f"Pass numpy.asarray({name.split('[')[0]})."
+        fail(op, name, "is a numpy.matrix, whose axes are always two", "a plain NumPy array", fix, TypeError)
     if isinstance(value, np.ma.MaskedArray):
         fix = "Masks are not read: pass lengths for padding, and .filled() arrays."
         fail(op, name, "is a masked array", "a plain NumPy array", fix, TypeError)
@@ -192,21 +195,15 @@ def _dtype(array: np.ndarray) -> str:
     return f"{array.dtype}" + ("" if array.dtype.isnative else " in foreign byte order")
 
 
-def integer(op: str, name: str, value: Any, low: int, high: int | None = None) -> int:
-    """The value, if it is an integer in [low, high]."""
-    expected = f"an integer >= {low}" if high is None else f"an integer in [{low}, {high}]"
-    if isinstance(value, bool | np.bool_) or not isinstance(value, int | np.integer):
-        fail(op, name, f"is {value!r}", expected, error=TypeError)
-    if value < low or (high is not None and value > high):
-        fail(op, name, f"is {value}", expected)
-    return int(value)
-
-
-def number(op: str, name: str, value: Any) -> float:
-    """The value, if it is a real number."""
-    if isinstance(value, bool | np.bool_) or not isinstance(value, int | float | np.integer | np.floating):
-        fail(op, name, f"is {value!r}", "a number", error=TypeError)
-    return float(value)
+def float_type(op: str, name: str, value: Any) -> np.dtype[Any]:
+    """The type that is named, if it is one that we compute in."""
+    try:
+        found: Any = None if value is None else np.dtype(value)
+    except (TypeError, ValueError):
+        found = None
+    if found is None or found not in _FLOATS:  # None equals float64 to NumPy
+        fail(op, name, f"is {found or repr(value)}", "float32 or float64 in native byte order", error=TypeError)
+    return np.dtype(found)
 
 
 def limit(op: str, name: str, value: Any) -> float:
@@ -241,20 +238,23 @@ def state_parts(op: str, name: str, cell: Cell, state: Any) -> tuple[Any, Any]:
     return state[0], state[1]
 
 
-def variant(
-    op: str,
-    cell: str,
-    *,
-    proj_size: Any = 0,
-    peepholes: bool = False,
-    layer_norm: bool = False,
-    zoneout: Any = 0.0,
-    recurrent_dropout: Any = 0.0,
-    activations: Any = None,
-    clip_gates: float | None = None,
-    training: bool = False,
-) -> Variant | None:
-    """The options that go beyond a plain cell, checked; None where all are as usual."""
+# The options that choose a variant of a cell, with what leaves it plain.
+VARIANTS: dict[str, Any] = {
+    "proj_size": 0,
+    "peepholes": False,
+    "layer_norm": False,
+    "zoneout": 0.0,
+    "recurrent_dropout": 0.0,
+    "activations": None,
+    "clip_gates": None,
+}
+
+
+def variant(op: str, cell: str, given: Mapping[str, Any], training: bool = False) -> Variant | None:
+    """Those of `given`, checked; None where all are as usual."""
+    proj_size, peepholes, layer_norm, zoneout, recurrent_dropout, activations, clip_gates = (
+        given.get(name, plain) for name, plain in VARIANTS.items()
+    )
     usual = ["Sigmoid", "Tanh", "Tanh"] if CELLS[cell].cell_state else ["Sigmoid", "Tanh"]
     if cell.startswith("rnn"):
         usual = ["Tanh"] if cell == "rnn_tanh" else ["Relu"]
@@ -266,18 +266,18 @@ def variant(
     result = Variant(
         _activations(op, activations, usual),
         P,
-        bool(peepholes),
-        bool(layer_norm),
+        flag(op, "peepholes", peepholes),
+        flag(op, "layer_norm", layer_norm),
         limit(op, "clip_gates", clip_gates),
         zones[0],
         zones[1] if CELLS[cell].cell_state or P else 0.0,
         probability(op, "recurrent_dropout", recurrent_dropout),
-        bool(training),
+        training,
     )
     if cell == "gru_reset_before" and (P or layer_norm):
         name = "proj_size" if P else "layer_norm"
         fail(op, name, f"is {P or True}", "none of it with reset_after=False", "The two need r after the product.")
-    return None if result == Variant(_activations(op, usual, usual), training=bool(training)) else result
+    return None if result == Variant(_activations(op, usual, usual), training=training) else result
 
 
 def _activations(op: str, given: Any, usual: list[str]) -> tuple[tuple[str, float, float], ...]:
@@ -304,41 +304,26 @@ def _activations(op: str, given: Any, usual: list[str]) -> tuple[tuple[str, floa
     return tuple(result)
 
 
-def call(
-    op: str,
-    cell_name: str,
-    x: Any,
-    state: Any,
-    params: Any,
-    *,
-    num_layers: int,
-    bidirectional: bool,
-    reverse: bool,
-    batch_first: bool,
-    lengths: Any,
-    reset: Any,
-    reset_to: str,
-    context: Any,
-    dropout: float,
-    seed: int,
-    clip_cell: float | None,
-    clip_grad: float | None,
-    recompute: bool,
-    variant: Variant | None = None,
-) -> tuple[Call, np.ndarray | None, np.ndarray | None]:
-    """Check a forward call. Returns it with the state's two parts, as the user gave them."""
+def call(op: str, cell_name: str, given: Mapping[str, Any]) -> tuple[Call, np.ndarray | None, np.ndarray | None]:
+    """Check the arguments, by name, of a function of ops. Returns the call, and the state's two parts as they came."""
+    x, state, params, lengths, reset, context = (
+        given[name] for name in ("x", "state", "params", "lengths", "reset", "context")
+    )
+    changed = variant(op, cell_name, given, flag(op, "training", given["training"]))
     cell = CELLS[cell_name]
-    if variant and variant.proj_size:
+    if changed and changed.proj_size:
         cell = dataclasses.replace(cell, cell_state=True)
-    if variant and recompute:
+    L = integer(op, "num_layers", given["num_layers"], 1)
+    bidirectional, reverse, batch_first, recompute = (
+        flag(op, name, given[name]) for name in ("bidirectional", "reverse", "batch_first", "recompute")
+    )
+    D = 2 if bidirectional else 1
+    if changed and recompute:
         fix = "proj_size, peepholes, layer_norm, zoneout, recurrent_dropout, activations, clip_gates: they keep all."
         fail(op, "recompute", "is True", "False with these options", fix)
-    L = integer(op, "num_layers", num_layers, 1)
-    D = 2 if bidirectional else 1
     if reverse and bidirectional:
         fail(op, "reverse", "is True beside bidirectional=True", "one of the two", "bidirectional has both directions.")
-    if reset_to not in ("zero", "initial"):
-        fail(op, "reset_to", f"is {reset_to!r}", '"zero" or "initial"')
+    reset_to = word(op, "reset_to", given["reset_to"], "zero", "initial")
     if type(x) is not np.ndarray and arrays.device_array(x) is not None:
         everything = (x, state, params, lengths, reset, context)
         x, state, params, lengths, reset, context = map(arrays.on_device, everything)
@@ -353,12 +338,14 @@ def call(
         expected = f"{shapes[0]}, or {shapes[1]} without a batch, or {shapes[2]} axes with E weight sets"
         fail(op, "x", f"has shape {x.shape}", expected)
     h0, c0 = state_parts(op, "state", cell, state)
-    if variant and (tokens or context is not None):
+    if changed and (tokens or context is not None):
         name, got = ("x", f"has dtype {x.dtype}") if tokens else ("context", "is given")
         expected = "float32 or float64 with these options" if tokens else "none with these options"
         fix = "Tokens and contexts are not built for them: give one-hot vectors, or the context as features of x."
         fail(op, name, got, expected, fix, TypeError)
-    names, flat, context_params = _flatten(op, cell_name, params, L, D, context is not None, variant)
+    names, flat, context_params = _flatten(op, cell_name, params, L, D, context is not None, changed)
+    for name, array in (*zip(names, flat, strict=True), *context_params.items()):
+        is_array(op, name, array)
     if tokens:
         is_whole(op, "x", x)
         if x_rank == 4 and not any(a.ndim == len(weight_axes(n)) for n, a in zip(names, flat, strict=True)):
@@ -373,7 +360,7 @@ def call(
         dtype, like = x.dtype, "x"
     halves = [n for n, a in zip(names, flat, strict=True) if isinstance(a, np.ndarray) and a.dtype == np.uint16]
     bf16 = dtype == np.float32 and len(halves) > 0
-    if bf16 and variant:
+    if bf16 and changed:
         fail(op, "params", "hold bfloat16 weights", "float32 or float64 weights with these options")
     for name, array in (*zip(names, flat, strict=True), *context_params.items()):
         if bf16 and name.startswith("weight"):
@@ -405,22 +392,22 @@ def call(
     found.setdefault("B", 1)
     if cell.state_product:
         found["H"], sources["H"] = flat[1].shape[-1], names[1]
-        if variant and variant.proj_size:
+        if changed and changed.proj_size:
             found["H"], sources["H"] = flat[0].shape[-2] // cell.gates, names[0]
     else:
         found["H"], sources["H"] = flat[0].shape[-2] // cell.gates, names[0]
-    if h0 is not None and h0.ndim >= 2 and not (variant and variant.proj_size):
+    if h0 is not None and h0.ndim >= 2 and not (changed and changed.proj_size):
         found["H"], sources["H"] = h0.shape[-1], "state"
     lengths = None if lengths is None else _lengths(op, lengths)
     reset = None if reset is None else _reset(op, reset)
 
     # The E axis: wherever an array has one axis more than it must.
     state_rank = 2 if unbatched else 3
-    given = [("x", x, 3 - tokens), *((n, a, len(weight_axes(n)) - 1) for n, a in zip(names, flat, strict=True))]
-    given += [("state", h0, state_rank), ("state", c0, state_rank)]
-    given += [("lengths", lengths, state_rank - 2), ("reset", reset, state_rank - 1)]
-    given += [("context", context, state_rank - 1), *((n, a, 2) for n, a in context_params.items())]
-    for name, array, rank in given:
+    ranked = [("x", x, 3 - tokens), *((n, a, len(weight_axes(n)) - 1) for n, a in zip(names, flat, strict=True))]
+    ranked += [("state", h0, state_rank), ("state", c0, state_rank)]
+    ranked += [("lengths", lengths, state_rank - 2), ("reset", reset, state_rank - 1)]
+    ranked += [("context", context, state_rank - 1), *((n, a, 2) for n, a in context_params.items())]
+    for name, array, rank in ranked:
         if array is not None and array.ndim == rank + 1 and "E" not in found:
             lies = x_axes if name == "x" else _with_sets(name, batch_first, unbatched)
             found["E"], sources["E"] = array.shape[lies.index("E")], name
@@ -443,15 +430,15 @@ def call(
         H=found["H"],
         L=L,
         D=D,
-        reverse=bool(reverse),
+        reverse=reverse,
         reset_to_initial=reset_to == "initial",
-        recompute=bool(recompute),
+        recompute=recompute,
         bf16_weights=bf16,
-        clip_cell=limit(op, "clip_cell", clip_cell),
-        clip_grad=limit(op, "clip_grad", clip_grad),
-        dropout=probability(op, "dropout", dropout),
-        seed=integer(op, "seed", seed, 0, 2**64 - 1),
-        variant=variant,
+        clip_cell=limit(op, "clip_cell", given.get("clip_cell")),
+        clip_grad=limit(op, "clip_grad", given["clip_grad"]),
+        dropout=probability(op, "dropout", given["dropout"]),
+        seed=integer(op, "seed", given["seed"], 0, 2**64 - 1),
+        variant=changed,
     )
     result = Call(
         op,
@@ -462,7 +449,7 @@ def call(
         flat,
         context,
         context_params,
-        bool(batch_first),
+        batch_first,
         unbatched,
         sets,
         x_axes,
@@ -549,7 +536,7 @@ def _lengths(op: str, lengths: Any) -> Any:
             fail(op, "lengths", f"has dtype {lengths.kind}", "int64 on a CUDA device", "Convert it.", TypeError)
         return lengths
     array = np.asarray(lengths)
-    if array.dtype.kind not in "iu" and array.size:
+    if array.dtype.kind not in "iu" and (array.size or array.dtype != np.float64):  # an empty list is float64
         fail(op, "lengths", f"is {arrays.kind(lengths)}", "integers", "Lengths count time steps.", TypeError)
     return array.astype(np.int64)
 
@@ -576,7 +563,8 @@ def _flatten(
     extra = parameters.context_names(D == 2) if context else []
     if isinstance(params, Mapping):
         bias = "bias_ih_l0" in params or "bias_hh_l0" in params
-        own = parameters.names(L, D == 2, bias, cell, **options)
+        named = min(L, len(params) + 1)  # one of these lacks a name, or all are there
+        own = parameters.names(named, D == 2, bias, cell, **options)
         wanted = own + extra
         given = list(params)
         if given != wanted:

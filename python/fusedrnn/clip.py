@@ -17,6 +17,7 @@ import numpy as np
 
 from . import backends
 from .arrays import DeviceArray, device_array
+from .errors import number
 
 __all__ = ["clip_each_norm_", "clip_grad_norm_", "clip_grad_value_"]
 
@@ -77,6 +78,7 @@ def clip_grad_value_(grads: Any, clip_value: float) -> None:
     array([ 0.5, -0.1])
     """
     arrays = [array for _, array in leaves("clip_grad_value_", grads)]
+    clip_value = number("clip_grad_value_", "clip_value", clip_value)
     if not clip_value >= 0:
         raise ValueError(f"clip_grad_value_: clip_value is {clip_value}; expected a number >= 0")
     if on_cuda("clip_grad_value_", arrays):
@@ -135,8 +137,10 @@ def norm_of(arrays: Sequence[np.ndarray], norm_type: float) -> float:
         )
         block: Any
         for block in blocks:
-            total += float(block @ block) if norm_type == 2 else float((np.abs(block) ** norm_type).sum())
-    return float(np.sqrt(total)) if norm_type == 2 else total ** (1.0 / norm_type)
+            with np.errstate(over="ignore", invalid="ignore"):
+                total += float(block @ block) if norm_type == 2 else float((np.abs(block) ** norm_type).sum())
+    with np.errstate(over="ignore"):
+        return float(np.sqrt(total)) if norm_type == 2 else float(np.power(total, 1.0 / norm_type))
 
 
 def scale(arrays: Sequence[np.ndarray], norm: float, max_norm: float) -> None:
@@ -173,9 +177,11 @@ def leaves(function: str, grads: Any, name: str = "grads") -> Iterator[tuple[str
             f"{function}: {name} is a {type(grads).__name__}; expected a NumPy array, or a dict, list or tuple of them"
         )
     elif grads.dtype not in (np.float32, np.float64):
-        raise TypeError(f"{function}: {name} has dtype {grads.dtype}; expected float32 or float64")
+        raise TypeError(f"{function}: {name} has dtype {grads.dtype}; expected float32 or float64 in native byte order")
     elif not grads.flags.writeable:
         raise ValueError(f"{function}: {name} is read-only; clipping works in place, pass a writeable array")
+    elif not grads.flags.aligned:
+        raise ValueError(f"{function}: {name} is not aligned; expected whole elements in memory, such as {name}.copy()")
     else:
         yield name, grads
 
@@ -191,6 +197,7 @@ def like(grads: Any, values: Iterator[float]) -> Any:
 
 
 def check_norm(function: str, max_norm: float, norm_type: float) -> None:
+    number(function, "max_norm", max_norm), number(function, "norm_type", norm_type)
     if not max_norm >= 0:
         raise ValueError(f"{function}: max_norm is {max_norm}; expected a number >= 0")
     if not norm_type > 0:

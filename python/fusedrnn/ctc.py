@@ -192,7 +192,7 @@ class Call:
 
 def _integers(op: str, name: str, value: Any, expected: str) -> np.ndarray:
     array = np.asarray(value)
-    if array.dtype.kind not in "iu" and array.size:
+    if array.dtype.kind not in "iu" and (array.size or array.dtype != np.float64):  # an empty list is float64
         check.fail(op, name, f"is {arrays.kind(value)}", expected, error=TypeError)
     return array.astype(np.int64)
 
@@ -218,7 +218,7 @@ def numbers_of(op: str, name: str, value: Any, B: int, dtype: Any) -> np.ndarray
         check.fail(op, name, f"is {arrays.kind(value)}", f"a number, or {B} = B numbers", error=TypeError)
     if given.shape not in ((), (B,)):
         check.fail(op, name, f"has shape {given.shape}", f"({B},) = (B,), or one number")
-    return np.ascontiguousarray(np.broadcast_to(given, (B,)), dtype)
+    return np.broadcast_to(given, (B,)).astype(dtype)  # new: aligned, in native byte order
 
 
 def scores_of(op: str, name: str, value: Any, axes: str) -> tuple[np.ndarray, bool]:
@@ -245,6 +245,7 @@ def checked(
         check.fail(op, "log_probs", "has dtype float16", "float32 or float64", error=TypeError)
     T, B, C = log_probs.shape
     blank = blank_of(op, blank, C)
+    zero_infinity = check.flag(op, "zero_infinity", zero_infinity)
     lengths = lengths_of(op, "input_lengths", input_lengths, B, T, "T", single)
     labels = _integers(op, "targets", targets, "integers: classes of log_probs")
     if labels.ndim == 2 or single:
@@ -273,4 +274,4 @@ def checked(
         expected = f"a class in [0, {C}) = [0, C) that is not blank = {blank}"
         fix = "Entries past target_lengths are not read."
         check.fail(op, "targets", f"has {used[n]} as label {places[n]} of row {rows[n]}", expected, fix)
-    return Call(log_probs, labels, first, counts, lengths, blank, bool(zero_infinity), single)
+    return Call(log_probs, labels, first, counts, lengths, blank, zero_infinity, single)

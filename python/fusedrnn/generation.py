@@ -57,7 +57,8 @@ def generate(
     temperature = check.number(op, "temperature", temperature)
     if not 0 <= temperature < np.inf:
         check.fail(op, "temperature", f"is {temperature}", "a finite number >= 0", "0 takes the largest logit.")
-    top_k = 0 if top_k is None else check.integer(op, "top_k", top_k, 1)
+    top_k = 0 if top_k is None else check.integer(op, "top_k", top_k, 1, 2**63 - 1)
+    return_state = check.flag(op, "return_state", return_state)
     if layer.bidirectional:
         check.fail(op, "layer", "is bidirectional", "one direction", "The other would have to see what comes.")
     if layer.context_size:

@@ -26,7 +26,6 @@ class _Layer:
 
     _op: str  # the function in ops
     _cell: str
-    _variants: tuple[str, ...] = ()  # the options of that function that choose a variant of the cell
     _tape: ops.Tape | None = None
 
     def __init__(
@@ -48,26 +47,25 @@ class _Layer:
         **variants: Any,
     ) -> None:
         op = type(self).__name__
+        known = [name for name in check.VARIANTS if name in getattr(ops, self._op).__kwdefaults__]
         for name in variants:
-            if name not in self._variants:
-                expected = f"an option it has: {', '.join(self._variants) or 'see its text'}"
+            if name not in known:
+                expected = f"an option it has: {', '.join(known) or 'see its text'}"
                 check.fail(op, name, "is unknown", expected, error=TypeError)
         self.variants = variants
-        self._variant = check.variant(op, self._cell, **variants)
+        self._variant = check.variant(op, self._cell, variants)
         self.input_size = check.integer(op, "input_size", input_size, 1)
         self.hidden_size = check.integer(op, "hidden_size", hidden_size, 1)
         self.num_layers = check.integer(op, "num_layers", num_layers, 1)
-        self.bias = bool(bias)
-        self.batch_first = bool(batch_first)
+        self.bias = check.flag(op, "bias", bias)
+        self.batch_first = check.flag(op, "batch_first", batch_first)
         self.dropout = check.probability(op, "dropout", dropout)
-        self.bidirectional = bool(bidirectional)
+        self.bidirectional = check.flag(op, "bidirectional", bidirectional)
         self.clip_grad = clip_grad
         check.limit(op, "clip_grad", clip_grad)
-        self.recompute = bool(recompute)
+        self.recompute = check.flag(op, "recompute", recompute)
         self.context_size = check.integer(op, "context_size", context_size, 0)
-        self.dtype = np.dtype(dtype)
-        if self.dtype not in (np.float32, np.float64):
-            check.fail(op, "dtype", f"is {self.dtype}", "float32 or float64", error=TypeError)
+        self.dtype = check.float_type(op, "dtype", dtype)
         self.seed = int(np.random.SeedSequence().generate_state(1, np.uint64)[0]) if seed is None else seed
         check.integer(op, "seed", self.seed, 0, 2**64 - 1)
         self.draws = 0
@@ -229,7 +227,7 @@ class _Layer:
 
     def train(self, mode: bool = True) -> Any:
         """Calls keep a tape and apply dropout from now on. Returns the layer."""
-        self.training = bool(mode)
+        self.training = check.flag(type(self).__name__, "mode", mode)
         return self
 
     def eval(self) -> Any:
@@ -269,6 +267,8 @@ class _Layer:
         >>> b.load_state_dict(a.state_dict())
         """
         op = f"{type(self).__name__}.load_state_dict"
+        if not isinstance(state_dict, Mapping):
+            check.fail(op, "state_dict", f"is {arrays.kind(state_dict)}", "a dict of arrays by name", error=TypeError)
         new = {name: np.asarray(value) for name, value in state_dict.items()}
         lost, unknown = self.parameters.keys() - new.keys(), new.keys() - self.parameters.keys()
         if lost or unknown:
@@ -322,13 +322,10 @@ class LSTM(_Layer):
     """
 
     _op = "lstm"
-    _variants = (
-        "proj_size", "peepholes", "layer_norm", "zoneout", "recurrent_dropout", "activations", "clip_gates"
-    )  # fmt: skip
 
     def __init__(self, *args: Any, clip_cell: float | None = None, coupled: bool = False, **options: Any) -> None:
-        self.coupled = bool(coupled)
-        self._cell = "cifg" if coupled else "lstm"
+        self.coupled = check.flag("LSTM", "coupled", coupled)
+        self._cell = "cifg" if self.coupled else "lstm"
         super().__init__(*args, **options)
         check.limit("LSTM", "clip_cell", clip_cell)
         self._clip_cell = clip_cell
@@ -354,11 +351,10 @@ class GRU(_Layer):
     """
 
     _op = "gru"
-    _variants = ("proj_size", "layer_norm", "zoneout", "recurrent_dropout", "activations", "clip_gates")
 
     def __init__(self, *args: Any, reset_after: bool = True, **options: Any) -> None:
-        self.reset_after = bool(reset_after)
-        self._cell = "gru" if reset_after else "gru_reset_before"
+        self.reset_after = check.flag("GRU", "reset_after", reset_after)
+        self._cell = "gru" if self.reset_after else "gru_reset_before"
         super().__init__(*args, **options)
 
     def _options(self) -> dict[str, Any]:
@@ -376,12 +372,9 @@ class RNN(_Layer):
     """
 
     _op = "rnn"
-    _variants = ("zoneout", "recurrent_dropout", "activations", "clip_gates")
 
     def __init__(self, *args: Any, nonlinearity: str = "tanh", **options: Any) -> None:
-        if nonlinearity not in ("tanh", "relu"):
-            check.fail("RNN", "nonlinearity", f"is {nonlinearity!r}", '"tanh" or "relu"')
-        self.nonlinearity = nonlinearity
+        self.nonlinearity = check.word("RNN", "nonlinearity", nonlinearity, "tanh", "relu")
         self._cell = f"rnn_{nonlinearity}"
         super().__init__(*args, **options)
 

@@ -127,39 +127,8 @@ def lstm(
     >>> grads["x"].shape, grads["weight_ih_l0"].shape
     ((5, 2, 3), (16, 3))
     """
-    checked = check.call(
-        "lstm",
-        "cifg" if coupled else "lstm",
-        x,
-        state,
-        params,
-        num_layers=num_layers,
-        bidirectional=bidirectional,
-        reverse=reverse,
-        batch_first=batch_first,
-        lengths=lengths,
-        reset=reset,
-        reset_to=reset_to,
-        context=context,
-        dropout=dropout,
-        seed=seed,
-        clip_cell=clip_cell,
-        clip_grad=clip_grad,
-        recompute=recompute,
-        variant=check.variant(
-            "lstm",
-            "cifg" if coupled else "lstm",
-            proj_size=proj_size,
-            peepholes=peepholes,
-            layer_norm=layer_norm,
-            zoneout=zoneout,
-            recurrent_dropout=recurrent_dropout,
-            activations=activations,
-            clip_gates=clip_gates,
-            training=training,
-        ),
-    )
-    return _forward(checked, x, training, return_cells, backend, reuse)
+    given = locals()
+    return _forward("lstm", "cifg" if check.flag("lstm", "coupled", coupled) else "lstm", given)
 
 
 def gru(
@@ -204,38 +173,8 @@ def gru(
     >>> y.shape, h.shape, tape
     ((5, 2, 4), (1, 2, 4), None)
     """
-    checked = check.call(
-        "gru",
-        "gru" if reset_after else "gru_reset_before",
-        x,
-        state,
-        params,
-        num_layers=num_layers,
-        bidirectional=bidirectional,
-        reverse=reverse,
-        batch_first=batch_first,
-        lengths=lengths,
-        reset=reset,
-        reset_to=reset_to,
-        context=context,
-        dropout=dropout,
-        seed=seed,
-        clip_cell=None,
-        clip_grad=clip_grad,
-        recompute=recompute,
-        variant=check.variant(
-            "gru",
-            "gru" if reset_after else "gru_reset_before",
-            proj_size=proj_size,
-            layer_norm=layer_norm,
-            zoneout=zoneout,
-            recurrent_dropout=recurrent_dropout,
-            activations=activations,
-            clip_gates=clip_gates,
-            training=training,
-        ),
-    )
-    return _forward(checked, x, training, return_cells, backend, reuse)
+    given = locals()
+    return _forward("gru", "gru" if check.flag("gru", "reset_after", reset_after) else "gru_reset_before", given)
 
 
 def rnn(
@@ -272,38 +211,8 @@ def rnn(
     >>> y.dtype
     dtype('float64')
     """
-    if nonlinearity not in ("tanh", "relu"):
-        check.fail("rnn", "nonlinearity", f"is {nonlinearity!r}", '"tanh" or "relu"')
-    checked = check.call(
-        "rnn",
-        f"rnn_{nonlinearity}",
-        x,
-        state,
-        params,
-        num_layers=num_layers,
-        bidirectional=bidirectional,
-        reverse=reverse,
-        batch_first=batch_first,
-        lengths=lengths,
-        reset=reset,
-        reset_to=reset_to,
-        context=context,
-        dropout=dropout,
-        seed=seed,
-        clip_cell=None,
-        clip_grad=clip_grad,
-        recompute=recompute,
-        variant=check.variant(
-            "rnn",
-            f"rnn_{nonlinearity}",
-            zoneout=zoneout,
-            recurrent_dropout=recurrent_dropout,
-            activations=activations,
-            clip_gates=clip_gates,
-            training=training,
-        ),
-    )
-    return _forward(checked, x, training, return_cells, backend, reuse)
+    given = locals()
+    return _forward("rnn", f"rnn_{check.word('rnn', 'nonlinearity', nonlinearity, 'tanh', 'relu')}", given)
 
 
 def mingru(
@@ -338,27 +247,7 @@ def mingru(
     >>> sorted(fusedrnn.mingru_backward(tape, np.ones_like(y)))
     ['bias_ih_l0', 'state', 'weight_ih_l0', 'x']
     """
-    checked = check.call(
-        "mingru",
-        "mingru",
-        x,
-        state,
-        params,
-        num_layers=num_layers,
-        bidirectional=bidirectional,
-        reverse=reverse,
-        batch_first=batch_first,
-        lengths=lengths,
-        reset=reset,
-        reset_to=reset_to,
-        context=context,
-        dropout=dropout,
-        seed=seed,
-        clip_cell=None,
-        clip_grad=clip_grad,
-        recompute=recompute,
-    )
-    return _forward(checked, x, training, return_cells, backend, reuse)
+    return _forward("mingru", "mingru", locals())
 
 
 def minlstm(
@@ -394,27 +283,7 @@ def minlstm(
     >>> sorted(fusedrnn.minlstm_backward(tape, np.ones_like(y)))
     ['bias_ih_l0', 'state', 'weight_ih_l0', 'x']
     """
-    checked = check.call(
-        "minlstm",
-        "minlstm",
-        x,
-        state,
-        params,
-        num_layers=num_layers,
-        bidirectional=bidirectional,
-        reverse=reverse,
-        batch_first=batch_first,
-        lengths=lengths,
-        reset=reset,
-        reset_to=reset_to,
-        context=context,
-        dropout=dropout,
-        seed=seed,
-        clip_cell=None,
-        clip_grad=clip_grad,
-        recompute=recompute,
-    )
-    return _forward(checked, x, training, return_cells, backend, reuse)
+    return _forward("minlstm", "minlstm", locals())
 
 
 def lstm_backward(tape: Tape, dy: _Array | None = None, dstate: Any = None, dcells: _Array | None = None) -> Any:
@@ -467,7 +336,8 @@ def jvp(tape: Tape, tangents: Mapping[str, Any], return_cells: bool = False) -> 
     >>> ty.shape
     (5, 2, 4)
     """
-    call = tape.call
+    call = _tape("jvp", tape).call
+    return_cells = check.flag("jvp", "return_cells", return_cells)
     public, out = _new_results(call, return_cells)
     _tangents_backend("jvp", tape).jvp(call.problem, tape.arguments, _tangents("jvp", tape, tangents), out)
     return _state_last(call, public, return_cells)
@@ -495,7 +365,7 @@ def hvp(
     >>> fusedrnn.ops.hvp(tape, {"weight_hh_l0": params["weight_hh_l0"]}, dy=y)["x"].shape
     (5, 2, 3)
     """
-    call = tape.call
+    call = _tape("hvp", tape).call
     v = _tangents("hvp", tape, tangents)
     g = _given_results("hvp", call, "d", dy, dstate, dcells)
     t = _given_results("hvp", call, "td", tdy, tdstate, tdcells)
@@ -507,22 +377,20 @@ def hvp(
 # The way of every call.
 
 
-def _forward(
-    checked: tuple[check.Call, Any, Any],
-    x: _Array,
-    training: bool,
-    return_cells: bool,
-    backend: str | None,
-    reuse: Tape | None,
-) -> Any:
-    call, h0, c0 = checked
+def _forward(op: str, cell: str, given: dict[str, Any]) -> Any:
+    """A call of the function `op`; `given`: all its arguments by name."""
+    training, return_cells = (check.flag(op, name, given[name]) for name in ("training", "return_cells"))
+    x, reuse = given["x"], given["reuse"]
+    if not isinstance(reuse, Tape | None):
+        check.fail(op, "reuse", f"is {arrays.kind(reuse)}", "an old tape, or None", error=TypeError)
+    call, h0, c0 = check.call(op, cell, given)
     problem = call.problem
     if not training:
         problem.dropout = 0.0
     if problem.variant and call.on_cuda:
         fix = "proj_size, peepholes, layer_norm, zoneout, recurrent_dropout, activations and clip_gates run on the CPU."
         check.fail(call.op, "x", "is on a CUDA device", "a NumPy array with these options", fix)
-    chosen: Any = backends.choose(backend, on_cuda=call.on_cuda)
+    chosen: Any = backends.choose(given["backend"], on_cuda=call.on_cuda)
     if call.on_cuda:
         x = arrays.on_device(x)
     if problem.bf16_weights:
@@ -568,11 +436,17 @@ def _tape_memory(size: int, dtype: Any, reuse: Tape | None) -> _Array:
     return memory
 
 
+def _tape(op: str, tape: Any) -> Tape:
+    if not isinstance(tape, Tape):
+        function = op.removesuffix("_backward") if "_" in op else "lstm"
+        fix = f"Call {function}(..., training=True): the last thing it returns."
+        check.fail(op, "tape", f"is {arrays.kind(tape)}", "a tape", fix, TypeError)
+    return tape
+
+
 def _backward(op: str, tape: Tape, dy: Any, dstate: Any, dcells: Any) -> Any:
     name = f"{op}_backward"
-    if not isinstance(tape, Tape):
-        fix = f"Call {op}(..., training=True): the last thing it returns."
-        check.fail(name, "tape", f"is {arrays.kind(tape)}", "a tape", fix, TypeError)
+    _tape(name, tape)
     if tape.call.op != op:
         check.fail(name, "tape", f"comes from {tape.call.op}", op, f"Call {tape.call.op}_backward.")
     if tape.buffer is None:
@@ -687,6 +561,9 @@ def _given_results(op: str, call: check.Call, prefix: str, y: Any, state: Any, c
 def _tangents(op: str, tape: Tape, tangents: Mapping[str, Any]) -> Arguments:
     """Tangents by name, checked against the arguments they belong to, as canonical views."""
     call = tape.call
+    if not isinstance(tangents, Mapping):
+        fix = "Such as {'x': tx}."
+        check.fail(op, "tangents", f"is {arrays.kind(tangents)}", "a dict of arrays by name", fix, TypeError)
     given = dict(arrays.on_device(tangents) if call.on_cuda else tangents)
     if "state" in given:
         given["h"], given["c"] = check.state_parts(op, "tangents['state']", call.cell, given.pop("state"))

@@ -531,7 +531,7 @@ class Exact:
             for m in range(l, len(self.columns)):
                 for error, S in zip(errors[m], self.of[m][l], strict=True):
                     if error is not None:
-                        total += error.reshape(-1) @ S.reshape(B * H, -1)[:, :P]
+                        total += error.reshape(-1) @ S.reshape(B * H, S.shape[-1])[:, :P]
                         start += (error[:, None] @ S[..., P:])[:, 0]
             blocks = np.split(total, [H * f for f in columns.first[1:-1]])
             grads.append([block.reshape(H, -1) for block in blocks])

@@ -31,7 +31,7 @@ Every step's loss counts exactly once. The last chunk may be shorter and always 
 """
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -179,6 +179,8 @@ class Walk:
         self.sums: dict[str, np.ndarray] = {}  # gradients since the last update
         if reset is not None and not arrays.is_array(x):
             raise ValueError(f"{op}: reset is given beside an iterable x; expected (x, reset) pairs from the iterable")
+        if isinstance(x, str | bytes | memoryview | Mapping) or not (arrays.is_array(x) or isinstance(x, Iterable)):
+            raise TypeError(f"{op}: x is {arrays.kind(x)}; expected an array (T,B,I), or an iterable of blocks of it")
         blocks = [(x, reset)] if arrays.is_array(x) else x
         self.lengths = None if lengths is None else np.asarray(lengths)
         longest = None
@@ -239,7 +241,9 @@ class Steps:
                 if self.longest is not None:
                     raise ValueError(f"{self.op}: x ended after {self.end} steps; expected {self.longest} from lengths")
                 return self.end
-            x, reset = block if isinstance(block, tuple) else (block, None)
+            x, reset = block if isinstance(block, tuple) and len(block) == 2 else (block, None)
+            if not arrays.is_array(x) or x.ndim < 1:
+                raise TypeError(f"{self.op}: a block of x is {arrays.kind(x)}; expected (T,B,I), or a pair (x, reset)")
             marks = steps_and_rows(x)
             self.axis = 1 if self.batch_first and len(marks) == 2 else 0
             if reset is not None and np.shape(reset) != marks:

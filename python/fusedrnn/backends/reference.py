@@ -20,6 +20,7 @@ from ..cells.number import clamp
 from . import Arguments, Problem, Results, holds_tokens
 from .variants import Walk
 
+_QUIET = np.errstate(all="ignore")  # NaN and inf go their way, as in the kernels
 _STEP = 1e-40  # its square vanishes beside 1, and products with tiny tangents do not underflow
 
 
@@ -28,21 +29,25 @@ def tape_elements(problem: Problem) -> int:
     return 0
 
 
+@_QUIET
 def forward(problem: Problem, p: Arguments, out: Results, tape: Any) -> None:
     """Fill out's arrays."""
     store_results(out, _forward(problem, _wide_arguments(problem, p))[0])
 
 
+@_QUIET
 def backward(problem: Problem, p: Arguments, tape: Any, g: Results, dp: Arguments) -> None:
     """Fill dp's arrays with the gradients."""
     store_arguments(dp, _backward(problem, _wide_arguments(problem, p), _wide_results(g)))
 
 
+@_QUIET
 def jvp(problem: Problem, p: Arguments, v: Arguments, tout: Results) -> None:
     """Fill tout's arrays with the tangents of the results."""
     store_results(tout, _forward(problem, _wide_arguments(problem, p, v))[0], tangent=True)
 
 
+@_QUIET
 def hvp(
     problem: Problem, p: Arguments, v: Arguments, g: Results, t: Results, tdp: Arguments, tout: Results | None = None
 ) -> None:
