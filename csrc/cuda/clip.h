@@ -192,6 +192,8 @@ void run_clip_value(Queue& queue, const Span* spans, size_t count, double limit)
 template <class Machine>
 Status clip_norm_on(const Span* spans, size_t count, double order, double max_norm, double* norm, void* workspace,
                     void* stream) {
+  Status status;
+  if (!Machine::device(&status)) return status;
   auto queue = Machine::simple(stream);
   const int code = order == 1 ? 1 : order == 2 ? 2 : 0;
   run_clip_norm(queue, spans, count, code, max_norm, norm, static_cast<double*>(workspace));
@@ -199,6 +201,8 @@ Status clip_norm_on(const Span* spans, size_t count, double order, double max_no
 }
 template <class Machine>
 Status clip_value_on(const Span* spans, size_t count, double limit, void* stream) {
+  Status status;
+  if (!Machine::device(&status)) return status;
   auto queue = Machine::simple(stream);
   run_clip_value(queue, spans, count, limit);
   return queue.failure();

@@ -238,6 +238,8 @@ void run_ctc(Queue& queue, const Ctc& c, int64_t most, int64_t longest, void* wo
 // cuda.h's function, on a machine (run.h).
 template <class Machine>
 Status ctc_on(const Ctc& c, int64_t most, int64_t longest, void* workspace, void* stream) {
+  Status status;
+  if (!Machine::device(&status)) return status;
   auto queue = Machine::simple(stream);
   if (c.dtype == Dtype::f64)
     run_ctc<double>(queue, c, most, longest, workspace);

@@ -4,10 +4,47 @@
 
 #include <map>
 #include <mutex>
+#include <vector>
 
 #include "gpu.h"
 
 namespace fusedrnn::cuda {
+
+namespace {
+
+// Allocations of ours must not spoil a graph that this thread or, in CUDA's global mode, another one is capturing:
+// they put nothing on a stream.
+class BesideCaptures {
+ public:
+  BesideCaptures() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  ~BesideCaptures() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  BesideCaptures(const BesideCaptures&) = delete;
+  BesideCaptures& operator=(const BesideCaptures&) = delete;
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+};
+
+// A cuBLAS handle serves one thread at a time. A thread keeps those it has used, one a device, and leaves them to
+// others when it ends; none is ever destroyed, since at the end of the process CUDA may be gone before us.
+struct Handles {
+  std::mutex mutex;
+  std::multimap<int, Cublas::Handle> free;
+};
+Handles& handles() {
+  static Handles* const all = new Handles;
+  return *all;
+}
+struct OwnHandles {
+  std::map<int, Cublas::Handle> of_device;
+  ~OwnHandles() {
+    const std::lock_guard<std::mutex> lock(handles().mutex);
+    for (const auto& [device, handle] : of_device)
+      if (handle) handles().free.emplace(device, handle);
+  }
+};
+
+}  // namespace
 
 const Cublas* cublas(std::string* why) {
   static Cublas functions = {};
@@ -44,11 +81,21 @@ Status Gpu::open(void* stream, void* workspace, std::optional<Queue>* queue) {
   int device = 0;
   if (const cudaError_t status = cudaGetDevice(&device); status != cudaSuccess)
     return std::string("cudaGetDevice: ") + cudaGetErrorString(status);
-  // a handle serves one thread at a time; they live as long as the thread
-  thread_local std::map<int, Cublas::Handle> handles;
-  Cublas::Handle& mine = handles[device];
+  thread_local OwnHandles own;
+  Cublas::Handle& mine = own.of_device[device];
   if (!mine) {
-    if (const int status = blas->create(&mine); status != 0) return "cublasCreate: status " + std::to_string(status);
+    const std::lock_guard<std::mutex> lock(handles().mutex);
+    if (const auto left = handles().free.find(device); left != handles().free.end()) {
+      mine = left->second;
+      handles().free.erase(left);
+    }
+  }
+  if (!mine) {
+    const BesideCaptures relaxed;
+    if (const int status = blas->create(&mine); status != 0) {
+      mine = nullptr;
+      return "cublasCreate: status " + std::to_string(status);
+    }
   }
   int status = blas->set_stream(mine, stream);
   if (status == 0) status = blas->set_workspace(mine, workspace, kInFront);
@@ -61,18 +108,20 @@ namespace {
 
 // Two words, mapped into every device; a call that finds none is not run.
 int* late_words(std::string* why) {
-  static std::string reason;
-  static int* const words = [] {
-    void* p = nullptr;
-    const cudaError_t status = cudaHostAlloc(&p, 2 * sizeof(int), cudaHostAllocMapped | cudaHostAllocPortable);
-    if (status != cudaSuccess) {
-      reason = std::string("cudaHostAlloc of two words: ") + cudaGetErrorString(status);
-      return static_cast<int*>(nullptr);
-    }
-    static_cast<int*>(p)[0] = static_cast<int*>(p)[1] = 0;
-    return static_cast<int*>(p);
-  }();
-  if (!words) *why = reason;
+  static std::mutex mutex;
+  static int* words = nullptr;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (words) return words;
+  const BesideCaptures relaxed;
+  void* p = nullptr;
+  const cudaError_t status = cudaHostAlloc(&p, 2 * sizeof(int), cudaHostAllocMapped | cudaHostAllocPortable);
+  if (status != cudaSuccess) {
+    *why = std::string("cudaHostAlloc of two words: ") + cudaGetErrorString(status);
+    cudaGetLastError();
+    return nullptr;
+  }
+  words = static_cast<int*>(p);
+  words[0] = words[1] = 0;
   return words;
 }
 
@@ -101,12 +150,15 @@ const Device* Gpu::device(std::string* why) {
   int id = 0;
   cudaError_t status = cudaGetDevice(&id);
   if (status != cudaSuccess) {
-    *why = std::string("no CUDA device: ") + cudaGetErrorString(status);
+    *why = std::string("no CUDA device: ") + cudaGetErrorString(status) + " (the kernels were compiled with CUDA " +
+           std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10) + ")";
+    cudaGetLastError();
     return nullptr;
   }
   const std::lock_guard<std::mutex> lock(mutex);
   const auto known = devices.find(id);
   if (known != devices.end()) return &known->second;
+  const BesideCaptures relaxed;
   Device d;
   int major = 0, minor = 0, cooperative = 0;
   const auto ask = [&](int* to, cudaDeviceAttr attribute) {
@@ -172,6 +224,7 @@ Status devices(std::vector<Found>* found) {
 const char* built_for() { return FUSEDRNN_CUDA_ARCHITECTURES; }
 
 OnDevice::OnDevice(const void* memory, Status* status) {
+  if (!memory) return;  // an empty array: any device will do
   cudaPointerAttributes attributes;
   int current = 0;
   cudaError_t done = cudaPointerGetAttributes(&attributes, memory);
@@ -195,8 +248,23 @@ OnDevice::~OnDevice() {
 }
 
 Status upload(void* to, const void* from, size_t bytes, void* stream) {
-  const cudaError_t status =
-      cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, static_cast<cudaStream_t>(stream));
+  // A graph would read `from` again whenever it runs, long after it has gone.
+  cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+  if (cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &capture) != cudaSuccess)
+    cudaGetLastError();
+  else if (capture != cudaStreamCaptureStatusNone)
+    return "copy of " + std::to_string(bytes) +
+           " bytes to the device: the stream is capturing a graph, which a host array cannot go into; copy it to the "
+           "device before";
+  // Memory that CUDA knows is read when the copy's turn comes; all other before the call returns.
+  std::vector<char> own;
+  cudaPointerAttributes attributes = {};
+  if (cudaPointerGetAttributes(&attributes, from) != cudaSuccess)
+    cudaGetLastError();
+  else if (attributes.type == cudaMemoryTypeHost)
+    own.assign(static_cast<const char*>(from), static_cast<const char*>(from) + bytes);
+  const cudaError_t status = cudaMemcpyAsync(to, own.empty() ? from : own.data(), bytes, cudaMemcpyHostToDevice,
+                                             static_cast<cudaStream_t>(stream));
   return status == cudaSuccess
              ? ""
              : "copy of " + std::to_string(bytes) + " bytes to the device: " + cudaGetErrorString(status);

@@ -40,8 +40,9 @@ __global__ void __launch_bounds__(K::kThreads, 1) entry(const __grid_constant__ 
 // cluster: blocks of a cluster, 0 = none. cooperative: fail rather than start with blocks waiting for room.
 template <class K>
 cudaError_t launch(const K& kernel, int blocks, int cluster, bool cooperative, cudaStream_t stream) {
+  static_assert(sizeof(K) <= 4096, "more parameters than every driver takes");
   constexpr int bytes = shared_of<K>();
-  if constexpr (bytes > 48 * 1024) {
+  if constexpr (bytes > 48 * 1024) {  // every time: it holds for the current device only
     const cudaError_t status = cudaFuncSetAttribute(entry<K>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (status != cudaSuccess) return status;
   }
