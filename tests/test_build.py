@@ -120,6 +120,43 @@ def test_cuda_option(tmp_path):
 
 
 @needs_cmake
+def test_cuda_auto(tmp_path, monkeypatch):
+    """What a GPU, or what tells of one, makes of FUSEDRNN_CUDA=AUTO; nothing is compiled but CMake's own questions."""
+
+    def begin(name: str, says: str, *options: str, **environment: str) -> subprocess.Popen:
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "nvidia-smi").write_text(f"#!/bin/sh\n{says}\n")
+        (folder / "nvidia-smi").chmod(0o755)
+        environment = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", **environment}
+        command = ["cmake", "-S", str(ROOT), "-B", str(folder / "out"), "-DFUSEDRNN_PYTHON=OFF", *options]
+        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    def end(process: subprocess.Popen, status: int = 0) -> str:
+        said = process.communicate(timeout=300)[0]
+        assert process.returncode == status, said
+        return " ".join(said.split())
+
+    for name in ("CUDAARCHS", "CUDACXX"):
+        monkeypatch.delenv(name, raising=False)
+    hangs = begin("hangs", "exec sleep 600")  # found out while the others run
+    assert "CUDA OFF (FUSEDRNN_CUDA=AUTO: nvidia-smi ended with '9')" in end(begin("fails", "exit 9"))
+    assert "CUDA OFF (FUSEDRNN_CUDA=AUTO: no GPU here)" in end(begin("old", "echo 6.1"))
+    nowhere = {"CUDACXX": str(tmp_path / "nvcc")}
+    assert "CUDA OFF (FUSEDRNN_CUDA=AUTO: a GPU, but no nvcc that works" in end(begin("gpu", "echo 9.0", **nowhere))
+    refused = end(begin("on", "exit 9", "-DFUSEDRNN_CUDA=ON", **nowhere), 1)
+    assert "FUSEDRNN_CUDA=ON: there is no nvcc that works on PATH or in CUDACXX. Put one on PATH" in refused
+    if shutil.which("nvcc"):
+        several = end(begin("several", "echo 9.0; echo 8.6; echo 9.0; echo 6.1"))
+        assert "CUDA ON (FUSEDRNN_CUDA=AUTO for sm_90a sm_86)" in several
+        newer = end(begin("newer", "echo 99.0"))
+        assert re.search(r"CUDA OFF \(FUSEDRNN_CUDA=AUTO: nvcc [\d.]+ does not know 990-real\)", newer)
+        own = end(begin("own", "echo 99.0", CUDAARCHS="80-real"))
+        assert "CUDA ON (FUSEDRNN_CUDA=AUTO for sm_80)" in own
+    assert "CUDA OFF (FUSEDRNN_CUDA=AUTO: nvidia-smi ended with 'Process terminated due to timeout')" in end(hangs)
+
+
+@needs_cmake
 def test_flags(tmp_path):
     """Nothing global changes arithmetic, and each instruction set gets its own flags only."""
     result = configure(tmp_path)
