@@ -75,6 +75,19 @@ CALLS: list[tuple[str, type[Exception], Any]] = [
     (r"ctc_loss: zero_infinity is array", TypeError, lambda: ctc(zero_infinity=np.array([1, 2]))),
     (r"ctc_loss: input_lengths is .*complex128", TypeError, lambda: ctc(B=0, lengths=np.zeros(0, complex))),
     (r"ctc_greedy: log_probs is a numpy.matrix", TypeError, lambda: fusedrnn.ctc_greedy(np.matrix(np.ones((3, 2))))),
+    (r"cell is 'x'; expected one of rnn_tanh", ValueError, lambda: parameters.init("x", 3, 4)),
+    (r"cell is \[\]; expected one of rnn_tanh", ValueError, lambda: parameters.kinds([])),
+    (r"hidden_size is 0; expected an integer >= 1", ValueError, lambda: parameters.init("gru", 3, 0)),
+    (r"input_size is 2.5; expected an integer", TypeError, lambda: parameters.shapes("gru", 2.5, 4)),
+    (r"to_bfloat16: params is a float", TypeError, lambda: parameters.to_bfloat16(1.5)),
+    (r"to_bfloat16: weight_ih_l0 has dtype complex", TypeError, lambda: bfloat16(np.ones((8, 2), complex))),
+    (r"from_bfloat16: a is a list", TypeError, lambda: parameters.from_bfloat16({"a": []})),
+    (r"cell is 'cifg'; expected one of lstm, gru, rnn", ValueError, lambda: parameters.to_onnx("cifg", {})),
+    (r"to_onnx: params has no weight_ih_l0", ValueError, lambda: parameters.to_onnx("lstm", {})),
+    (r"to_keras: params has no weight_ih_l3", ValueError, lambda: parameters.to_keras("gru", PARAMS["gru"], 3)),
+    (r"from_onnx: R has shape \(2, 3\); expected 3 axes", ValueError, lambda: from_onnx(np.ones((2, 3)))),
+    (r"has shape \(5, 3\); expected 4 gates of rows", ValueError, lambda: from_onnx(np.ones((1, 5, 3)))),
+    (r"from_keras: weights is 3; expected \[kernel", ValueError, lambda: parameters.from_keras("gru", 3)),
     (r"generate: top_k is 9223372036854775808", ValueError, lambda: generate(top_k=2**63)),
     (r"generate: return_state is 'no'", TypeError, lambda: generate(return_state="no")),
 ]
@@ -90,6 +103,14 @@ def ctc(B: int = 2, lengths: Any = None, **options: Any) -> Any:
     return fusedrnn.ctc_loss(np.zeros((3, B, 4)), np.ones((B, 1), int), lengths, [1] * B, **options)
 
 
+def bfloat16(weight: np.ndarray) -> Any:
+    return parameters.to_bfloat16({"weight_ih_l0": weight})
+
+
+def from_onnx(R: np.ndarray) -> Any:
+    return parameters.from_onnx("lstm", np.ones((1, 8, 3)), R)
+
+
 def generate(**options: Any) -> Any:
     return fusedrnn.generate(fusedrnn.GRU(4, H), np.ones((4, H), np.float32), None, [1], 3, **options)
 
@@ -102,6 +123,7 @@ def unaligned(a: np.ndarray) -> np.ndarray:
     return np.zeros(a.nbytes + 1, np.uint8)[1:].view(a.dtype).reshape(a.shape)
 
 
+@pytest.mark.filterwarnings("ignore::PendingDeprecationWarning")  # of numpy.matrix
 @pytest.mark.parametrize(("message", "error", "call"), CALLS, ids=[message for message, *_ in CALLS])
 def test_errors_say_what_came(message, error, call):
     with pytest.raises(error, match=message):

@@ -203,7 +203,8 @@ def float_type(op: str, name: str, value: Any) -> np.dtype[Any]:
         found = None
     if found is None or found not in _FLOATS:  # None equals float64 to NumPy
         fail(op, name, f"is {found or repr(value)}", "float32 or float64 in native byte order", error=TypeError)
-    return np.dtype(found)
+    result: np.dtype[Any] = found
+    return result
 
 
 def limit(op: str, name: str, value: Any) -> float:

@@ -45,7 +45,7 @@ def set_num_threads(n: int) -> None:
 
     >>> fusedrnn.set_num_threads(fusedrnn.get_num_threads())
     """
-    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+    if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n < 2**31:
         raise ValueError(f"fusedrnn: n is {n!r}; expected an integer >= 1 (threads).")
     from . import backends
 

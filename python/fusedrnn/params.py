@@ -22,6 +22,8 @@ from typing import Any
 import numpy as np
 
 from .cells import CELLS
+from .cells.cell import Cell
+from .errors import fail, flag, integer
 
 KINDS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 EXTRAS = ("weight_hr", "weight_ph", "gain_ih", "gain_hh", "gain_c", "bias_c")
@@ -31,10 +33,16 @@ _ONNX: dict[str, Sequence[int]] = {"lstm": (0, 2, 3, 1), "gru": (1, 0, 2), "rnn"
 _KERAS: dict[str, Sequence[int]] = {"lstm": (0, 1, 2, 3), "gru": (1, 0, 2), "rnn": (0,)}  # i, f, c, o; z, r, h
 
 
+def _cell(op: str, name: Any) -> Cell:
+    if not isinstance(name, str) or name not in CELLS:
+        fail(op, "cell", f"is {name!r}", f"one of {', '.join(CELLS)}")
+    return CELLS[name]
+
+
 def _order(theirs: Mapping[str, Sequence[int]], cell: str) -> Sequence[int]:
-    found = theirs.get(cell.partition("_")[0])
+    found = theirs.get(_cell("params", cell).name.partition("_")[0])
     if found is None:
-        raise ValueError(f"params: cell is {cell!r}; expected one of {', '.join(theirs)}, which have an order there.")
+        fail("params", "cell", f"is {cell!r}", f"one of {', '.join(theirs)}", "The others have no order there.")
     return found
 
 
@@ -46,8 +54,9 @@ def kinds(
     >>> fusedrnn.params.kinds("mingru")
     ('weight_ih', 'bias_ih')
     """
-    found = KINDS if CELLS[cell].state_product else (KINDS[0], KINDS[2])
-    norm_of_c = layer_norm and CELLS[cell].cell_state
+    spec = _cell("params.kinds", cell)
+    found = KINDS if spec.state_product else (KINDS[0], KINDS[2])
+    norm_of_c = layer_norm and spec.cell_state
     wanted = (proj_size > 0, peepholes, layer_norm, layer_norm, norm_of_c, norm_of_c)
     extras = tuple(kind for kind, want in zip(EXTRAS, wanted, strict=True) if want)
     return (found if bias else tuple(kind for kind in found if not kind.startswith("bias"))) + extras
@@ -61,7 +70,8 @@ def names(
     >>> fusedrnn.params.names(bias=False, bidirectional=True)
     ['weight_ih_l0', 'weight_hh_l0', 'weight_ih_l0_reverse', 'weight_hh_l0_reverse']
     """
-    suffixes = ("", "_reverse") if bidirectional else ("",)
+    integer("params.names", "num_layers", num_layers, 0)
+    suffixes = ("", "_reverse") if flag("params.names", "bidirectional", bidirectional) else ("",)
     each = kinds(cell, bias, **options)
     return [f"{kind}_l{layer}{suffix}" for layer in range(num_layers) for suffix in suffixes for kind in each]
 
@@ -90,12 +100,16 @@ def shapes(
     >>> fusedrnn.params.shapes("lstm", 3, 5)["weight_ih_l0"]
     (20, 3)
     """
-    rows = CELLS[cell].gates * hidden_size
+    gates = _cell("params.shapes", cell).gates
+    for name, size, least in (("input_size", input_size, 1), ("hidden_size", hidden_size, 1)):
+        integer("params.shapes", name, size, least)
+    integer("params.shapes", "context_size", context_size, 0)
+    rows = gates * hidden_size
     outputs = options.get("proj_size", 0) or hidden_size
     of_kind: dict[str, tuple[int, ...]] = {
         "weight_hh": (rows, outputs),
         "weight_hr": (outputs, hidden_size),
-        "weight_ph": ((CELLS[cell].gates - 1) * hidden_size,),
+        "weight_ph": ((gates - 1) * hidden_size,),
         "gain_c": (hidden_size,),
         "bias_c": (hidden_size,),
     }
@@ -127,9 +141,9 @@ def init(
     >>> fusedrnn.params.init("gru", 3, 4, seed=0)["bias_hh_l0"].shape
     (12,)
     """
+    wanted = shapes(cell, input_size, hidden_size, num_layers, bidirectional, bias, context_size, **options)
     rng = np.random.default_rng(seed)
     bound = hidden_size**-0.5
-    wanted = shapes(cell, input_size, hidden_size, num_layers, bidirectional, bias, context_size, **options)
     made = {name: rng.uniform(-bound, bound, shape).astype(dtype) for name, shape in wanted.items()}
     for name, array in made.items():
         if name.startswith(("gain", "bias_c")):
@@ -148,7 +162,20 @@ def to_bfloat16(params: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     (dtype('uint16'), dtype('float32'))
     >>> y, state, _ = fusedrnn.lstm(np.ones((5, 2, 3), np.float32), None, params)
     """
+    for name, array in _arrays("params.to_bfloat16", params).items():
+        if name.startswith("weight") and array.dtype not in (np.float32, np.float64):
+            fail("params.to_bfloat16", name, f"has dtype {array.dtype}", "float32 weights", error=TypeError)
     return {name: _bfloat16(a) if name.startswith("weight") else a for name, a in params.items()}
+
+
+def _arrays(op: str, params: Any) -> Mapping[str, np.ndarray]:
+    """The parameters, if they are a dict of arrays."""
+    if not isinstance(params, Mapping):
+        fail(op, "params", f"is a {type(params).__name__}", "a dict of arrays under torch.nn's names", error=TypeError)
+    for name, array in params.items():
+        if not hasattr(array, "dtype"):
+            fail(op, str(name), f"is a {type(array).__name__}", "an array", error=TypeError)
+    return params
 
 
 def _bfloat16(a: np.ndarray) -> np.ndarray:
@@ -164,7 +191,8 @@ def from_bfloat16(params: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     >>> fusedrnn.params.from_bfloat16(half)["weight_ih_l0"]
     array([[1., 1.]], dtype=float32)
     """
-    return {name: widen(a) if a.dtype == np.uint16 else a for name, a in params.items()}
+    arrays = _arrays("params.from_bfloat16", params)
+    return {name: widen(a) if a.dtype == np.uint16 else a for name, a in arrays.items()}
 
 
 def widen(bits: np.ndarray) -> np.ndarray:
@@ -174,8 +202,16 @@ def widen(bits: np.ndarray) -> np.ndarray:
 
 def _reorder(a: np.ndarray, gates: int, order: Sequence[int]) -> np.ndarray:
     """Rows (G*H, ...) with gate g of the result taken from gate order[g]."""
+    if a.ndim < 1 or not a.size or a.shape[0] % gates:
+        fail("params", "a weight or bias", f"has shape {a.shape}", f"{gates} gates of rows, one below the other")
     blocks = a.reshape(gates, a.shape[0] // gates, *a.shape[1:])
     return np.concatenate([blocks[g] for g in order])
+
+
+def _needs(op: str, params: Mapping[str, Any], wanted: Sequence[str]) -> None:
+    for name in wanted:
+        if name not in params:
+            fail(op, "params", f"has no {name}", f"{', '.join(wanted)} at least, and the biases if there are any")
 
 
 def _inverse(order: Sequence[int]) -> list[int]:
@@ -191,9 +227,11 @@ def to_onnx(
     >>> W.shape, R.shape, B.shape
     ((1, 20, 3), (1, 20, 5), (1, 40))
     """
-    gates = CELLS[cell].gates
     order = _inverse(_order(_ONNX, cell))
-    suffixes = [s for s in ("", "_reverse") if f"weight_ih_l{layer}{s}" in params]
+    gates = CELLS[cell].gates
+    suffixes = [s for s in ("", "_reverse") if f"weight_ih_l{layer}{s}" in _arrays("params.to_onnx", params)]
+    kinds_there = KINDS if f"bias_ih_l{layer}" in params else KINDS[:2]
+    _needs("params.to_onnx", params, [f"{kind}_l{layer}{s}" for kind in kinds_there for s in suffixes or [""]])
 
     def part(kind: str, suffix: str) -> np.ndarray:
         return _reorder(np.asarray(params[f"{kind}_l{layer}{suffix}"]), gates, order)
@@ -213,12 +251,19 @@ def from_onnx(cell: str, W: np.ndarray, R: np.ndarray, B: np.ndarray | None = No
     >>> all((again[name] == params[name]).all() for name in params)
     True
     """
+    order, result = _order(_ONNX, cell), {}
     gates = CELLS[cell].gates
-    result = {}
+    given = [np.asarray(part) for part in ((W, R) if B is None else (W, R, B))]
+    for name, part, axes in zip("WRB", given, (3, 3, 2), strict=False):
+        if part.ndim != axes or len(part) != len(given[0]):
+            expected = f"{axes} axes, the first one of D = {len(given[0]) if given[0].ndim else 1} directions"
+            fail("params.from_onnx", name, f"has shape {part.shape}", expected)
+    W, R, *rest = given
+    B = rest[0] if rest else None
     for d, suffix in enumerate(("", "_reverse")[: len(W)]):
         parts = [W[d], R[d]] if B is None else [W[d], R[d], *np.split(B[d], 2)]
         for kind, part in zip(KINDS, parts, strict=False):
-            result[f"{kind}_l{layer}{suffix}"] = _reorder(np.asarray(part), gates, _order(_ONNX, cell))
+            result[f"{kind}_l{layer}{suffix}"] = _reorder(part, gates, order)
     return result
 
 
@@ -230,9 +275,10 @@ def to_keras(cell: str, params: dict[str, np.ndarray], layer: int = 0, reverse: 
     >>> [w.shape for w in fusedrnn.params.to_keras("gru", fusedrnn.params.init("gru", 3, 5))]
     [(3, 15), (5, 15), (2, 15)]
     """
-    gates = CELLS[cell].gates
     order = _inverse(_order(_KERAS, cell))
+    gates = CELLS[cell].gates
     end = f"_l{layer}{'_reverse' if reverse else ''}"
+    _needs("params.to_keras", _arrays("params.to_keras", params), [kind + end for kind in KINDS[:2]])
     parts = [_reorder(np.asarray(params[kind + end]), gates, order) for kind in KINDS if kind + end in params]
     weights = [part.T for part in parts[:2]]
     if len(parts) == 4:
@@ -248,13 +294,17 @@ def from_keras(cell: str, weights: Sequence[np.ndarray], layer: int = 0, reverse
     >>> all((again[name] == params[name]).all() for name in params)
     True
     """
+    order = _order(_KERAS, cell)
     gates = CELLS[cell].gates
     end = f"_l{layer}{'_reverse' if reverse else ''}"
+    if not isinstance(weights, Sequence) or isinstance(weights, str) or len(weights) not in (2, 3):
+        expected = "[kernel, recurrent_kernel] or [kernel, recurrent_kernel, bias]"
+        fail("params.from_keras", "weights", f"is {weights!r:.80}", expected, "As Keras's layer.get_weights().")
     parts = [np.asarray(weights[0]).T, np.asarray(weights[1]).T]
     if len(weights) == 3:
         bias = np.asarray(weights[2])
         parts += list(bias) if bias.ndim == 2 else [bias, np.zeros_like(bias)]
     return {
-        kind + end: np.ascontiguousarray(_reorder(part, gates, _order(_KERAS, cell)))
+        kind + end: np.ascontiguousarray(_reorder(part, gates, order))
         for kind, part in zip(KINDS, parts, strict=False)
     }

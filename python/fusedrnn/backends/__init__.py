@@ -197,11 +197,11 @@ def choose(name: str | None = None, *, on_cuda: bool = False) -> Backend:
     """
     if on_cuda:
         return _choose_cuda(name)
-    name = name or config.backend
+    name = config.backend if name is None else name
     chosen: Any = None
     if name is None:
         chosen = next(filter(None, map(load, NAMES)))
-    elif name not in NAMES:
+    elif not isinstance(name, str) or name not in NAMES:
         raise ValueError(f"fusedrnn: backend is {name!r}; expected one of {', '.join(NAMES)}.")
     else:
         chosen = load(name)
