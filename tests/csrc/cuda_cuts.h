@@ -43,7 +43,8 @@ std::string name_of(const char* cut) {
 
 template <class S>
 void add_forward(std::vector<Run>& runs, const char* cut) {
-  const int units = S::kUnits * (S::kRoute == cuda::Route::single ? 1 : S::kRoute == cuda::Route::cluster ? 4 : 5);
+  const int blocks = S::kRoute == cuda::Route::single ? 1 : S::kRoute == cuda::Route::cluster ? 4 : S::kWide ? 3 : 5;
+  const int units = S::kUnits * blocks;
   add_run(runs, name_of<S>(cut) + "/forward",
           cases_for(cell_of<typename S::Cell>(), std::min(S::kDepth, units), S::kRows), run_forward<S>);
 }
@@ -65,7 +66,10 @@ void add_type(std::vector<Run>& runs) {
   add_forward<Shape<C, T, Route::single, 2, 1, kOctets, 2, 2>>(runs, "deep");
   add_forward<Shape<C, T, Route::cluster, 1, 2, kOctets, 1, 2>>(runs, "split");
   add_forward<Shape<C, T, Route::grid, 2, 3, kOctets, 1, 1>>(runs, "split");
-  add_forward<WideShape<C, T, 1, 2, 1, 2>>(runs, "wgmma");
+  if constexpr (std::is_same_v<T, dev::BF16>)
+    add_forward<WideShape<C, T, 2, 1, 2, 1>>(runs, "wgmma tall");
+  else
+    add_forward<WideShape<C, T, 1, 2, 1, 2>>(runs, "wgmma");
   add_backward<BackwardShape<C, T, Route::single, 2, 1, 32, 4 * kFew, 1>>(runs, "wide");
   add_backward<BackwardShape<C, T, Route::cluster, 3, 1, 16, 2 * kFew, 1>>(runs, "wide");
   add_backward<BackwardShape<C, T, Route::grid, 2, 1, 16, 3 * kFew, 1>>(runs, "wide");
@@ -73,7 +77,6 @@ void add_type(std::vector<Run>& runs) {
   add_forward<Shape<C, T, Route::single, 3, 2, kOctets, 1, 1>>(runs, "split");
   add_forward<Shape<C, T, Route::cluster, 2, 1, kOctets, 3, 1>>(runs, "deep");
   add_forward<Shape<C, T, Route::grid, 1, 1, kOctets, 3, 2>>(runs, "deep");
-  add_forward<WideShape<C, T, 2, 1, 2 * kFew, 1>>(runs, "wgmma tall");
   add_backward<BackwardShape<C, T, Route::single, 1, 2, 32, 4 * kFew, 2>>(runs, "tall");
   add_backward<BackwardShape<C, T, Route::cluster, 2, 2, 32, 4 * kFew, 2>>(runs, "tall");
   add_backward<BackwardShape<C, T, Route::grid, 3, 2, 32, 2 * kFew, 2, kFew>>(runs, "tall");
