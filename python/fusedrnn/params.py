@@ -305,6 +305,5 @@ def from_keras(cell: str, weights: Sequence[np.ndarray], layer: int = 0, reverse
         bias = np.asarray(weights[2])
         parts += list(bias) if bias.ndim == 2 else [bias, np.zeros_like(bias)]
     return {
-        kind + end: np.ascontiguousarray(_reorder(part, gates, order))
-        for kind, part in zip(KINDS, parts, strict=False)
+        kind + end: np.ascontiguousarray(_reorder(part, gates, order)) for kind, part in zip(KINDS, parts, strict=False)
     }

@@ -853,6 +853,7 @@ def _input(problem: Problem, p: Arguments, kept: list[Any], masks: Any, layer: i
     return x * factors, factors
 
 
+@np.errstate(all="ignore")  # NaN and inf go their way, as in the kernels
 def forward(problem: Problem, p: Arguments, out: Results, tape: Any) -> None:
     """Fill out's arrays, and the tape."""
     if problem.variant:
@@ -890,6 +891,7 @@ def forward(problem: Problem, p: Arguments, out: Results, tape: Any) -> None:
         out.y[...] = _output(problem, kept, masks, problem.L - 1, 1)
 
 
+@np.errstate(all="ignore")  # NaN and inf go their way, as in the kernels
 def backward(problem: Problem, p: Arguments, tape: Any, g: Results, dp: Arguments) -> None:
     """Fill dp's arrays with the gradients."""
     if problem.variant:
