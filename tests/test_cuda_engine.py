@@ -6,6 +6,7 @@ Random sizes and options; every cell, type and route; odd strides; workspace and
 
 import os
 import random
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -97,11 +98,13 @@ class Types:
 class Case:
     """One random call, its answer and its gradients."""
 
-    def __init__(self, cell: str, dtype: str, route: str, seed: int) -> None:
+    def __init__(
+        self, cell: str, dtype: str, route: str, seed: int, steps: Sequence[int] = (1, 4, 6), recompute: bool = False
+    ) -> None:
         pick, numbers = random.Random(seed), np.random.default_rng(seed)
         self.types, exact = Types(dtype), dtype.startswith("float") and dtype != "float16"
         G = {"lstm": 4, "mingru": 2, "rnn_tanh": 1, "rnn_relu": 1}.get(cell, 3)
-        T, E, B = pick.choice([1, 4, 6]), pick.choice([1, 1, 2]), pick.choice([1, 3, 8, 17])
+        T, E, B = pick.choice(steps), pick.choice([1, 1, 2]), pick.choice([1, 3, 8, 17])
         I, H = pick.choice([1, 5, 8, 16]), pick.choice([1, 7, 8, 16, 21, 24])  # noqa: E741
         L, D = pick.choice([1, 1, 2]), pick.choice([1, 1, 2])
         has_c, odd, shared = cell in ("lstm", "cifg"), pick.random() < 0.3, E > 1 and pick.random() < 0.5
@@ -136,6 +139,7 @@ class Case:
             H,
             L,
             D,
+            recompute=recompute,
             reverse=D == 1 and pick.random() < 0.4,
             reset_to_initial=pick.random() < 0.5,
             clip_cell=maybe(0.5, 0.3, 0.0) if has_c and exact else 0.0,
@@ -244,7 +248,7 @@ class Case:
 
     def __str__(self) -> str:
         q = self.problem
-        options = [n for n in ("reverse", "reset_to_initial", "clip_cell", "clip_grad", "dropout") if getattr(q, n)]
+        options = [n for n in ("reverse", "reset_to_initial", "clip_cell", "clip_grad", "dropout", "recompute") if getattr(q, n)]
         options += [n for n in ("lengths", "reset") if getattr(q, n) is not None]
         return f"seed {self.seed}: T={q.T} E={q.E} B={q.B} I={q.I} H={q.H} L={q.L} D={q.D} {' '.join(options)}"
 

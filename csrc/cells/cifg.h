@@ -27,6 +27,13 @@ struct Cifg {
     h = k[2] * tanh(c);
   }
 
+  // c = clip(keep c' + add)
+  template <class V>
+  FUSEDRNN_INLINE void flow(const V* k, V& keep, V& add) {
+    keep = 1 - k[0];
+    add = k[0] * k[1];
+  }
+
   template <class V, class S>
   FUSEDRNN_INLINE void backward(const V* k, const V&, const V&, const V& c_prev, const V& c, S clip, const V& dh,
                                 const V& dc_in, V* da, V& dh_prev, V& dc_prev) {

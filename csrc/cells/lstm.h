@@ -24,8 +24,17 @@ struct Lstm {
     k[1] = sigmoid(a[1]);
     k[2] = tanh(a[2]);
     k[3] = sigmoid(a[3]);
-    c = clamp(k[1] * c_prev + k[0] * k[2], clip);
+    V keep, add;
+    flow(k, keep, add);
+    c = clamp(keep * c_prev + add, clip);
     h = k[3] * tanh(c);
+  }
+
+  // c = clip(keep c' + add)
+  template <class V>
+  FUSEDRNN_INLINE void flow(const V* k, V& keep, V& add) {
+    keep = k[1];
+    add = k[0] * k[2];
   }
 
   // dh, dc: gradients of this step's h and c. da: of the sums. dh_prev: what reaches h' past the product (none here).

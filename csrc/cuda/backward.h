@@ -65,6 +65,12 @@ struct BackwardArgs {
   int64_t reset_t, reset_e, reset_b;
   U4* hand_off;  // grid: [set][T][row tile][line][tile][8], all kEmpty; line = (gate * pitch + unit) / kPer
   int* late;
+  // a part of the walk (recompute), in direction d from time index begin + d * begin_d on; lengths and reset are the
+  // whole call's, all else the part's
+  int begin, begin_d;
+  const MathOf<T>* carry_in;  // from the part after it: dh, dc, and both of restarts, 4 x (sets,B,H); null: dhn, dcn
+  MathOf<T>* carry_out;       // to the part before it; null: dh0, dc0
+  const Storage* c_enters;    // its first step (sets,B,H); null: c0
 };
 
 // The weights in the order of Backward's lanes: as PackForward in pack.h, with R transposed.
@@ -139,7 +145,7 @@ struct Backward {
     const int tile_row = team % a.row_tiles, set = team / a.row_tiles;
     const int e = set / a.directions, d = set % a.directions;
     const bool backwards = a.directions == 2 ? d == 1 : a.reverse;
-    const int row0 = tile_row * S::kRows;
+    const int row0 = tile_row * S::kRows, begin = a.begin + d * a.begin_d;
     bool late = false;
 
     dev::Shared shared;
@@ -155,7 +161,7 @@ struct Backward {
     U4 w[S::kHeld][2][S::kMma];
     load_weights<S>(w, a.weights, set * a.peers + rank, warp, lane, laid);
 
-    row_lengths<S>(a, e, row0, length);
+    row_lengths<S>(a, e, row0, begin, length);
     const int expected = a.peers * (S::kUnits / 16) * S::kTiles * 512;
     open_barriers<S>(bar, expected);
     for (int i = dev::tid(); i < kBuffers * kBuffer; i += kThreads) lines[i] = U4{};
@@ -169,13 +175,15 @@ struct Backward {
 
     // what flows from one step into the one before: past the product (dh), dc; and what restarts give to the initial
     // state
-    float dh[S::kOwned][2], dc[S::kOwned][2], dh_first[S::kOwned][2] = {}, dc_first[S::kOwned][2] = {};
+    float dh[S::kOwned][2], dc[S::kOwned][2], dh_first[S::kOwned][2], dc_first[S::kOwned][2];
     FUSEDRNN_UNROLL
     for (int i = 0; i < S::kOwned; ++i) FUSEDRNN_UNROLL
     for (int p = 0; p < 2; ++p) {
       const int row = row0 + tile_of(warp, i) * 8 + 2 * q + p, unit = unit_of(rank, warp, i) + g;
-      dh[i][p] = state(a.dhn, set, row, unit);
-      dc[i][p] = Cell::cell_state ? state(a.dcn, set, row, unit) : 0.0f;
+      dh[i][p] = a.carry_in ? carried(0, set, row, unit) : state(a.dhn, set, row, unit);
+      dc[i][p] = !Cell::cell_state ? 0.0f : a.carry_in ? carried(1, set, row, unit) : state(a.dcn, set, row, unit);
+      dh_first[i][p] = a.carry_in ? carried(2, set, row, unit) : 0.0f;
+      dc_first[i][p] = Cell::cell_state && a.carry_in ? carried(3, set, row, unit) : 0.0f;
     }
     const int piece_row = lane / S::kHalves % 8, piece_half = lane % S::kHalves * T::kPer;
 
@@ -256,7 +264,8 @@ struct Backward {
           float da[Cell::sums] = {};
           if (s < len && unit < a.H) {
             const int t = backwards ? len - 1 - s : s;
-            if (a.reset && s + 1 < len && restart(e, row, backwards ? t : s + 1)) {
+            if (a.reset && (backwards ? begin + t > 0 : s + 1 < len) &&
+                restart(e, row, begin + (backwards ? t : s + 1))) {
               if (a.reset_to_initial) {
                 dh_first[i][p] += dh[i][p];
                 dc_first[i][p] += dc[i][p];
@@ -281,10 +290,12 @@ struct Backward {
             if constexpr (kPrev) h_prev = T::load(x[kPrevAt * 64]);
             if constexpr (Cell::cell_state) {
               c = T::load(x[kCellAt * 64]);
-              if (s == 0)
+              if (s == 0 && a.c_enters)
+                c_prev = state(a.c_enters, set, row, unit);
+              else if (s == 0)
                 c_prev =
-                    restarts_at_once(e, row, backwards) && !a.reset_to_initial ? 0.0f : state(a.c0, set, row, unit);
-              else if (a.reset && restart(e, row, backwards ? t + 1 : t))
+                    restarts_at_once(e, row, 0, backwards) && !a.reset_to_initial ? 0.0f : state(a.c0, set, row, unit);
+              else if (a.reset && restart(e, row, begin + (backwards ? t + 1 : t)))
                 c_prev = a.reset_to_initial ? state(a.c0, set, row, unit) : 0.0f;
               else
                 c_prev = T::load(x[(kCellAt + 1) * 64]);
@@ -380,11 +391,23 @@ struct Backward {
       for (int p = 0; p < 2; ++p) {
         const int r = tile_of(warp, i) * 8 + 2 * q + p, row = row0 + r, unit = unit_of(rank, warp, i) + g;
         if (row >= a.B || unit >= a.H) continue;
-        const bool dropped = length[r] > 0 && !a.reset_to_initial && restarts_at_once(e, row, backwards);
+        const bool cut = length[r] > 0 && restarts_at_once(e, row, begin, backwards);
+        const float h_first = dh_first[i][p] + (cut && a.reset_to_initial ? dh[i][p] : 0.0f), h = cut ? 0.0f : dh[i][p];
+        const float c_first = dc_first[i][p] + (cut && a.reset_to_initial ? dc[i][p] : 0.0f), c = cut ? 0.0f : dc[i][p];
         const int64_t at = (static_cast<int64_t>(set) * a.B + row) * a.H + unit;
-        if (a.dh0) a.dh0[at] = T::store(dropped ? 0.0f : dh_first[i][p] + dh[i][p]);
+        if (a.carry_out) {
+          const int64_t states = static_cast<int64_t>(a.sets) * a.B * a.H;
+          a.carry_out[at] = h;
+          a.carry_out[2 * states + at] = h_first;
+          if constexpr (Cell::cell_state) {
+            a.carry_out[states + at] = c;
+            a.carry_out[3 * states + at] = c_first;
+          }
+          continue;
+        }
+        if (a.dh0) a.dh0[at] = T::store(h_first + h);
         if constexpr (Cell::cell_state) {
-          if (a.dc0) a.dc0[at] = T::store(dropped ? 0.0f : dc_first[i][p] + dc[i][p]);
+          if (a.dc0) a.dc0[at] = T::store(c_first + c);
         }
       }
       const int row = row0 + tile_of(warp, i) * 8 + piece_row, unit = unit_of(rank, warp, i) + piece_half;
@@ -429,8 +452,12 @@ struct Backward {
   FUSEDRNN_DEVICE bool restart(int e, int row, int t) const {
     return a.reset[t * a.reset_t + e * a.reset_e + row * a.reset_b] != 0;
   }
-  FUSEDRNN_DEVICE bool restarts_at_once(int e, int row, bool backwards) const {
-    return a.reset && !backwards && restart(e, row, 0);
+  FUSEDRNN_DEVICE bool restarts_at_once(int e, int row, int begin, bool backwards) const {
+    return a.reset && !backwards && restart(e, row, begin);
+  }
+  FUSEDRNN_DEVICE float carried(int n, int set, int row, int unit) const {
+    return row < a.B && unit < a.H ? a.carry_in[((static_cast<int64_t>(n) * a.sets + set) * a.B + row) * a.H + unit]
+                                   : 0.0f;
   }
   FUSEDRNN_DEVICE float state(const Storage* from, int set, int row, int unit) const {
     return from && row < a.B && unit < a.H ? T::load(from[(static_cast<int64_t>(set) * a.B + row) * a.H + unit]) : 0.0f;

@@ -23,6 +23,7 @@
 #include "forward.h"
 #include "inputs.h"
 #include "pack.h"
+#include "recompute.h"
 #include "stepwise.h"
 
 namespace fusedrnn::cuda {
@@ -187,6 +188,13 @@ class Engine {
     sets_ = E_ * D_;
     pitch_ = up(H_);
     wide_ = up(D_ * H_);
+    every_ = T_;
+    if (p_.recompute && T_ > 0) {
+      // Steps of a part: few enough that its tape is small beside h, enough to fill the device and to pay for a launch.
+      const int64_t least = B_ > 128 ? 16 : B_ > 32 ? 2048 / B_ : 64;
+      for (every_ = 16, shift_ = 4; every_ < least || every_ * 8 < T_; every_ *= 2) ++shift_;
+      parts_ = (T_ + every_ - 1) / every_;
+    }
   }
 
   // keep: a backward will follow, so tape_memory is written.
@@ -197,12 +205,19 @@ class Engine {
       return;
     }
     Arena tape_arena(tape_memory);
-    std::vector<Layer> tape = layers(keep ? tape_arena : work, keep || out.cells.data);
+    const bool whole = keep && !p_.recompute;  // the tape holds all, else h and marks, or nothing
+    std::vector<Layer> tape = keep ? layers(tape_arena) : std::vector<Layer>(static_cast<size_t>(L_));
+    if (!keep)
+      for (int64_t l = 1; l < L_; ++l) tape[static_cast<size_t>(l)].input = work.take<Storage>(E_ * T_ * B_ * wide_);
     for (int64_t l = 0; l < L_; ++l) {
       const size_t mark = work.mark();
       Layer& layer = tape[static_cast<size_t>(l)];
-      const bool last = l == L_ - 1;
-      input_sums(p, layer, l, work);
+      if (!whole) gates(layer, T_, out.cells.data, work);
+      const bool last = l == L_ - 1, marked = keep && p_.recompute, tokens = l == 0 && p.tokens.data;
+      const int64_t W_in = l == 0 ? I_ : D_ * H_, in = up(W_in);
+      const Storage* x = tokens ? nullptr : input(p, tape, l, work);
+      const Weights W = tokens ? Weights() : padded_weights(&Params::W, W_in, in, p, l, work);
+      multiply_inputs(p, l, x, in, W, context_products(p, l, work), whole_walk(), layer.gx, work);
       Math* bias = biases(p, l, work);
       const Storage* h0 = states(p.h0, l, work);
       const Storage* c0 = Cell::cell_state ? states(p.c0, l, work) : nullptr;
@@ -212,7 +227,9 @@ class Engine {
       Storage* y = nullptr;
       int64_t y_t = B_ * wide_, y_b = wide_, y_e = T_ * B_ * wide_, y_d = H_;
       bool direct = false;
-      if (last) {
+      if (marked) {
+        y = layer.h;
+      } else if (last) {
         direct = out.y.data && out.y.stride[3] == 1;
         if (direct) {
           y = static_cast<Storage*>(out.y.data);
@@ -222,15 +239,15 @@ class Engine {
         }
       } else {
         y = tape[static_cast<size_t>(l + 1)].input;
-        if (wide_ != D_ * H_) queue_.fill(y, 0, static_cast<size_t>(E_ * y_e) * sizeof(Storage));
       }
-      if (keep && p_.lengths.data)
+      if (!last && wide_ != D_ * H_) queue_.fill(y, 0, static_cast<size_t>(E_ * y_e) * sizeof(Storage));
+      if (whole && p_.lengths.data)
         queue_.fill(layer.prev, 0, static_cast<size_t>(sets_ * T_ * B_ * pitch_) * sizeof(Storage));
       ForwardArgs<T> a = {};
       a.Tn = static_cast<int>(T_), a.B = static_cast<int>(B_), a.H = static_cast<int>(H_),
       a.pitch = static_cast<int>(pitch_);
       a.sets = static_cast<int>(sets_), a.directions = static_cast<int>(D_);
-      a.reverse = p_.reverse, a.reset_to_initial = p_.reset_to_initial, a.keep = keep || out.cells.data;
+      a.reverse = p_.reverse, a.reset_to_initial = p_.reset_to_initial, a.keep = whole || out.cells.data;
       a.wide = aligned(y, {y_t, y_b, y_e, y_d});
       a.clip_cell = static_cast<float>(p_.clip_cell);
       a.gx = layer.gx, a.extra = layer.extra, a.cells = layer.cells, a.prev = layer.prev;
@@ -238,6 +255,8 @@ class Engine {
       a.y_t = y_t, a.y_b = y_b, a.y_e = y_e, a.y_d = y_d;
       rows(a);
       a.late = late_;
+      if constexpr (Cell::cell_state)
+        if (marked && parts_ > 1) a.marks = layer.marks, a.marks_shift = shift_, a.slots = static_cast<int>(parts_ - 1);
       run_forward(a, bias, p, l, work);
       give_states(out.hn, hn, l);
       if constexpr (Cell::cell_state) give_states(out.cn, cn, l);
@@ -254,7 +273,7 @@ class Engine {
           give(from, part, H_, true);
         }
       }
-      if (!last && p_.dropout > 0) run_dropout(y, l);
+      if (!last && !marked && p_.dropout > 0) run_dropout(y, l);
       work.release(mark);
     }
   }
@@ -269,93 +288,106 @@ class Engine {
       return;
     }
     Arena tape_arena(const_cast<void*>(tape_memory));
-    std::vector<Layer> tape = layers(tape_arena, true);
-    // the gradient of what layer l gives to the next: (E,T,B,wide)
+    std::vector<Layer> tape = layers(tape_arena);
+    // The gradient of what layer l gives to the next (E,T,B,wide). Two: of two directions one writes where the other
+    // has yet to read, unless all is read at once.
+    const bool swap = D_ == 2 && parts_ > 1;
     Storage* dy_next = L_ > 1 ? work.take<Storage>(E_ * T_ * B_ * wide_) : nullptr;
+    Storage* dy_other = L_ > 1 && swap ? work.take<Storage>(E_ * T_ * B_ * wide_) : dy_next;
     for (int64_t l = L_ - 1; l >= 0; --l) {
       const size_t mark = work.mark();
       const Layer& layer = tape[static_cast<size_t>(l)];
       BackwardArgs<T> a = {};
-      Strided dy;
+      Strided dy, dcells;
       if (l == L_ - 1) {
         if (g.y.data) dy = gradient(g.y, work);
       } else {
         if (p_.dropout > 0) run_dropout(dy_next, l);
         dy = gradient(Array<4>{dy_next, {B_ * wide_, T_ * B_ * wide_, wide_, 1}}, work);
       }
-      Strided dcells;
       if (g.cells.data)
         dcells = gradient(Array<4>{static_cast<Storage*>(g.cells.data) + l * g.cells.stride[0],
                                    {g.cells.stride[1], g.cells.stride[2], g.cells.stride[3], g.cells.stride[4]}},
                           work);
-      Storage* da = work.take<Storage>(sets_ * T_ * B_ * G * pitch_);
-      Storage* da_h = kTwoSums ? work.take<Storage>(sets_ * T_ * B_ * pitch_) : nullptr;
+      const int64_t W_in = l == 0 ? I_ : D_ * H_, in = up(W_in);
+      const bool want_x = l > 0 || dp.x.data, rebuild = p_.recompute && Cell::kept > 0;
+      bool want_W = false;
+      for (int64_t d = 0; d < D_; ++d) want_W |= dp.params && dp.params[l * D_ + d].W.data;
+      const bool tokens = l == 0 && p.tokens.data;
+      const Storage* x = (want_W || rebuild) && !tokens ? input(p, tape, l, work) : nullptr;
+      Weights W, R;
+      if (want_x || (rebuild && !tokens)) W = padded_weights(&Params::W, W_in, in, p, l, work);
+      const int choice = std::get<1>(pick_backward(Backwards()));
+      if (Cell::state_product && (choice < 0 || rebuild)) R = padded_weights(&Params::R, H_, pitch_, p, l, work);
+      const Math* bias = rebuild ? biases(p, l, work) : nullptr;
+      const std::vector<const Math*> context = rebuild ? context_products(p, l, work) : std::vector<const Math*>();
+      const Storage* h0 = p_.recompute ? states(p.h0, l, work) : nullptr;
+
+      Layer part_tape = layer;
+      Storage *da = nullptr, *da_h = nullptr, *c_enters = nullptr;
+      Math* carry = nullptr;
+      if (p_.recompute) {  // gradients go where the gates were
+        gates(part_tape, every_, true, work);
+        da = part_tape.gx, da_h = part_tape.extra;
+        if (Cell::cell_state) c_enters = work.take<Storage>(sets_ * B_ * H_);
+        if (parts_ > 1) carry = work.take<Math>(4 * sets_ * B_ * H_);
+      } else {
+        da = work.take<Storage>(sets_ * T_ * B_ * G * pitch_);
+        da_h = kTwoSums ? work.take<Storage>(sets_ * T_ * B_ * pitch_) : nullptr;
+      }
       Storage* dh0 = work.take<Storage>(sets_ * B_ * H_);
       Storage* dc0 = work.take<Storage>(sets_ * B_ * H_);
-      a.Tn = static_cast<int>(T_), a.B = static_cast<int>(B_), a.H = static_cast<int>(H_),
-      a.pitch = static_cast<int>(pitch_);
+      a.B = static_cast<int>(B_), a.H = static_cast<int>(H_), a.pitch = static_cast<int>(pitch_);
       a.sets = static_cast<int>(sets_), a.directions = static_cast<int>(D_);
       a.reverse = p_.reverse, a.reset_to_initial = p_.reset_to_initial, a.wide = dy.wide;
       a.clip_cell = static_cast<float>(p_.clip_cell), a.clip_grad = static_cast<float>(p_.clip_grad);
-      a.gx = layer.gx, a.extra = layer.extra, a.cells = layer.cells, a.prev = layer.prev;
+      a.gx = part_tape.gx, a.extra = part_tape.extra, a.cells = part_tape.cells, a.prev = part_tape.prev;
       a.c0 = Cell::cell_state ? states(p.c0, l, work) : nullptr;
-      a.dy = dy.data, a.dy_t = dy.t, a.dy_b = dy.b, a.dy_e = dy.e, a.dy_d = dy.d;
-      a.dcells = dcells.data, a.dcells_t = dcells.t, a.dcells_b = dcells.b, a.dcells_e = dcells.e,
-      a.dcells_d = dcells.d;
       a.dhn = states(g.hn, l, work);
       a.dcn = Cell::cell_state ? states(g.cn, l, work) : nullptr;
-      a.dh0 = dh0, a.dc0 = dc0, a.da = da, a.da_h = da_h;
+      a.dh0 = dh0, a.dc0 = dc0, a.da = da, a.da_h = da_h, a.c_enters = c_enters;
       rows(a);
       a.late = late_;
-      run_backward(a, p, l, work);
+      prepare_backward(choice, a, p, l, work);
+      Storage* dx = !want_x ? nullptr : l > 0 ? dy_other : work.take<Storage>(E_ * T_ * B_ * in);
+      if (want_x && swap) queue_.fill(dx, 0, static_cast<size_t>(E_ * T_ * B_ * in) * sizeof(Storage));
+      Gradients sums = gradients(p, dp, l, in, work);
+
+      for (int64_t j = parts_ - 1; j >= 0; --j) {
+        const size_t part_mark = work.mark();
+        const Part part = part_of(j);
+        if (rebuild) multiply_inputs(p, l, x, in, W, context, part, part_tape.gx, work);
+        if (p_.recompute) rebuild_tape(layer, part_tape, part, R, bias, h0, a.c0, c_enters, work);
+        a.Tn = static_cast<int>(part.n);
+        a.begin = static_cast<int>(part.begin[0]), a.begin_d = static_cast<int>(part.begin[1] - part.begin[0]);
+        const auto from = [&](const Strided& v) { return v.data ? v.data + part.begin[0] * v.t : nullptr; };
+        a.dy = from(dy), a.dy_t = dy.t, a.dy_b = dy.b, a.dy_e = dy.e, a.dy_d = dy.d + a.begin_d * dy.t;
+        a.dcells = from(dcells), a.dcells_t = dcells.t, a.dcells_b = dcells.b, a.dcells_e = dcells.e,
+        a.dcells_d = dcells.d + a.begin_d * dcells.t;
+        a.carry_in = j < parts_ - 1 ? carry : nullptr, a.carry_out = j > 0 ? carry : nullptr;
+        run_backward(choice, a, R, work);
+        const int64_t steps = part.n * B_, row = G * pitch_;
+        if (want_x)
+          for (int64_t d = 0; d < D_; ++d)
+            queue_.template product<T, T>({steps, in, row, da + d * steps * row, row, D_ * steps * row, false,
+                                           W[static_cast<size_t>(d)], in, row * in, false, dx + part.begin[d] * B_ * in,
+                                           in, T_ * B_ * in, E_, d > 0 || swap});
+        add_gradients(sums, p, dp, l, x, in, part_tape, da, da_h, part, work);
+        work.release(part_mark);
+      }
       give_states(dp.h0, dh0, l);
       if constexpr (Cell::cell_state) give_states(dp.c0, dc0, l);
-
-      int64_t in = 0;
-      const int64_t W_in = l == 0 ? I_ : D_ * H_;
-      const bool want_x = l > 0 || dp.x.data;
-      bool want_W = false;
-      for (int64_t d = 0; d < D_; ++d) want_W |= dp.params && dp.params[l * D_ + d].W.data;
-      in = up(W_in);
-      if (want_x) {
-        Storage* dx = l > 0 ? dy_next : work.take<Storage>(E_ * T_ * B_ * in);
-        for (int64_t d = 0; d < D_; ++d) {
-          const Storage* W = padded_weights(p.params[l * D_ + d].W, W_in, in, work);
-          queue_.template product<T, T>({T_ * B_, in, G * pitch_, da + d * T_ * B_ * G * pitch_, G * pitch_,
-                                         D_ * T_ * B_ * G * pitch_, false, W, in, G * pitch_ * in, false, dx, in,
-                                         T_ * B_ * in, E_, d > 0});
-        }
-        if (l == 0) give(Array<4>{dx, {B_ * in, T_ * B_ * in, in, 1}}, dp.x, I_, false);
-      }
-      if (dp.params) {
-        const bool tokens = l == 0 && p.tokens.data;
-        const Storage* x = want_W && !tokens ? input(p, layer, l, work, in) : nullptr;
-        for (int64_t d = 0; d < D_; ++d) {
-          Params to = dp.params[l * D_ + d];
-          if (tokens && to.W.data) {
-            const size_t before = work.mark();
-            Math* dW = work.take<Math>(E_ * G * pitch_ * in);
-            token_gradient(p, da + d * T_ * B_ * G * pitch_, 0, T_, dW, in, false);
-            give_weights(to.W, dW, I_, in);
-            work.release(before);
-            to.W.data = nullptr;
-          }
-          weight_gradients(to, layer, x, in, W_in, da, da_h, d, work);
-        }
-      }
-      if (l == 0 && p.context.data) {
-        const int64_t row = B_ * G * pitch_;
-        Math* dz = work.take<Math>(D_ * E_ * row);
-        for (int64_t d = 0; d < D_; ++d) context_sum(da + d * T_ * row, T_, dz + d * E_ * row, false);
-        context_gradients(p, dz, dp, work);
-      }
+      if (want_x && l == 0) give(Array<4>{dx, {B_ * in, T_ * B_ * in, in, 1}}, dp.x, I_, false);
+      give_gradients(dp, l, sums, W_in, in, work);
+      if (sums.dz) context_gradients(p, sums.dz, dp, work);
+      std::swap(dy_next, dy_other);
       work.release(mark);
     }
   }
 
   size_t tape_bytes() {
     Arena arena(nullptr);
-    layers(arena, true);
+    layers(arena);
     return arena.most();
   }
 
@@ -370,6 +402,20 @@ class Engine {
 
   struct Layer {
     Storage *input = nullptr, *gx = nullptr, *extra = nullptr, *cells = nullptr, *prev = nullptr;
+    Storage* h = nullptr;  // recompute: (E,T,B,wide), what the layer gives before dropout
+    Math* marks = nullptr;
+  };
+  using Weights = std::vector<const Storage*>;  // by direction
+  // A part of the walk, of so many steps; where it begins on the time axis, in each direction.
+  struct Part {
+    int64_t index, n, begin[2];
+  };
+  // Sums over steps of one layer: (E,G,pitch,in), (E,G,pitch,pitch) by direction; (parts,sets,G,pitch),
+  // (parts,sets,pitch).
+  struct Gradients {
+    Math *dW[2] = {}, *dR[2] = {}, *db = nullptr, *db_h = nullptr;
+    Math* dz = nullptr;  // what a context is part of (D,E,B,G,pitch)
+    bool bias = false, bias_h = false;
   };
   struct Strided {
     const Storage* data = nullptr;
@@ -389,19 +435,38 @@ class Engine {
     return ok;
   }
 
-  std::vector<Layer> layers(Arena& arena, bool all) {
+  bool walks_backwards(int64_t d) const { return D_ == 2 ? d == 1 : p_.reverse; }
+  Part part_of(int64_t j) const {
+    const int64_t at = j * every_, n = T_ - at < every_ ? T_ - at : every_;
+    Part part{j, n, {}};
+    for (int64_t d = 0; d < 2; ++d) part.begin[d] = walks_backwards(d < D_ ? d : 0) ? T_ - at - n : at;
+    return part;
+  }
+  Part whole_walk() const { return {0, T_, {}}; }
+
+  // The tape.
+  std::vector<Layer> layers(Arena& arena) {
     std::vector<Layer> tape(static_cast<size_t>(L_));
-    const int64_t steps = sets_ * T_ * B_;
     for (int64_t l = 0; l < L_; ++l) {
       Layer& layer = tape[static_cast<size_t>(l)];
-      if (l > 0) layer.input = arena.take<Storage>(E_ * T_ * B_ * wide_);
-      layer.gx = arena.take<Storage>(steps * G * pitch_);
-      if (!all) continue;
-      if (kKeepsExtra) layer.extra = arena.take<Storage>(steps * pitch_);
-      if (Cell::cell_state) layer.cells = arena.take<Storage>(steps * pitch_);
-      layer.prev = arena.take<Storage>(steps * pitch_);
+      if (p_.recompute) {
+        layer.h = arena.take<Storage>(E_ * T_ * B_ * wide_);
+        if (Cell::cell_state && parts_ > 1) layer.marks = arena.take<Math>(sets_ * (parts_ - 1) * B_ * H_);
+      } else {
+        if (l > 0) layer.input = arena.take<Storage>(E_ * T_ * B_ * wide_);
+        gates(layer, T_, true, arena);
+      }
     }
     return tape;
+  }
+  // What forward makes beside h, for so many steps; `all` of it, or only what it cannot do without.
+  void gates(Layer& layer, int64_t steps, bool all, Arena& arena) {
+    const int64_t n = sets_ * steps * B_;
+    layer.gx = arena.take<Storage>(n * G * pitch_);
+    if (!all) return;
+    if (kKeepsExtra) layer.extra = arena.take<Storage>(n * pitch_);
+    if (Cell::cell_state) layer.cells = arena.take<Storage>(n * pitch_);
+    layer.prev = arena.take<Storage>(n * pitch_);
   }
 
   template <class Args>
@@ -429,12 +494,18 @@ class Engine {
   }
 
   // A layer's input as (E,T,B,in), zero past a row's end.
-  const Storage* input(const Arguments& p, const Layer& layer, int64_t l, Arena& work, int64_t& in) {
+  const Storage* input(const Arguments& p, const std::vector<Layer>& tape, int64_t l, Arena& work) {
     if (l > 0) {
-      in = wide_;
-      return layer.input;
+      const Layer& layer = tape[static_cast<size_t>(l)];
+      const Storage* h = tape[static_cast<size_t>(l - 1)].h;
+      if (!p_.recompute || layer.input || p_.dropout <= 0) return layer.input ? layer.input : h;
+      Storage* to = work.take<Storage>(E_ * T_ * B_ * wide_);
+      copy<T, T>(h, {{0, 0, wide_, 1}}, to, {{0, 0, wide_, 1}}, {{1, 1, E_ * T_ * B_, wide_}},
+                 {{1, 1, E_ * T_ * B_, wide_}});
+      run_dropout(to, l - 1);
+      return to;
     }
-    in = up(I_);
+    const int64_t in = up(I_);
     const int64_t* s = p.x.stride;
     const bool as_it_is = !p_.lengths.data && in == I_ && s[3] == 1 && s[2] == I_ && (T_ == 1 || s[0] == B_ * I_) &&
                           (E_ == 1 || s[1] == T_ * B_ * I_) && reinterpret_cast<uintptr_t>(p.x.data) % 16 == 0;
@@ -445,19 +516,20 @@ class Engine {
     return to;
   }
 
-  // gx of layer l: its input times W^T, or columns of W for tokens, and the context's share.
-  void input_sums(const Arguments& p, const Layer& layer, int64_t l, Arena& work) {
-    const bool tokens = l == 0 && p.tokens.data, context = l == 0 && p.context.data;
-    int64_t in = 0;
-    const Storage* x = tokens ? nullptr : input(p, layer, l, work, in);
+  // gx of layer l for the steps of a part (sets,n,B,G,pitch): its input x (E,T,B,in) times W^T, or columns of W for
+  // tokens, and the context's share.
+  void multiply_inputs(const Arguments& p, int64_t l, const Storage* x, int64_t in, const Weights& W,
+                       const std::vector<const Math*>& context, const Part& part, Storage* gx, Arena& work) {
+    const int64_t steps = part.n * B_, row = G * pitch_;
+    const bool tokens = l == 0 && p.tokens.data;
     for (int64_t d = 0; d < D_; ++d) {
-      const Array<3>& W = p.params[l * D_ + d].W;
-      Storage* gx = layer.gx + d * T_ * B_ * G * pitch_;
+      Storage* to = gx + d * steps * row;
       if (!tokens)
-        queue_.template product<T, T>({T_ * B_, G * pitch_, in, x, in, T_ * B_ * in, false,
-                                       padded_weights(W, l == 0 ? I_ : D_ * H_, in, work), in, G * pitch_ * in, true,
-                                       gx, G * pitch_, D_ * T_ * B_ * G * pitch_, E_, false});
-      if (tokens || context) add_inputs(p, d, context ? context_product(p, d, work) : nullptr, 0, T_, gx, work);
+        queue_.template product<T, T>({steps, row, in, x + part.begin[d] * B_ * in, in, T_ * B_ * in, false,
+                                       W[static_cast<size_t>(d)], in, row * in, true, to, row, D_ * steps * row, E_,
+                                       false});
+      if (tokens || (l == 0 && p.context.data))
+        add_inputs(p, d, context[static_cast<size_t>(d)], part.begin[d], part.n, to, work);
     }
   }
   // Layer 0's tokens and context (E,B,G,pitch; may be null) into n steps of gx of direction d, from step `first` on.
@@ -530,6 +602,13 @@ class Engine {
         {B_, row, K, context, K, B_ * K, false, W, K, row * K, true, to, row, B_ * row, E_, false});
     return to;
   }
+  // Of both directions, where layer l sees a context.
+  std::vector<const Math*> context_products(const Arguments& p, int64_t l, Arena& work) {
+    std::vector<const Math*> to(static_cast<size_t>(D_), nullptr);
+    for (int64_t d = 0; d < D_ && l == 0 && p.context.data; ++d)
+      to[static_cast<size_t>(d)] = context_product(p, d, work);
+    return to;
+  }
   // dz (E,B,G,pitch) of direction d, from da of n steps; with `add` added to it.
   void context_sum(const Storage* da, int64_t n, Math* dz, bool add) {
     const int64_t row = B_ * G * pitch_;
@@ -562,7 +641,13 @@ class Engine {
                     {{E_, 1, B_, K}}, false, E_ > 1 && s[0] == 0);
   }
 
-  // W or R (E,G*H,columns) as (E,G,pitch,to_columns).
+  // W or R (E,G*H,columns) as (E,G,pitch,to_columns), of both directions.
+  Weights padded_weights(Array<3> Params::* of, int64_t columns, int64_t to_columns, const Arguments& p, int64_t l,
+                         Arena& work) {
+    Weights to;
+    for (int64_t d = 0; d < D_; ++d) to.push_back(padded_weights(p.params[l * D_ + d].*of, columns, to_columns, work));
+    return to;
+  }
   const Storage* padded_weights(const Array<3>& w, int64_t columns, int64_t to_columns, Arena& work) {
     const int64_t* s = w.stride;
     if (pitch_ == H_ && columns == to_columns && s[2] == 1 && s[1] == columns &&
@@ -657,54 +742,82 @@ class Engine {
                blocks_for(E_ * T_ * B_ * D_ * H_));
   }
 
-  // dW, dR, dbW, dbR of one direction.
-  void weight_gradients(const Params& to, const Layer& layer, const Storage* x, int64_t in, int64_t W_in,
-                        const Storage* da, const Storage* da_h, int64_t d, Arena& work) {
-    const int64_t steps = T_ * B_, a_set = steps * G * pitch_;
-    const Storage* da_d = da + d * a_set;
-    if (to.W.data) {
-      const size_t mark = work.mark();
-      Math* dW = work.take<Math>(E_ * G * pitch_ * in);
-      queue_.template product<T, Full>({G * pitch_, in, steps, da_d, G * pitch_, D_ * a_set, true, x, in, steps * in,
-                                        false, dW, in, G * pitch_ * in, E_, false});
-      give_weights(to.W, dW, W_in, in);
-      work.release(mark);
+  // Where sums over steps go, of what is wanted of layer l.
+  Gradients gradients(const Arguments& p, const Arguments& dp, int64_t l, int64_t in, Arena& work) {
+    Gradients to;
+    if (l == 0 && p.context.data) to.dz = work.take<Math>(sets_ * B_ * G * pitch_);
+    if (!dp.params) return to;
+    bool bias = false, bias_h = false;
+    for (int64_t d = 0; d < D_; ++d) {
+      const Params& w = dp.params[l * D_ + d];
+      if (w.W.data) to.dW[d] = work.take<Math>(E_ * G * pitch_ * in);
+      if (w.R.data) to.dR[d] = work.take<Math>(E_ * G * pitch_ * pitch_);
+      bias |= w.bW.data || w.bR.data;
+      bias_h |= kTwoSums && w.bR.data;
     }
-    if (to.R.data) {
-      const size_t mark = work.mark();
-      Math* dR = work.take<Math>(E_ * G * pitch_ * pitch_);
-      const Storage* prev = layer.prev + d * steps * pitch_;
+    if (bias) to.db = work.take<Math>(parts_ * sets_ * G * pitch_);
+    if (bias_h) to.db_h = work.take<Math>(parts_ * sets_ * pitch_);
+    to.bias = bias, to.bias_h = bias_h;
+    return to;
+  }
+
+  // A part's share of the sums.
+  void add_gradients(const Gradients& to, const Arguments& p, const Arguments& dp, int64_t l, const Storage* x,
+                     int64_t in, const Layer& tape, const Storage* da, const Storage* da_h, const Part& part,
+                     Arena& work) {
+    const int64_t steps = part.n * B_, row = G * pitch_;
+    const bool add = part.index < parts_ - 1;
+    for (int64_t d = 0; d < D_ && to.dz; ++d) context_sum(da + d * steps * row, part.n, to.dz + d * E_ * B_ * row, add);
+    if (!dp.params) return;
+    const Params* params = dp.params + l * D_;
+    for (int64_t d = 0; d < D_; ++d) {
+      const Storage* da_d = da + d * steps * row;
+      if (params[d].W.data && l == 0 && p.tokens.data)
+        token_gradient(p, da_d, part.begin[d], part.n, to.dW[d], in, add);
+      else if (params[d].W.data)
+        queue_.template product<T, Full>({row, in, steps, da_d, row, D_ * steps * row, true,
+                                          x + part.begin[d] * B_ * in, in, T_ * B_ * in, false, to.dW[d], in, row * in,
+                                          E_, add});
+      if (!params[d].R.data) continue;
+      Math* dR = to.dR[d];
+      const Storage* prev = tape.prev + d * steps * pitch_;
       const int64_t own = kTwoSums || Cell::two_products ? G - 1 : G;  // gates whose da goes with h of the step before
-      queue_.template product<T, Full>({own * pitch_, pitch_, steps, da_d, G * pitch_, D_ * a_set, true, prev, pitch_,
-                                        D_ * steps * pitch_, false, dR, pitch_, G * pitch_ * pitch_, E_, false});
+      queue_.template product<T, Full>({own * pitch_, pitch_, steps, da_d, row, D_ * steps * row, true, prev, pitch_,
+                                        D_ * steps * pitch_, false, dR, pitch_, row * pitch_, E_, add});
       if (kTwoSums)
         queue_.template product<T, Full>({pitch_, pitch_, steps, da_h + d * steps * pitch_, pitch_, D_ * steps * pitch_,
                                           true, prev, pitch_, D_ * steps * pitch_, false, dR + own * pitch_ * pitch_,
-                                          pitch_, G * pitch_ * pitch_, E_, false});
+                                          pitch_, row * pitch_, E_, add});
       if (Cell::two_products)
-        queue_.template product<T, Full>({pitch_, pitch_, steps, da_d + own * pitch_, G * pitch_, D_ * a_set, true,
-                                          layer.extra + d * steps * pitch_, pitch_, D_ * steps * pitch_, false,
-                                          dR + own * pitch_ * pitch_, pitch_, G * pitch_ * pitch_, E_, false});
-      give_weights(to.R, dR, H_, pitch_);
-      work.release(mark);
+        queue_.template product<T, Full>({pitch_, pitch_, steps, da_d + own * pitch_, row, D_ * steps * row, true,
+                                          tape.extra + d * steps * pitch_, pitch_, D_ * steps * pitch_, false,
+                                          dR + own * pitch_ * pitch_, pitch_, row * pitch_, E_, add});
     }
-    if (!to.bW.data && !to.bR.data) return;
-    const size_t mark = work.mark();
-    const Math* sums = column_sums(da, G * pitch_, work);
-    const Math* sums_h = kTwoSums && to.bR.data ? column_sums(da_h, pitch_, work) : nullptr;
-    for (const Array<2>* b : {&to.bW, &to.bR}) {
-      if (!b->data) continue;
-      const bool sum = E_ > 1 && b->stride[0] == 0;
-      const int64_t own = b == &to.bR && sums_h ? G - 1 : G;
-      copy<Full, T>(sums + d * G * pitch_, {{D_ * G * pitch_, 0, pitch_, 1}}, b->data,
-                    {{b->stride[0], 0, H_ * b->stride[1], b->stride[1]}}, {{E_, 1, own, H_}}, {{E_, 1, own, H_}}, false,
-                    sum);
-      if (own < G)
-        copy<Full, T>(sums_h + d * pitch_, {{D_ * pitch_, 0, 0, 1}},
-                      static_cast<Storage*>(b->data) + own * H_ * b->stride[1], {{b->stride[0], 0, 0, b->stride[1]}},
-                      {{E_, 1, 1, H_}}, {{E_, 1, 1, H_}}, false, sum);
+    if (to.bias) column_sums(da, steps, row, to.db, part.index, work);
+    if (to.bias_h) column_sums(da_h, steps, pitch_, to.db_h, part.index, work);
+  }
+
+  void give_gradients(const Arguments& dp, int64_t l, const Gradients& sums, int64_t W_in, int64_t in, Arena& work) {
+    if (!dp.params) return;
+    const Math* db = sums.bias ? sum_of_parts(sums.db, G * pitch_, work) : nullptr;
+    const Math* db_h = sums.bias_h ? sum_of_parts(sums.db_h, pitch_, work) : nullptr;
+    for (int64_t d = 0; d < D_; ++d) {
+      const Params& to = dp.params[l * D_ + d];
+      if (to.W.data) give_weights(to.W, sums.dW[d], W_in, in);
+      if (to.R.data) give_weights(to.R, sums.dR[d], H_, pitch_);
+      for (const Array<2>* b : {&to.bW, &to.bR}) {
+        if (!b->data) continue;
+        const bool sum = E_ > 1 && b->stride[0] == 0;
+        const int64_t own = kTwoSums && b == &to.bR ? G - 1 : G;
+        copy<Full, T>(db + d * G * pitch_, {{D_ * G * pitch_, 0, pitch_, 1}}, b->data,
+                      {{b->stride[0], 0, H_ * b->stride[1], b->stride[1]}}, {{E_, 1, own, H_}}, {{E_, 1, own, H_}},
+                      false, sum);
+        if (own < G)
+          copy<Full, T>(db_h + d * pitch_, {{D_ * pitch_, 0, 0, 1}},
+                        static_cast<Storage*>(b->data) + own * H_ * b->stride[1], {{b->stride[0], 0, 0, b->stride[1]}},
+                        {{E_, 1, 1, H_}}, {{E_, 1, 1, H_}}, false, sum);
+      }
     }
-    work.release(mark);
   }
   void give_weights(const Array<3>& to, const Math* from, int64_t columns, int64_t from_columns) {
     const int64_t* s = to.stride;
@@ -712,15 +825,62 @@ class Engine {
                   {{s[0], H_ * s[1], s[1], s[2]}}, {{E_, G, H_, columns}}, {{E_, G, H_, columns}}, false,
                   E_ > 1 && s[0] == 0);
   }
-  const Math* column_sums(const Storage* v, int64_t columns, Arena& work) {
-    const int parts = static_cast<int>(T_ * B_ < 64 ? 1 : 64);
+  // to[part] (sets,columns) = the sum of v (sets,rows,columns) over its rows.
+  void column_sums(const Storage* v, int64_t rows, int64_t columns, Math* to, int64_t part, Arena& work) {
+    const int parts = static_cast<int>(rows < 64 ? 1 : 64);
     Math* partial = work.take<Math>(sets_ * parts * columns);
-    Math* sums = work.take<Math>(sets_ * columns);
-    queue_.run(ColumnSum<T, Full>{v, partial, static_cast<int>(sets_), parts, T_ * B_, columns},
+    queue_.run(ColumnSum<T, Full>{v, partial, static_cast<int>(sets_), parts, rows, columns},
                blocks_for(sets_ * parts * columns));
-    queue_.run(ColumnSum<Full, Full>{partial, sums, static_cast<int>(sets_), 1, parts, columns},
+    queue_.run(ColumnSum<Full, Full>{partial, to + part * sets_ * columns, static_cast<int>(sets_), 1, parts, columns},
                blocks_for(sets_ * columns));
+  }
+  const Math* sum_of_parts(const Math* v, int64_t columns, Arena& work) {
+    if (parts_ == 1) return v;
+    Math* sums = work.take<Math>(sets_ * columns);
+    queue_.run(ColumnSum<Full, Full>{v, sums, 1, 1, parts_, sets_ * columns}, blocks_for(sets_ * columns));
     return sums;
+  }
+
+  // ---- recompute
+  // The tape of a part, as forward would have written it; gx holds the inputs' sums.
+  void rebuild_tape(const Layer& from, const Layer& to, const Part& part, const Weights& R, const Math* bias,
+                    const Storage* h0, const Storage* c0, Storage* c_enters, Arena& work) {
+    const int64_t steps = part.n * B_, row = G * pitch_;
+    RebuildArgs<Cell, T> a{};
+    ForwardArgs<T> f{};
+    f.Tn = static_cast<int>(T_), f.B = static_cast<int>(B_), f.H = static_cast<int>(H_),
+    f.pitch = static_cast<int>(pitch_);
+    f.sets = static_cast<int>(sets_), f.directions = static_cast<int>(D_);
+    f.reverse = p_.reverse, f.reset_to_initial = p_.reset_to_initial;
+    rows(f);
+    a.w = walk(f);
+    a.n = static_cast<int>(part.n), a.index = static_cast<int>(part.index);
+    a.begin = static_cast<int>(part.begin[0]), a.begin_d = static_cast<int>(part.begin[1] - part.begin[0]);
+    a.slots = static_cast<int>(parts_ - 1), a.clip_cell = static_cast<Math>(p_.clip_cell), a.bias = bias;
+    a.h = from.h, a.h_t = B_ * wide_, a.h_b = wide_, a.h_e = T_ * B_ * wide_, a.h_d = H_;
+    a.h0 = h0, a.c0 = c0, a.marks = from.marks;
+    a.gx = to.gx, a.extra = to.extra, a.cells = to.cells, a.prev = to.prev, a.c_enters = c_enters;
+    const int64_t blocks = blocks_for(sets_ * steps * pitch_);
+    queue_.run(RebuildBefore<Cell, T>{a}, blocks);
+    if constexpr (Cell::kept > 0) {
+      const int64_t first = Cell::two_products ? G - 1 : G;
+      const auto multiply = [&](const Storage* operand, int64_t gate, int64_t count) {
+        Math* product = work.take<Math>(sets_ * steps * count * pitch_);
+        for (int64_t d = 0; d < D_; ++d)
+          queue_.template product<T, Full>(
+              {steps, count * pitch_, pitch_, operand + d * steps * pitch_, pitch_, D_ * steps * pitch_, false,
+               R[static_cast<size_t>(d)] + gate * pitch_ * pitch_, pitch_, row * pitch_, true,
+               product + d * steps * count * pitch_, count * pitch_, D_ * steps * count * pitch_, E_, false});
+        return product;
+      };
+      if (Cell::state_product) a.product = multiply(to.prev, 0, first);
+      queue_.run(RebuildGates<Cell, T, false>{a}, blocks);
+      if constexpr (Cell::two_products) {
+        a.product_last = multiply(to.extra, first, 1);
+        queue_.run(RebuildGates<Cell, T, true>{a}, blocks);
+      }
+      if constexpr (Cell::cell_state) queue_.run(RebuildCells<Cell, T>{a}, blocks_for(sets_ * B_ * pitch_));
+    }
   }
 
   // ---- routes
@@ -799,37 +959,38 @@ class Engine {
     }
   }
 
-  void run_backward(BackwardArgs<T>& a, const Arguments& p, int64_t l, Arena& work) {
-    const int n = std::get<1>(pick_backward(Backwards()));
-    if (n < 0)
-      stepwise_backward(a, p, l, work);
-    else
-      persistent_backward(Backwards(), n, a, p, l, work);
+  // What all parts of the walk share; then a part.
+  void prepare_backward(int choice, BackwardArgs<T>& a, const Arguments& p, int64_t l, Arena& work) {
+    persistent_backward(Backwards(), choice, [&]<class S>() {
+      a.peers = S::kRoute == Route::single ? 1 : static_cast<int>((H_ + S::kUnits - 1) / S::kUnits);
+      a.row_tiles = static_cast<int>((B_ + S::kRows - 1) / S::kRows);
+      a.weights = pack<PackBackward<S>>(p, l, a.peers, work);
+      if (S::kRoute == Route::grid) a.hand_off = work.take<U4>(hand_off_pieces<S>(a, every_));
+    });
   }
-  template <class... S>
-  void persistent_backward(List<S...>, [[maybe_unused]] int n, [[maybe_unused]] BackwardArgs<T>& a,
-                           [[maybe_unused]] const Arguments& p, [[maybe_unused]] int64_t l,
-                           [[maybe_unused]] Arena& work) {
-    [[maybe_unused]] int at = 0;
-    ((at++ == n ? persistent_backward_by<S>(a, p, l, work) : void()), ...);
+  void run_backward(int choice, BackwardArgs<T>& a, const Weights& R, Arena& work) {
+    if (choice < 0) stepwise_backward(a, R, work);
+    persistent_backward(Backwards(), choice, [&]<class S>() {
+      if (S::kRoute == Route::grid)
+        queue_.fill(a.hand_off, 0xFF, static_cast<size_t>(hand_off_pieces<S>(a, a.Tn)) * sizeof(U4));
+      run_teams<Backward<S>, S::kRoute>(a);
+    });
   }
   template <class S>
-  void persistent_backward_by(BackwardArgs<T>& a, const Arguments& p, int64_t l, Arena& work) {
-    a.peers = S::kRoute == Route::single ? 1 : static_cast<int>((H_ + S::kUnits - 1) / S::kUnits);
-    a.row_tiles = static_cast<int>((B_ + S::kRows - 1) / S::kRows);
-    a.weights = pack<PackBackward<S>>(p, l, a.peers, work);
-    if (S::kRoute == Route::grid) {
-      const int64_t pieces = sets_ * T_ * a.row_tiles * (G * pitch_ / T::kPer) * S::kRows;
-      a.hand_off = work.take<U4>(pieces);
-      queue_.fill(a.hand_off, 0xFF, static_cast<size_t>(pieces) * sizeof(U4));
-    }
-    run_teams<Backward<S>, S::kRoute>(a);
+  int64_t hand_off_pieces(const BackwardArgs<T>& a, int64_t steps) const {
+    return sets_ * steps * a.row_tiles * (G * pitch_ / T::kPer) * S::kRows;
+  }
+  // f for the chosen shape; for none where the choice is -1.
+  template <class... S, class F>
+  void persistent_backward(List<S...>, [[maybe_unused]] int choice, [[maybe_unused]] const F& f) {
+    [[maybe_unused]] int at = 0;
+    ((at++ == choice ? f.template operator()<S>() : void()), ...);
   }
 
   template <class Args>
   Walk walk(const Args& a) const {
-    return {a.Tn,      a.B,     a.H,     a.pitch, a.sets,    a.directions, -1,       a.reverse, a.reset_to_initial,
-            a.lengths, a.len_e, a.len_b, a.reset, a.reset_t, a.reset_e,    a.reset_b};
+    return {a.Tn,      a.B,     a.H,     a.pitch, a.sets,    a.directions, -1,        a.reverse, a.reset_to_initial,
+            a.lengths, a.len_e, a.len_b, a.reset, a.reset_t, a.reset_e,    a.reset_b, 0,         0};
   }
 
   void stepwise_forward(const ForwardArgs<T>& f, const Math* bias, const Arguments& p, int64_t l, Arena& work) {
@@ -840,6 +1001,7 @@ class Engine {
     a.gx = f.gx, a.extra = f.extra, a.cells = f.cells, a.prev = f.prev;
     a.h0 = f.h0, a.c0 = f.c0, a.y = f.y, a.hn = f.hn, a.cn = f.cn;
     a.y_t = f.y_t, a.y_b = f.y_b, a.y_e = f.y_e, a.y_d = f.y_d;
+    a.marks = f.marks, a.marks_shift = f.marks_shift, a.slots = f.slots;
     Math* product = work.take<Math>(state * G);
     Math* product_last = Cell::two_products ? work.take<Math>(state) : nullptr;
     a.product = product, a.product_last = product_last;
@@ -854,9 +1016,7 @@ class Engine {
       queue_.fill(a.extra, 0, static_cast<size_t>(sets_ * T_ * B_ * pitch_) * sizeof(Storage));
     const int64_t blocks = blocks_for(state);
     if constexpr (Cell::state_product) {
-      std::vector<const Storage*> R(static_cast<size_t>(D_));
-      for (int64_t d = 0; d < D_; ++d)
-        R[static_cast<size_t>(d)] = padded_weights(p.params[l * D_ + d].R, H_, pitch_, work);
+      const Weights R = padded_weights(&Params::R, H_, pitch_, p, l, work);
       queue_.run(StepPrepare<Cell, T, false>{a}, blocks);
       const int64_t first = Cell::two_products ? G - 1 : G;
       for (int64_t s = 0; s < T_; ++s) {
@@ -880,10 +1040,12 @@ class Engine {
     }
   }
 
-  void stepwise_backward(const BackwardArgs<T>& b, const Arguments& p, int64_t l, Arena& work) {
+  void stepwise_backward(const BackwardArgs<T>& b, const Weights& R, Arena& work) {
     const int64_t state = sets_ * B_ * pitch_, row = G * pitch_;
     StepBackwardArgs<Cell, T> a{};
     a.w = walk(b);
+    a.w.begin = b.begin, a.w.begin_d = b.begin_d;
+    a.carry_in = b.carry_in, a.carry_out = b.carry_out, a.c_enters = b.c_enters;
     a.clip_cell = static_cast<Math>(p_.clip_cell), a.clip_grad = static_cast<Math>(p_.clip_grad);
     a.gx = b.gx, a.extra = b.extra, a.cells = b.cells, a.prev = b.prev, a.c0 = b.c0;
     a.dy = b.dy, a.dcells = b.dcells, a.dhn = b.dhn, a.dcn = b.dcn, a.dh0 = b.dh0, a.dc0 = b.dc0;
@@ -898,13 +1060,10 @@ class Engine {
     a.dh_first = work.take<Math>(state), a.dc_first = work.take<Math>(state);
     const int64_t blocks = blocks_for(state);
     if constexpr (Cell::state_product) {
-      std::vector<const Storage*> R(static_cast<size_t>(D_));
-      for (int64_t d = 0; d < D_; ++d)
-        R[static_cast<size_t>(d)] = padded_weights(p.params[l * D_ + d].R, H_, pitch_, work);
       const int64_t own = Cell::two_products ? G - 1 : G;
-      a.w.s = static_cast<int>(T_);
+      a.w.s = b.Tn;
       queue_.run(StepBackward<Cell, T>{a}, blocks);
-      for (int64_t s = T_ - 1; s >= -1; --s) {
+      for (int64_t s = b.Tn - 1; s >= -1; --s) {
         a.w.s = static_cast<int>(s);
         queue_.run(StepBackward<Cell, T>{a}, blocks);
         if (s < 0) break;
@@ -932,6 +1091,8 @@ class Engine {
   const Problem& p_;
   int* late_;
   int64_t T_, E_, B_, I_, H_, L_, D_, sets_, pitch_, wide_;
+  int64_t every_, parts_ = 1;  // recompute: steps of a part of the walk, 1 << shift_; parts
+  int shift_ = 0;
 };
 
 }  // namespace fusedrnn::cuda

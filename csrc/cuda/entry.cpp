@@ -7,7 +7,6 @@ namespace fusedrnn::cuda {
 namespace {
 
 Status run_any(const Call& call) {
-  if (call.problem->recompute) return "recompute is not built into the CUDA kernels yet; expected recompute = false";
   switch (call.problem->cell) {
     case CellKind::rnn_tanh:
       return run_rnn_tanh(call);

@@ -33,6 +33,8 @@ struct ForwardArgs {
   int64_t len_e, len_b;
   const u8* reset;  // (T,E,B), may be null
   int64_t reset_t, reset_e, reset_b;
+  MathOf<T>* marks;  // (sets,slots,B,H): c that enters every part of the walk but the first; may be null
+  int marks_shift, slots;
   U4* hand_off;  // grid: [set][T+1][row tile][line][tile][8], slot 0 = h0, the others kEmpty
   int* late;     // set where a wait was given up
 };
@@ -94,7 +96,7 @@ struct Forward {
     load_weights<S>(w, a.weights, set * a.peers + rank, warp, lane);
 
     // -- rows: how long each runs; where it starts
-    row_lengths<S>(a, e, row0, length);
+    row_lengths<S>(a, e, row0, 0, length);
     const int expected = lines * S::kTiles * 128;  // bytes of h that a block gets per step
     open_barriers<S>(bar, expected);
     if constexpr (kOnChip) {
@@ -329,6 +331,15 @@ struct Forward {
       FUSEDRNN_UNROLL
       for (int i = 0; i < S::kOwned; ++i) {
         if (!live(rank, group, split, i)) continue;
+        if constexpr (Cell::cell_state) {
+          if (a.marks) {
+            FUSEDRNN_UNROLL
+            for (int p = 0; p < 2; ++p) {
+              const int r = tile_of(split, i) * 8 + 2 * q + p;
+              mark(set_now, row0_now + r, unit_of(rank, group, split, i) + g, s, length[r], backwards, c[i][p]);
+            }
+          }
+        }
         const int r = tile_of(split, i) * 8 + piece_row, row = row0_now + r;
         if (row >= a.B) continue;
         const int len = length[r], t = time(s, len, backwards), unit = unit_of(rank, group, split, i) + piece_half;
@@ -422,6 +433,13 @@ struct Forward {
   }
   FUSEDRNN_DEVICE int64_t length_of(int e, int row) const {
     return a.lengths ? a.lengths[e * a.len_e + row * a.len_b] : a.Tn;
+  }
+
+  // c after step s, where a part of the walk ends.
+  FUSEDRNN_DEVICE void mark(int set, int row, int unit, int s, int len, bool backwards, float c) const {
+    if (s + 1 >= len || unit >= a.H) return;
+    const int n = mark_after(time(s, len, backwards), a.Tn, backwards, a.marks_shift);
+    if (n >= 0) a.marks[((static_cast<int64_t>(set) * a.slots + n) * a.B + row) * a.H + unit] = c;
   }
 
   static FUSEDRNN_DEVICE void multiply(float (&acc)[kChains][S::kTiles][S::kMma][4], const U4 (&w)[2][S::kMma], int j,

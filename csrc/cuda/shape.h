@@ -41,6 +41,13 @@ FUSEDRNN_DEVICE void each(const F& f) {
 template <class T>
 using MathOf = std::conditional_t<sizeof(typename T::Storage) == 8, double, float>;
 
+// recompute: forward marks c after every 2^shift-th step of the time axis, counted from where the direction begins.
+// Which mark stands after time index t, or -1.
+FUSEDRNN_DEVICE int mark_after(int t, int steps, bool backwards, int shift) {
+  const int n = backwards ? steps - t : t + 1;
+  return n & ((1 << shift) - 1) ? -1 : (n >> shift) - 1;
+}
+
 enum class Route { single, cluster, grid, stepwise };
 
 // Weight register r (0..3) of product `half` (0, 1) on chunk `chunk`, lane q: the first depth index it holds (16-bit
@@ -149,10 +156,10 @@ FUSEDRNN_DEVICE void load_weights(U4 (&w)[kHeld][2][S::kMma], const U4* packed, 
     laid[n * S::kThreads + dev::tid()] = dev::ldg16(from + (kHeld * 2 * S::kMma + n) * 32);
 }
 template <class S, class Args>
-FUSEDRNN_DEVICE void row_lengths(const Args& a, int e, int row0, int* length) {
+FUSEDRNN_DEVICE void row_lengths(const Args& a, int e, int row0, int begin, int* length) {
   for (int r = dev::tid(); r < S::kRows; r += S::kThreads) {
     int64_t n = row0 + r < a.B ? a.Tn : 0;
-    if (row0 + r < a.B && a.lengths) n = a.lengths[e * a.len_e + (row0 + r) * a.len_b];
+    if (row0 + r < a.B && a.lengths) n = a.lengths[e * a.len_e + (row0 + r) * a.len_b] - begin;
     length[r] = static_cast<int>(n < 0 ? 0 : n > a.Tn ? a.Tn : n);
   }
 }

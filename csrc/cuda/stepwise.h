@@ -18,19 +18,23 @@ struct Walk {
   int64_t len_e, len_b;
   const u8* reset;
   int64_t reset_t, reset_e, reset_b;
+  int begin, begin_d;  // a part of the walk, as in BackwardArgs
 
   FUSEDRNN_DEVICE bool backwards(int set) const { return directions == 2 ? set % 2 == 1 : reverse; }
+  FUSEDRNN_DEVICE int first(int set) const { return begin + set % directions * begin_d; }
   FUSEDRNN_DEVICE int length(int set, int row) const {
     if (!lengths) return Tn;
-    const int64_t n = lengths[set / directions * len_e + row * len_b];
+    const int64_t n = lengths[set / directions * len_e + row * len_b] - first(set);
     return static_cast<int>(n < 0 ? 0 : n > Tn ? Tn : n);
   }
   FUSEDRNN_DEVICE bool restart(int set, int row, int t) const {
-    return reset[t * reset_t + set / directions * reset_e + row * reset_b] != 0;
+    return reset[(first(set) + t) * reset_t + set / directions * reset_e + row * reset_b] != 0;
   }
   // Does a new sequence begin between steps s and s + 1 of a row of this length?
   FUSEDRNN_DEVICE bool cut(int set, int row, int s_, int len) const {
-    return reset && s_ + 1 < len && restart(set, row, backwards(set) ? len - 1 - s_ : s_ + 1);
+    if (!reset) return false;
+    if (backwards(set)) return first(set) + len - 1 - s_ > 0 && restart(set, row, len - 1 - s_);
+    return s_ + 1 < len && restart(set, row, s_ + 1);
   }
   FUSEDRNN_DEVICE bool restarts_at_once(int set, int row) const {
     return reset && !backwards(set) && restart(set, row, 0);
@@ -58,6 +62,8 @@ struct StepForwardArgs {
   const Storage *h0, *c0;
   Storage *y, *hn, *cn;
   int64_t y_t, y_b, y_e, y_d;
+  Math* marks;  // as in ForwardArgs
+  int marks_shift, slots;
   const Math* product;       // (sets,B,G,pitch)
   const Math* product_last;  // of the second product (sets,B,pitch)
   Storage *h, *rh;           // what the products multiply
@@ -159,7 +165,11 @@ struct StepForward {
           c = a.w.reset_to_initial && a.c0 ? T::load(a.c0[out]) : Math(0);
         }
         a.h_full[at] = h;
-        if constexpr (Cell::cell_state) a.c[at] = c;
+        if constexpr (Cell::cell_state) {
+          a.c[at] = c;
+          const int n = a.marks && s + 1 < len ? mark_after(t, a.w.Tn, a.w.backwards(set), a.marks_shift) : -1;
+          if (n >= 0) a.marks[((static_cast<int64_t>(set) * a.slots + n) * a.w.B + row) * a.w.H + unit] = c;
+        }
         if constexpr (Cell::state_product) a.h[at] = T::operand(T::store(h));
       } else {
         a.y[set / a.w.directions * a.y_e + set % a.w.directions * a.y_d + t * a.y_t + row * a.y_b + unit] =
@@ -199,6 +209,9 @@ struct StepBackwardArgs {
   const Math* product;    // (sets,B,pitch): of the step after
   const Math* product_r;  // of da_n with Rn (sets,B,pitch): two products only
   Math *dh, *dc, *dh_first, *dc_first;
+  const Math* carry_in;  // these three as in BackwardArgs
+  Math* carry_out;
+  const Storage* c_enters;
 };
 
 // Step s: takes what the step after it gave (dh, product), leaves dh, dc and da. s = Tn starts: dh = dhn. s = -1 ends:
@@ -214,12 +227,14 @@ struct StepBackward {
       const int s = a.w.s, len = a.w.length(set, row);
       const int64_t out = (static_cast<int64_t>(set) * a.w.B + row) * a.w.H + unit;
       const bool real = unit < a.w.H;
+      const int64_t states = static_cast<int64_t>(a.w.sets) * a.w.B * a.w.H;
       if (s == a.w.Tn) {
-        a.dh[at] = real && a.dhn ? T::load(a.dhn[out]) : Math(0);
-        a.dh_first[at] = 0;
+        const bool carried = real && a.carry_in;
+        a.dh[at] = carried ? a.carry_in[out] : real && a.dhn ? T::load(a.dhn[out]) : Math(0);
+        a.dh_first[at] = carried ? a.carry_in[2 * states + out] : Math(0);
         if constexpr (Cell::cell_state) {
-          a.dc[at] = real && a.dcn ? T::load(a.dcn[out]) : Math(0);
-          a.dc_first[at] = 0;
+          a.dc[at] = carried ? a.carry_in[states + out] : real && a.dcn ? T::load(a.dcn[out]) : Math(0);
+          a.dc_first[at] = carried ? a.carry_in[3 * states + out] : Math(0);
         }
         return;
       }
@@ -228,10 +243,27 @@ struct StepBackward {
       if constexpr (Cell::cell_state) dc = a.dc[at];
       if (s < 0) {
         if (!real) return;
-        const bool dropped = len > 0 && !a.w.reset_to_initial && a.w.restarts_at_once(set, row);
-        if (a.dh0) a.dh0[out] = T::store(dropped ? Math(0) : dh + a.dh_first[at]);
+        Math h_first = a.dh_first[at], c_first = 0;
+        if constexpr (Cell::cell_state) c_first = a.dc_first[at];
+        if (len > 0 && a.w.restarts_at_once(set, row)) {
+          if (a.w.reset_to_initial) {
+            h_first += dh;
+            c_first += dc;
+          }
+          dh = dc = 0;
+        }
+        if (a.carry_out) {
+          a.carry_out[out] = dh;
+          a.carry_out[2 * states + out] = h_first;
+          if constexpr (Cell::cell_state) {
+            a.carry_out[states + out] = dc;
+            a.carry_out[3 * states + out] = c_first;
+          }
+          return;
+        }
+        if (a.dh0) a.dh0[out] = T::store(dh + h_first);
         if constexpr (Cell::cell_state) {
-          if (a.dc0) a.dc0[out] = T::store(dropped ? Math(0) : dc + a.dc_first[at]);
+          if (a.dc0) a.dc0[out] = T::store(dc + c_first);
         }
         return;
       }
@@ -270,7 +302,9 @@ struct StepBackward {
           if constexpr (Cell::cell_state) {
             c = T::load(a.cells[step * a.w.pitch + unit]);
             const bool fresh = s == 0 ? a.w.restarts_at_once(set, row) : a.w.cut(set, row, s - 1, len);
-            if (s == 0 || fresh)
+            if (s == 0 && a.c_enters)
+              c_prev = T::load(a.c_enters[out]);
+            else if (s == 0 || fresh)
               c_prev = a.c0 && (!fresh || a.w.reset_to_initial) ? T::load(a.c0[out]) : Math(0);
             else
               c_prev = T::load(a.cells[(step + (a.w.backwards(set) ? a.w.B : -a.w.B)) * a.w.pitch + unit]);
@@ -284,6 +318,7 @@ struct StepBackward {
       if constexpr (Cell::cell_state) a.dc[at] = dc;
       each<Cell::gates>([&](auto k) {
         constexpr int of_x = Cell::x_sum[k.value], of_h = Cell::h_sum[k.value];
+        if (Cell::two_products && k.value == 0) return;  // r's follows, and may stand where r still does
         a.da[(step * Cell::gates + k.value) * a.w.pitch + unit] = T::store(da[of_x]);
         if constexpr (of_x != of_h) a.da_h[step * a.w.pitch + unit] = T::store(da[of_h]);
         if constexpr (Cell::state_product) a.operand[n + k.value * a.w.pitch] = T::operand(T::store(da[of_h]));

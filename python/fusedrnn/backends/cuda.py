@@ -81,13 +81,6 @@ def devices() -> tuple[list[dict[str, Any]], str]:
     return [dict(zip(("name", "compute", "multiprocessors", "bytes"), each, strict=True)) for each in found], str(why)
 
 
-def _check(problem: Problem) -> None:
-    if problem.recompute:
-        raise NotImplementedError(
-            "fusedrnn: recompute=True on a CUDA device: the CUDA kernels keep the whole tape. Pass recompute=False"
-        )
-
-
 def _call(function: Any, *args: Any) -> Any:
     try:
         return function(*args)
@@ -152,14 +145,12 @@ def _took(call: Any, problem: Problem, p: Arguments, which: str) -> None:
 
 def new_tape(problem: Problem, p: Arguments) -> DeviceArray:
     """Memory for the tape of a call."""
-    _check(problem)
     _place_rows(problem, p.x)
     call = _call(_extension.Forward, problem, p, Results(), True, *_settings(p, False))
     return bytes_like(p.x, call.tape_bytes)
 
 
 def forward(problem: Problem, p: Arguments, out: Results, tape: DeviceArray | None, tf32: bool = False) -> None:
-    _check(problem)
     _place_rows(problem, p.x)
     call = _call(_extension.Forward, problem, p, out, tape is not None, *_settings(p, tf32))
     _enough(call, tape)

@@ -3,7 +3,7 @@
 
 Off unless `use_cuda_kernels` or FUSEDRNN_TORCH_CUDA=1 says otherwise, because no GPU has run these kernels yet, and
 torch.nn, which runs instead, is known to be right there. float32 is multiplied as TF32 where torch lets cuDNN do so.
-jvp and hvp (and so second derivatives) take torch's own operators. recompute keeps the whole tape all the same.
+jvp and hvp (and so second derivatives) take torch's own operators.
 """
 
 from __future__ import annotations
@@ -77,10 +77,10 @@ class Call(kernels.Call):
     """The same call with its tensors where they are, in the type that they have."""
 
     def __init__(self, how: How, p: Tensors, extra: Tensors, axes: Sequence[int], lengths: Any, reset: Any) -> None:
-        super().__init__(how._replace(recompute=False), p, extra, axes, None, None)
+        super().__init__(how, p, extra, axes, None, None)
         for given, axis in ((lengths, 0), (reset, 1)):
             if given is not None and given.shape[axis] != self.E and given.shape[axis] != 1:
-                super().__init__(how._replace(recompute=False), p, (*extra, given), (*axes, axis), None, None)
+                super().__init__(how, p, (*extra, given), (*axes, axis), None, None)
         problem: Any = self.problem
         if lengths is not None:
             problem.lengths = seen(kernels.spread(lengths, 0, self.E), "int64")
@@ -118,9 +118,11 @@ def tape_elements(how: How, T: Any, B: Any, H: Any, dtype: torch.dtype) -> Any:
     G = {"lstm": 4, "gru": 3, "gru_reset_before": 3}.get(how.cell, 1)
     parts = G + {"lstm": 2, "gru": 2, "gru_reset_before": 2}.get(how.cell, 1)
     pitch, wide, D = (H + 7) // 8 * 8, (how.directions * H + 7) // 8 * 8, how.directions
-    per_layer = D * T * B * parts * pitch
-    elements = how.layers * per_layer + (how.layers - 1) * T * B * wide
     own, stored = kernels.computing(dtype).itemsize, dtype.itemsize
+    elements = how.layers * D * T * B * parts * pitch + (how.layers - 1) * T * B * wide
+    if how.recompute:  # marks of c are at least 16 steps apart, and are not rounded
+        marks = D * B * H * ((T + 15) // 16) * (own // stored) if how.cell == "lstm" else 0
+        elements = how.layers * (T * B * wide + marks)
     return (elements * stored + how.layers * 5 * 256 + own - 1) // own
 
 
