@@ -169,6 +169,30 @@ def test_nothing_to_do(twin, T, B):
     assert not grads["weight_hh_l0"].any() and grads["weight_ih_l0"].shape == (24, 4)
 
 
+@pytest.mark.parametrize("call", ["lstm", "gru", "rnn"])
+@pytest.mark.parametrize("tokens", [False, True])
+def test_recompute(twin, call, tokens):
+    """Three parts of the walk, of another length at the end; with all that layer 0 can see."""
+    numbers, (T, B, D, V, K) = np.random.default_rng(3), (131, 2, 2, 5, 3)
+    x = numbers.integers(0, V, (T, B)).astype(np.int32) if tokens else numbers.standard_normal((T, B, V))
+    cell = "rnn_tanh" if call == "rnn" else call
+    params = parameters.init(cell, V, 6, 2, bidirectional=True, context_size=K, dtype=np.float64, seed=1)
+    dy, lengths, reset = numbers.standard_normal((T, B, 12)), np.array([131, 70]), numbers.random((T, B)) < 0.05
+    options: dict[str, Any] = {"num_layers": 2, "bidirectional": True, "dropout": 0.4, "seed": 5, "training": True}
+    options |= {"lengths": lengths, "reset": reset, "reset_to": "initial", "clip_grad": 0.7}
+    context, state = numbers.standard_normal((B, K)), numbers.standard_normal((2 * D, B, 6))
+    run, back = getattr(fusedrnn, call), getattr(fusedrnn, call + "_backward")
+    given = (state, state / 2) if call == "lstm" else state
+    y, last, tape = run(x, given, params, context=context, **options)
+    expected = back(tape, dy, last)
+    there, got_last, kept = run(chip(x), chip(given), chip(params), context=chip(context), recompute=True, **options)
+    close.check("y", host(there), y, 1e-10)
+    got = host(back(kept, chip(dy), got_last))
+    for name, a, b in zip(expected, flat(got), flat(expected), strict=False):
+        close.check(name, a, b, 1e-9)
+    assert kept.nbytes <= 2 * T * B * 2 * 8 * 8 * (1.1 if call == "lstm" else 1) + 1024
+
+
 def test_lengths_and_resets_on_the_device(twin):
     x, params = lstm_case()
     lengths, reset = np.array([5, 0, 2]), np.random.default_rng(1).random((5, 3)) < 0.4
