@@ -379,7 +379,7 @@ class Engine {
       if constexpr (Cell::cell_state) give_states(dp.c0, dc0, l);
       if (want_x && l == 0) give(Array<4>{dx, {B_ * in, T_ * B_ * in, in, 1}}, dp.x, I_, false);
       give_gradients(dp, l, sums, W_in, in, work);
-      if (sums.dz) context_gradients(p, sums.dz, dp, work);
+      if (l == 0 && p.context.data) context_gradients(p, sums.dz, dp, work);
       std::swap(dy_next, dy_other);
       work.release(mark);
     }
@@ -767,7 +767,8 @@ class Engine {
                      Arena& work) {
     const int64_t steps = part.n * B_, row = G * pitch_;
     const bool add = part.index < parts_ - 1;
-    for (int64_t d = 0; d < D_ && to.dz; ++d) context_sum(da + d * steps * row, part.n, to.dz + d * E_ * B_ * row, add);
+    for (int64_t d = 0; d < D_ && l == 0 && p.context.data; ++d)
+      context_sum(da + d * steps * row, part.n, to.dz + d * E_ * B_ * row, add);
     if (!dp.params) return;
     const Params* params = dp.params + l * D_;
     for (int64_t d = 0; d < D_; ++d) {
