@@ -317,7 +317,7 @@ def test_recompute(twin_extension: Any, cell: str, dtype: str, route: str) -> No
 @pytest.mark.parametrize("T, B", [(256, 16), (1000, 64), (100, 300), (37, 1), (64, 4)])
 def test_recompute_keeps_half_the_tape(twin_extension: Any, cell: str, T: int, B: int) -> None:
     def bytes_of(recompute: bool, L: int) -> int:  # noqa: N803
-        G, H, I = {"lstm": 4, "gru": 3, "gru_reset_before": 3}.get(cell, 1), 24, 8  # noqa: E741
+        G, H, I = {"lstm": 4, "mingru": 2, "rnn_tanh": 1, "rnn_relu": 1}.get(cell, 3), 24, 8  # noqa: E741
         some = Memory(64)
 
         def array(*shape: int) -> Any:
