@@ -186,6 +186,7 @@ const Device* Gpu::device(std::string* why) {
     return nullptr;
   }
   d.compute = std::min(10 * major + minor, code.ptxVersion);
+  d.shared_bytes = std::min(d.shared_bytes, shared_limit(code.ptxVersion));
   d.wgmma = 10 * major + minor == 90 && std::string(built_for()).find("sm_90a") != std::string::npos;
   std::string no_word;
   if (!late_words(&no_word)) {

@@ -19,21 +19,27 @@ constexpr int shared_of() {
     return 0;
 }
 
-// The oldest GPU a kernel can run on. Compiled for older ones its body is empty, and the cost model never chooses it.
-template <class K>
-constexpr int oldest_of() {
-  if constexpr (requires { K::kCompute; })
-    return K::kCompute < 80 && shared_of<K>() > 64 * 1024 ? 80 : K::kCompute;  // what a block has on sm_75
-  else
-    return 75;
+// The shared memory of a block on GPUs of a compute capability.
+constexpr int shared_limit(int compute) {
+  return 1024 * (compute < 80 ? 64 : compute == 86 || compute == 89 ? 99 : compute < 90 ? 163 : 227);
 }
-template <class K>
-constexpr int kOldest = oldest_of<K>();
+
+// Is it of use on GPUs of this compute capability? Compiled for others its body is empty, and never chosen: the cost
+// model knows K::kCompute, and Device::shared_bytes is no more than the limit of what was compiled.
+template <class K, int kCompute>
+constexpr bool runs() {
+  if constexpr (requires { K::kCompute; })
+    return K::kCompute <= kCompute && shared_of<K>() <= shared_limit(kCompute);
+  else
+    return true;
+}
+template <class K, int kCompute>
+constexpr bool kRuns = runs<K, kCompute>();
 
 template <class K>
 __global__ void __launch_bounds__(K::kThreads, 1) entry(const __grid_constant__ K kernel) {
 #ifdef __CUDA_ARCH__
-  if constexpr (kOldest<K> <= __CUDA_ARCH__ / 10) kernel();
+  if constexpr (kRuns<K, __CUDA_ARCH__ / 10>) kernel();
 #endif
 }
 
