@@ -3,10 +3,10 @@
 """Check and time the CUDA kernels on a GPU: `python bench/gpu_kernels.py api check time`.
 
 api: the whole backend (csrc/cuda/cuda.h) against the float64 reference, every cell, type and route, forward and
-backward, twice for the same bits. apitime: forward and forward+backward beside torch.nn (cuDNN). check, time: the
-forward kernels variant by variant, for choosing among them. sanitize: a few small sizes, for compute-sanitizer. Every
-time is a median beside torch's in the same run, with the input product included on both sides. Writes kernels.json
-into $OUT. Needs torch and NumPy; builds the library if it is not there.
+backward, twice for the same bits. apitime: forward and forward+backward, with and without recompute, beside torch.nn
+(cuDNN); and their tapes. check, time: the forward kernels variant by variant, for choosing among them. sanitize: a few
+small sizes, for compute-sanitizer. Every time is a median beside torch's in the same run, with the input product
+included on both sides. Writes kernels.json into $OUT. Needs torch and NumPy; builds the library if it is not there.
 """
 
 from __future__ import annotations
@@ -53,14 +53,14 @@ P, I, L64, F, B8 = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
 
 class ForwardArgs(ctypes.Structure):
     _fields_ = [
-        *[(n, I) for n in "T B H pitch sets directions peers row_tiles".split()],
+        *[(n, I) for n in "T B H pitch sets directions peers row_tiles first_team".split()],
         *[(n, B8) for n in "reverse reset_to_initial keep wide".split()],
         ("clip_cell", F),
         *[(n, P) for n in "weights bias gx extra cells prev h0 c0 y hn cn".split()],
         *[(n, L64) for n in "y_t y_b y_e y_d".split()],
         ("lengths", P), ("len_e", L64), ("len_b", L64),
         ("reset", P), ("reset_t", L64), ("reset_e", L64), ("reset_b", L64),
-        ("hand_off", P), ("late", P),
+        ("marks", P), ("marks_shift", I), ("slots", I), ("hand_off", P), ("late", P),
     ]  # fmt: skip
 
 
@@ -446,9 +446,9 @@ Array2, Array3, Array4, Array5 = (array(n) for n in (2, 3, 4, 5))
 
 class ApiProblem(ctypes.Structure):
     _fields_ = [
-        ("cell", ctypes.c_int32), ("dtype", ctypes.c_int32), *[(n, L64) for n in "TEBIH"], ("L", ctypes.c_int32), ("D", ctypes.c_int32),
-        *[(n, B8) for n in ("reverse", "reset_to_initial", "recompute")], *[(n, ctypes.c_double) for n in ("clip_cell", "clip_grad", "dropout")],
-        ("seed", ctypes.c_uint64), ("lengths", Array2), ("reset", Array3),
+        ("cell", ctypes.c_int32), ("dtype", ctypes.c_int32), *[(n, L64) for n in "TEBIH"], ("L", ctypes.c_int32), ("D", ctypes.c_int32), ("K", L64),
+        *[(n, B8) for n in ("reverse", "reset_to_initial", "recompute", "bf16_weights", "packed")], *[(n, ctypes.c_double) for n in ("clip_cell", "clip_grad", "dropout")],
+        ("seed", ctypes.c_uint64), ("lengths", Array2), ("reset", Array3), ("variant", L64 * 17),
     ]  # fmt: skip
 
 
@@ -457,7 +457,10 @@ class ApiParams(ctypes.Structure):
 
 
 class ApiArguments(ctypes.Structure):
-    _fields_ = [("x", Array4), ("h0", Array4), ("c0", Array4), ("params", ctypes.POINTER(ApiParams))]
+    _fields_ = [
+        ("x", Array4), ("tokens", Array3), ("h0", Array4), ("c0", Array4), ("params", ctypes.POINTER(ApiParams)),
+        ("context", Array3), ("context_weights", Array3 * 2), ("extras", P),
+    ]  # fmt: skip
 
 
 class ApiResults(ctypes.Structure):
@@ -618,6 +621,7 @@ def check_api(lib: ctypes.CDLL, deadline: float, few: bool = False) -> list[dict
                         "reset_to_initial": pick.random() < 0.5,
                         "dropout": pick.choice([0.0, 0.3]),
                         "seed": 7,
+                        "recompute": pick.random() < 0.4,
                     }
                     if pick.random() < 0.5:
                         options["lengths"] = torch.randint(0, T + 1, (1, B), device=DEV)
@@ -689,7 +693,7 @@ def time_api(lib: ctypes.CDLL, T: int, deadline: float) -> list[dict]:
                     print("out of time")
                     return rows
                 torch.backends.cudnn.allow_tf32 = kind != "f32"
-                a = Api(lib, cell, kind, T, B, H, H)
+                a, less = (Api(lib, cell, kind, T, B, H, H, recompute=r) for r in (False, True))
                 m = modules[cell](H, H).to(DEV, a.dtype)
                 x = a.p[0][:, 0].detach().clone().requires_grad_()
                 dy = a.g[0][:, 0]
@@ -697,18 +701,25 @@ def time_api(lib: ctypes.CDLL, T: int, deadline: float) -> list[dict]:
                 def theirs() -> None:
                     torch.autograd.grad(m(x)[0], [x, *m.parameters()], dy)
 
-                def ours() -> None:
+                def ours(a: Api = a) -> None:
                     a.forward()
                     a.backward()
 
+                before = torch.cuda.memory_allocated()
+                y = m(x)[0]
+                reserve = torch.cuda.memory_allocated() - before - y.nbytes
+                del y
+
                 with torch.no_grad():
                     t = [timed(lambda: m(x)) / T, timed(lambda: a.forward(keep=False)) / T]
-                t += [timed(theirs, graph=False) / T, timed(ours) / T]
+                t += [timed(theirs, graph=False) / T, timed(ours) / T, timed(lambda: ours(less)) / T]
                 torch.backends.cudnn.allow_tf32 = True
-                rows.append({"cell": cell, "type": kind, "H": H, "B": B, "T": T, "routes": a.routes, "late": a.late(),
-                             "cudnn": [t[0], t[2]], "ours": [t[1], t[3]]})  # fmt: skip
+                rows.append({"cell": cell, "type": kind, "H": H, "B": B, "T": T, "routes": a.routes, "late": a.late() or less.late(),
+                             "cudnn": [t[0], t[2]], "ours": [t[1], t[3]], "recompute": t[4],
+                             "tapes": [reserve, a.tape.nbytes, less.tape.nbytes]})  # fmt: skip
                 print(f"{cell:5s}{kind:5s} H={H:5d} B={B:4d} {a.routes[0]:8s}/{a.routes[1]:8s} forward {t[0]:6.2f} {t[1]:6.2f} x{t[0] / t[1]:5.2f}  "
-                      f"both {t[2]:6.2f} {t[3]:6.2f} x{t[2] / t[3]:5.2f}{' LATE' if a.late() else ''}", flush=True)  # fmt: skip
+                      f"both {t[2]:6.2f} {t[3]:6.2f} x{t[2] / t[3]:5.2f}  recompute {t[4]:6.2f} "
+                      f"tape {a.tape.nbytes / reserve:4.2f} {less.tape.nbytes / reserve:4.2f} of cuDNN's{' LATE' if a.late() else ''}", flush=True)  # fmt: skip
     return rows
 
 
@@ -716,6 +727,9 @@ def main() -> None:
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cudnn.allow_tf32 = True
     lib = build()
+    sizes = (L64 * 3)()
+    lib.api_sizes(sizes)
+    assert list(sizes) == [ctypes.sizeof(s) for s in (ApiProblem, ApiArguments, ApiResults)], list(sizes)
     assert lib.args_size() == ctypes.sizeof(ForwardArgs), (lib.args_size(), ctypes.sizeof(ForwardArgs))
     kernels = [Kernel(lib, i) for i in range(lib.count())]
     start, budget = time.time(), float(os.environ.get("SECONDS_MAX", "240"))
