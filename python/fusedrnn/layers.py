@@ -22,6 +22,10 @@ class _Layer:
     place is all an optimizer does (for inference with half the bytes, set it to what `fusedrnn.params.to_bfloat16`
     makes of it); `training`; `seed` and `draws`, which make the dropout masks: the n-th training call of a layer with
     a given seed has the same mask on every machine, and setting both resumes a run.
+
+    In eval mode one layer may be called by any number of threads at once. Training, `backward` and `step` keep what
+    belongs to the last call in the layer: one thread at a time, or a copy.copy of the layer (which shares the
+    parameters) for each thread.
     """
 
     _op: str  # the function in ops

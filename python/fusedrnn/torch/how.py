@@ -16,14 +16,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-CELLS = {"rnn_tanh": 1, "rnn_relu": 1, "lstm": 4, "gru": 3, "gru_reset_before": 3}  # gates
-_KEPT = {
-    "rnn_tanh": 1,
-    "rnn_relu": 1,
-    "lstm": 6,
-    "gru": 5,
-    "gru_reset_before": 4,
-}  # tape: per unit and step, h included
+from ..cells import CELLS
 
 
 class How(NamedTuple):
@@ -90,7 +83,8 @@ class How(NamedTuple):
         """Elements of a tape for one weight set, one for the backend's number included; sizes may be symbolic."""
         if not self.tape:
             return 0
-        per_unit = _KEPT[self.cell] * T
+        cell = CELLS[self.cell]
+        per_unit = (1 + cell.cell_state + cell.kept) * T  # h, c, and what the cell keeps
         if self.recompute:
             per_unit = T + (T + 7) // 8 if self.cell == "lstm" else T
         return self.layers * self.directions * B * H * per_unit + 1

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from .. import backends
 from ..backends import Arguments, Problem, Results
-from .how import CELLS, How
+from ..cells import CELLS
+from .how import How
 
 Tensors = Sequence[Tensor | None]
 
@@ -176,7 +177,7 @@ def result_shapes(how: How, problem: Any) -> list[tuple[Any, ...]]:
 def argument_shapes(how: How, problem: Any) -> list[tuple[Any, ...]]:
     """Shapes of all p with E weight sets."""
     T, E, B, I, H = problem.T, problem.E, problem.B, problem.I, problem.H  # noqa: E741
-    GH = CELLS[how.cell] * H
+    GH = CELLS[how.cell].gates * H
     shapes: list[tuple[Any, ...]] = [(T, E, B, I), *[(how.layers * how.directions, E, B, H)] * how.states]
     for layer in range(how.layers):
         inputs = I if layer == 0 else how.directions * H
