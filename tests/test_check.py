@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import fusedrnn
-from fusedrnn import backends
+from fusedrnn import arrays, backends, check
 
 X = np.zeros((5, 3, 4), np.float32)
 PARAMS = fusedrnn.params.init("lstm", 4, 6, seed=0)
@@ -227,3 +227,25 @@ def test_sizes_past_2_to_the_31():
     wide = np.broadcast_to(np.float32(0), (2**20, 2**12, 4))
     with pytest.raises(ValueError, match=r"lengths has shape \(3,\); expected \(4096,\)"):
         fusedrnn.lstm(wide, None, PARAMS, lengths=[1, 2, 3])
+
+
+def test_arrays_of_one_call_are_on_one_device():
+    class There:
+        """What a library's array tells of its place; kernels are not reached."""
+
+        def __init__(self, number: int) -> None:
+            self.number = number
+
+        def __dlpack__(self, **_: Any) -> Any:
+            raise BufferError("not to be read")
+
+        def __dlpack_device__(self) -> tuple[int, int]:
+            return 2, self.number
+
+    def at(owner: Any) -> arrays.DeviceArray:
+        return arrays.DeviceArray(owner, 4096, (2,), (4,), "float32", 4, 0)
+
+    check.together("lstm", at(There(1)), [("h0", at(There(1))), ("c0", None), ("lengths", at(object()))])
+    check.together("lstm", at(object()), [("h0", at(There(1)))])  # what does not tell is not asked
+    with pytest.raises(ValueError, match="lstm: h0 is on CUDA device 0; expected 1, the device of x. Copy it there"):
+        check.together("lstm", at(There(1)), [("h0", at(There(0)))])

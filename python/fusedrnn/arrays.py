@@ -133,6 +133,12 @@ class DeviceArray:
         self.writeable, self.capsule = writeable, capsule
 
     @property
+    def number(self) -> int | None:
+        """Of several devices, the one it is on; None where its library does not tell."""
+        place, number = dlpack.device(self.owner)
+        return number if place in (dlpack.CUDA, dlpack.CUDA_MANAGED) else None
+
+    @property
     def dtype(self) -> np.dtype[Any]:
         return BFLOAT16 if self.kind == "bfloat16" else np.dtype(self.kind)
 

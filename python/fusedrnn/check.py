@@ -189,6 +189,9 @@ def together(op: str, x: Any, given: Sequence[tuple[str, Any]], streams: bool = 
         if streams and on_cuda and array.stream != x.stream:
             fix = "Make one of them wait for the other, and pass arrays of one stream."
             fail(op, name, f"is on stream {array.stream}", f"{x.stream}, the stream of x", fix)
+        if on_cuda and x.number is not None and array.number not in (x.number, None):
+            fix = "Copy it there: a kernel reads the memory of its own device."
+            fail(op, name, f"is on CUDA device {array.number}", f"{x.number}, the device of x", fix)
 
 
 def _dtype(array: np.ndarray) -> str:
