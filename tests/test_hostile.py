@@ -75,6 +75,8 @@ CALLS: list[tuple[str, type[Exception], Any]] = [
     (r"ctc_loss: zero_infinity is array", TypeError, lambda: ctc(zero_infinity=np.array([1, 2]))),
     (r"ctc_loss: input_lengths is .*complex128", TypeError, lambda: ctc(B=0, lengths=np.zeros(0, complex))),
     (r"ctc_greedy: log_probs is a numpy.matrix", TypeError, lambda: fusedrnn.ctc_greedy(np.matrix(np.ones((3, 2))))),
+    (r"lstm: activations has 3; expected one of Sigmoid", ValueError, lambda: lstm(activations=["Tanh", 3, "Tanh"])),
+    (r"lstm: activations has \(\); expected one of", ValueError, lambda: lstm(activations=["Tanh", (), "Tanh"])),
     (r"cell is 'x'; expected one of rnn_tanh", ValueError, lambda: parameters.init("x", 3, 4)),
     (r"cell is \[\]; expected one of rnn_tanh", ValueError, lambda: parameters.kinds([])),
     (r"hidden_size is 0; expected an integer >= 1", ValueError, lambda: parameters.init("gru", 3, 0)),
@@ -205,6 +207,14 @@ def test_under_other_flags(flags):
     """No warning anywhere, and no check is an assert."""
     done = subprocess.run([sys.executable, *flags, "-c", OPTIMISED], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (0, "ValueError\n"), done.stderr
+
+
+def test_seeds_of_numpy_are_numbers():
+    """A seed of a fixed width does not wrap round."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        y = [fusedrnn.GRU(I, H, 2, dropout=0.5, seed=kind(2**63))(x())[0] for kind in (int, np.uint64)]
+    np.testing.assert_array_equal(*y)
 
 
 def test_tapes_are_not_pickled_with_layers():

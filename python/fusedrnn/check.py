@@ -292,7 +292,8 @@ def _activations(op: str, given: Any, usual: list[str]) -> tuple[tuple[str, floa
     result = []
     by_name = {name.lower(): name for name in ACTIVATIONS}
     for one in listed:
-        name, *numbers = (one,) if isinstance(one, str) else one
+        parts: tuple[Any, ...] = tuple(one) if isinstance(one, tuple | list) and one else (one,)
+        name, numbers = parts[0], list(parts[1:])
         if not isinstance(name, str) or name.lower() not in by_name:
             fail(op, "activations", f"has {name!r}", f"one of {', '.join(ACTIVATIONS)}")
         name = by_name[name.lower()]

@@ -70,8 +70,8 @@ class _Layer:
         self.recompute = check.flag(op, "recompute", recompute)
         self.context_size = check.integer(op, "context_size", context_size, 0)
         self.dtype = check.float_type(op, "dtype", dtype)
-        self.seed = int(np.random.SeedSequence().generate_state(1, np.uint64)[0]) if seed is None else seed
-        check.integer(op, "seed", self.seed, 0, 2**64 - 1)
+        drawn = np.random.SeedSequence().generate_state(1, np.uint64)[0] if seed is None else seed
+        self.seed = check.integer(op, "seed", drawn, 0, 2**64 - 1)
         self.draws = 0
         self.backend = backend
         self.training = True
@@ -154,7 +154,7 @@ class _Layer:
         draws = self.dropout > 0 or (v is not None and (v.zoneout_h > 0 or v.zoneout_c > 0 or v.recurrent_dropout > 0))
         if not self.training or not draws:
             return None
-        return (self.seed * 0x9E3779B97F4A7C15 + self.draws) % 2**64
+        return (int(self.seed) * 0x9E3779B97F4A7C15 + self.draws) % 2**64
 
     def _run(self, x: _Array, state: Any, **options: Any) -> Any:
         return getattr(ops, self._op)(
