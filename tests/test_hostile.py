@@ -74,6 +74,8 @@ CALLS: list[tuple[str, type[Exception], Any]] = [
     (r"tbptt: a block of x is a NumPy float32 array of shape \(\)", TypeError, lambda: chunk_of(np.float32(1)[...])),
     (r"ctc_loss: zero_infinity is array", TypeError, lambda: ctc(zero_infinity=np.array([1, 2]))),
     (r"ctc_loss: input_lengths is .*complex128", TypeError, lambda: ctc(B=0, lengths=np.zeros(0, complex))),
+    (r"ctc_loss: input_lengths is a list that is no array", ValueError, lambda: ctc(lengths=[[1], 2])),
+    (r"lstm: lengths is a list that is no array", ValueError, lambda: lstm(lengths=[[1], 2, 3])),
     (r"ctc_greedy: log_probs is a numpy.matrix", TypeError, lambda: fusedrnn.ctc_greedy(np.matrix(np.ones((3, 2))))),
     (r"lstm: activations has 3; expected one of Sigmoid", ValueError, lambda: lstm(activations=["Tanh", 3, "Tanh"])),
     (r"lstm: activations has \(\); expected one of", ValueError, lambda: lstm(activations=["Tanh", (), "Tanh"])),

@@ -125,6 +125,14 @@ def is_array(op: str, name: str, value: Any) -> np.ndarray:
     return value
 
 
+def numbers(op: str, name: str, value: Any, expected: str) -> np.ndarray:
+    """The value as an array, from anything that NumPy reads as one."""
+    try:
+        return np.asarray(value)
+    except (ValueError, TypeError):  # rows of several lengths
+        fail(op, name, f"is {arrays.kind(value)} that is no array", expected)
+
+
 def is_float(op: str, name: str, value: Any, dtype: Any = None, like: str = "x") -> np.ndarray:
     """The value, if it is a NumPy array of `dtype` (None: either we compute in) that kernels can read in place."""
     if type(value) is np.ndarray and value.dtype is dtype and value.flags.carray:  # the usual case, at no cost
@@ -301,7 +309,8 @@ def _activations(op: str, given: Any, usual: list[str]) -> tuple[tuple[str, floa
         if len(numbers) > 2:
             fail(op, "activations", f"has {one!r}", "a name, alpha and beta at most")
         numbers = [number(op, f"activations: {name}'s alpha and beta", value) for value in numbers]
-        alpha, beta = (*numbers, *(known.alpha, known.beta)[len(numbers) :])
+        alpha = numbers[0] if numbers else known.alpha
+        beta = numbers[1] if len(numbers) > 1 else known.beta
         if (known.condition == ">= 0" and not alpha >= 0) or (known.condition == "!= 0" and alpha == 0):
             fix = "Its slope is taken from its value, which must tell the two sides apart."
             fail(op, "activations", f"has {name} with alpha {alpha}", f"alpha {known.condition}", fix)
@@ -540,7 +549,7 @@ def _lengths(op: str, lengths: Any) -> Any:
         if lengths.kind != "int64":
             fail(op, "lengths", f"has dtype {lengths.kind}", "int64 on a CUDA device", "Convert it.", TypeError)
         return lengths
-    array = np.asarray(lengths)
+    array = numbers(op, "lengths", lengths, "integers")
     if array.dtype.kind not in "iu" and (array.size or array.dtype != np.float64):  # an empty list is float64
         fail(op, "lengths", f"is {arrays.kind(lengths)}", "integers", "Lengths count time steps.", TypeError)
     return array.astype(np.int64)
@@ -551,7 +560,7 @@ def _reset(op: str, reset: Any) -> Any:
         if reset.kind not in ("bool", "uint8"):
             fail(op, "reset", f"has dtype {reset.kind}", "bool or uint8", "Convert it: reset.astype(bool).", TypeError)
         return reset.as_bytes()
-    array = np.asarray(reset)
+    array = numbers(op, "reset", reset, "a mask of dtype bool or uint8")
     if array.dtype not in (np.dtype(bool), np.dtype(np.uint8)):
         fix = "Convert it: reset.astype(bool)."
         fail(op, "reset", f"is {arrays.kind(reset)}", "a mask of dtype bool or uint8", fix, TypeError)

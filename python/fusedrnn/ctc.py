@@ -191,7 +191,7 @@ class Call:
 
 
 def _integers(op: str, name: str, value: Any, expected: str) -> np.ndarray:
-    array = np.asarray(value)
+    array = check.numbers(op, name, value, expected)
     if array.dtype.kind not in "iu" and (array.size or array.dtype != np.float64):  # an empty list is float64
         check.fail(op, name, f"is {arrays.kind(value)}", expected, error=TypeError)
     return array.astype(np.int64)
@@ -213,7 +213,7 @@ def lengths_of(op: str, name: str, value: Any, B: int, most: int, axis: str, sin
 
 def numbers_of(op: str, name: str, value: Any, B: int, dtype: Any) -> np.ndarray:
     """B numbers, from as many or from one."""
-    given = np.asarray(value)
+    given = check.numbers(op, name, value, f"a number, or {B} = B numbers")
     if given.dtype.kind not in "fiu":
         check.fail(op, name, f"is {arrays.kind(value)}", f"a number, or {B} = B numbers", error=TypeError)
     if given.shape not in ((), (B,)):

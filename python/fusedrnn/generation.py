@@ -185,6 +185,7 @@ def _plainly(
     return state
 
 
+@np.errstate(invalid="ignore", over="ignore")  # logits that are NaN
 def draw(logits: np.ndarray, seed: int, step: int, row: int, temperature: float = 1.0, top_k: int = 0) -> int:
     """One token from logits (V,): by the inverse of the cumulative distribution, in float64.
 
