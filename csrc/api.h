@@ -93,6 +93,7 @@ struct Problem {
   bool reset_to_initial = false;  // a reset goes back to h0, c0 instead of zero
   bool recompute = false;         // tape without gates: rebuilt in backward
   bool bf16_weights = false;      // W and R are bfloat16, the rest is f32: forward without a tape only
+  bool bf16_state = false;        // with bf16_weights: x is bfloat16's, and h may be rounded to it where it meets R
   bool packed = false;            // x, y hold the steps there are and no others: README.md, "Axes"
   double clip_cell = 0;           // |c| <= clip_cell after every step; 0 = off (LSTM only)
   double clip_grad = 0;           // |dh|, |dc| <= clip_grad at every step of backward; 0 = off

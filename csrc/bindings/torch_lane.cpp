@@ -206,6 +206,7 @@ struct Call {
     problem.dtype = is(view.dtype, type_of(Dtype::f64)) ? Dtype::f64 : Dtype::f32;
     if (!is(view.dtype, type_of(problem.dtype))) return false;
     problem.bf16_weights = problem.dtype == Dtype::f32 && is(first.dtype, type_of(Dtype::bf16));
+    problem.bf16_state = problem.bf16_weights;  // the caller widened x and the states
     const Dtype stored = problem.bf16_weights ? Dtype::bf16 : problem.dtype;
     problem.recompute = settings.recompute;
     problem.packed = settings.packed;

@@ -124,6 +124,9 @@ Call make_call(const Problem& problem, const Arguments& p, int threads) {
   call.problem = &problem;
   call.p = p;
   call.threads = useful_threads(problem, threads);
+#if defined(FUSEDRNN_HAVE_AVX512)
+  call.pairs = __builtin_cpu_supports("avx512bf16");
+#endif
   return call;
 }
 

@@ -34,6 +34,8 @@ class Forward {
     chunk_ = smaller(larger<int64_t>(n_.T, 1),
                      larger<int64_t>(1, (int64_t{1} << 20) / larger<int64_t>(1, N * ldz * int64_t{sizeof(S)})));
     const int64_t pairs = chunk_ * N;
+    pairs_ = kPairs && P == 1 && sizeof(S) == 4 && call.pairs && problem_.bf16_weights && problem_.bf16_state &&
+             N > 2 && cell_.state_product && !cell_.two_products && !layers_.tokens() && !p_[0]->context.data;
     scratch_ = static_cast<Scratch*>(workspace.take(sizeof(Scratch) * static_cast<size_t>(groups_.count)));
     for (int g = 0; g < groups_.count; ++g) {
       Scratch& s = scratch_[g];
@@ -41,6 +43,16 @@ class Forward {
       s.weights.allocate(cell_, larger(inputs, vocabulary_.most), n_.H, workspace);
       if (layers_.tokens()) s.tokens = take<int32_t>(workspace, pairs);
       if (p_[0]->context.data) s.context.allocate(p_, n_, N, cell_, workspace);
+      if (pairs_) {
+        s.weights.in_pairs = true;
+        s.x_pairs = take<S>(workspace, pairs * row_of_pairs(inputs));
+        s.x_pair_rows = take<const S*>(workspace, pairs);
+        for (int parity = 0; parity < 2; ++parity) {
+          s.h_pairs[parity] = take<S>(workspace, N * row_of_pairs(n_.H));
+          s.h_pair_rows[parity] = take<const S*>(workspace, N);
+          for (int64_t i = 0; i < N; ++i) s.h_pair_rows[parity][i] = s.h_pairs[parity] + i * row_of_pairs(n_.H);
+        }
+      }
       for (int q = 0; q < P; ++q) {
         s.z[q] = take<S>(workspace, pairs * ldz);
         s.x[q] = take<const S*>(workspace, pairs);
@@ -78,7 +90,10 @@ class Forward {
     const S **x[P], **h_rows[2][P], **rh_rows[P] = {};
     int32_t* tokens = nullptr;
     Context<S, P> context;
+    S *x_pairs = nullptr, *h_pairs[2] = {};  // x and h rounded to bfloat16, two in an element
+    const S **x_pair_rows = nullptr, **h_pair_rows[2] = {};
   };
+  static int64_t row_of_pairs(int64_t n) { return (n + L - 1) / L * (L / 2); }
 
   void direction(const Team& team, Scratch& w, int l, int d, int64_t set) {
     const Rows& rows = sets_.rows[set];
@@ -103,6 +118,7 @@ class Forward {
     const int64_t first = team.begin(w.weights.blocks()), end = team.end(w.weights.blocks());
     const int64_t u0 = w.weights.unit(first), u1 = w.weights.unit(end);
     start(w, rows, reversed, ld, u0, u1);
+    round_state(w, 0, {0, 0, u0, u1, 0, sets_.N});
     finish_padding(rows, l, d, u0, u1);
     const bool context = l == 0 && p_[0]->context.data;
     if (context) context_product(team, w, rows, d, e, first, end);
@@ -115,6 +131,7 @@ class Forward {
         if (x[q]) source_of[q].fill(team, rows, reversed, s0, s1, w.copied[q], w.x[q]);
       }
       if (source_of[0].token) source_of[0].fill_tokens(team, rows, reversed, s0, s1, w.tokens);
+      round_input(w, inputs, team.begin(pairs), team.end(pairs), x);
       team.wait();
       for (int64_t b = first; b < end && !by_rows; ++b) {
         if (source_of[0].token)
@@ -133,6 +150,7 @@ class Forward {
           if (next != live) team.wait();  // rows change hands
           if (next && rows.step_cut(reversed, s + 1))
             restart(w, rows, reversed, ld, s + 1, {0, 0, 0, H, team.begin(next), team.end(next)});
+          round_state(w, !(s & 1), {0, 0, 0, H, team.begin(next), team.end(next)});
           continue;
         }
         const Share mine{first, end, u0, u1, 0, live};
@@ -143,6 +161,7 @@ class Forward {
         each_tile(w, rows, set, l, d, s, s0, mine, false, nullptr, pairs);
         hand_out(w, rows, set, l, d, s, mine);
         if (next && rows.step_cut(reversed, s + 1)) restart(w, rows, reversed, ld, s + 1, {0, 0, u0, u1, 0, next});
+        round_state(w, !(s & 1), {0, 0, u0, u1, 0, next});
         if (cell_.state_product || s + 1 == s1) team.wait();
       }
       if (by_rows) team.wait();
@@ -172,6 +191,27 @@ class Forward {
   bool cut_by_rows(const Team& team, int64_t inputs) const {
     const int64_t bytes = (inputs + n_.H) * cell_.gates * ld_ * int64_t{sizeof(S)} * P;
     return team.size > 1 && sets_.N >= 8 * team.size && bytes <= int64_t{512} << 10;
+  }
+
+  // Pairs of x's rows, which then take x's place, and of h.
+  void round_input(Scratch& w, int64_t inputs, int64_t begin, int64_t end, const S* const** x) const {
+    if constexpr (sizeof(S) == 4) {
+      if (!pairs_) return;
+      for (int64_t r = begin; r < end; ++r) {
+        S* to = w.x_pairs + r * row_of_pairs(inputs);
+        round_row(x[0][r], inputs, to);
+        w.x_pair_rows[r] = to;
+      }
+      x[0] = w.x_pair_rows;
+    }
+  }
+  void round_state(Scratch& w, int parity, const Share& mine) const {
+    if constexpr (sizeof(S) == 4) {
+      if (!pairs_ || mine.u1 <= mine.u0) return;
+      for (int64_t i = mine.r0; i < mine.r1; ++i)
+        round_row(w.h[parity][0] + i * ld_ + mine.u0, mine.u1 - mine.u0,
+                  w.h_pairs[parity] + i * row_of_pairs(n_.H) + mine.u0 / 2);
+    }
   }
 
   // The state before the first step; rows of length 0 have it as their last one, too.
@@ -265,7 +305,7 @@ class Forward {
         const S* const* a[P];
         S* z[P];
         for (int q = 0; q < P; ++q) {
-          a[q] = (phase ? w.rh_rows[q] : w.h_rows[now][q]) + r;
+          a[q] = (phase ? w.rh_rows[q] : pairs_ ? w.h_pair_rows[now] : w.h_rows[now][q]) + r;
           z[q] = w.z[q] + (chunk_pair + r) * weights.ldz;
           t.z[q] = z[q] + u0 * cell_.sums;
           t.h_prev[q] = w.h[now][q] + r * ld_ + u0;
@@ -330,6 +370,7 @@ class Forward {
   Vocabulary vocabulary_;
   Scratch* scratch_;
   int64_t ld_, chunk_;
+  bool pairs_;
 };
 
 }  // namespace fusedrnn::cpu::FUSEDRNN_ISA

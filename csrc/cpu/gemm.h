@@ -144,7 +144,8 @@ struct Panels {
   int gates = 1, sums = 1, block = 1;
   int sum[4] = {0, 1, 2, 3};
   bool plain = false;   // C is user-like memory: `units` columns without padding
-  bool halves = false;  // packed as bfloat16, for a few rows of A
+  bool halves = false;  // packed as bfloat16, in pairs: steps k and k + 1 in the halves of a lane
+  bool pairs = false;   // ... and the rows of A are such pairs, too: see pair_kernel
   // Not packed: the matrix itself, rows of K contiguous elements, gate g's from row g * units on.
   const S* source = nullptr;
   int64_t row_stride = 0;
@@ -255,6 +256,61 @@ inline void run_halves(const Tile<float>& t, int nv) {
   }
 }
 
+// A and B as pairs of bfloat16, sums in float: two steps of k at once.
+#if defined(__AVX512F__)
+constexpr bool kPairs = true;
+template <int MR, int NV>
+__attribute__((target("avx512bf16"))) void pair_kernel(const Tile<float>& t) {
+  using V = Vec<float>;
+  __m512 acc[MR][NV];
+#pragma GCC unroll 8
+  for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) acc[i][j] = t.init ? load(t.init + i * t.ldi + t.offset[j]).v : V(0).v;
+  const float *b = t.b, *a[MR];
+#pragma GCC unroll 8
+  for (int i = 0; i < MR; ++i) a[i] = t.rows[i];
+  for (int64_t k = 0; k < (t.K + 1) / 2; ++k, b += t.ldb) {
+    __m512bh bv[NV];
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) bv[j] = reinterpret_cast<__m512bh>(load(b + j * V::lanes).v);
+#pragma GCC unroll 8
+    for (int i = 0; i < MR; ++i) {
+      const auto av = reinterpret_cast<__m512bh>(_mm512_set1_ps(a[i][k]));
+#pragma GCC unroll 4
+      for (int j = 0; j < NV; ++j) acc[i][j] = _mm512_dpbf16_ps(acc[i][j], av, bv[j]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) store(t.c + i * t.ldc + t.offset[j], V(acc[i][j]));
+}
+#else
+constexpr bool kPairs = false;
+template <int MR, int NV>
+void pair_kernel(const Tile<float>&) {}
+#endif
+template <int NV, int MR = rows_of(NV)>
+FUSEDRNN_FORCE void pair_rows(const Tile<float>& t, int rows) {
+  if (rows == MR)
+    pair_kernel<MR, NV>(t);
+  else if constexpr (MR > 1)
+    pair_rows<NV, MR - 1>(t, rows);
+}
+inline void run_pairs(const Tile<float>& t, int rows, int nv) {
+  switch (nv) {
+    case 1:
+      return pair_rows<1>(t, rows);
+    case 2:
+      return pair_rows<2>(t, rows);
+    case 3:
+      return pair_rows<3>(t, rows);
+    default:
+      return pair_rows<4>(t, rows);
+  }
+}
+
 template <class S>
 void multiply_unpacked(const Panels<S>& w, int64_t first, int64_t end, Tile<S> t, const S* const* rows, int64_t n) {
   const S* const init = t.init;
@@ -315,13 +371,13 @@ void multiply(const Panels<S>& w, int64_t block, const S* const* rows, int64_t n
     if constexpr (sizeof(S) == 4) {
       if (w.halves) {
         t.b = w.data + v * w.lanes * ((w.K + 1) / 2);
-        for (int64_t r = 0; r < n; ++r) {
+        for (int64_t r = 0; r < n && !w.pairs; ++r) {
           t.rows = rows + r;
           t.init = init ? init + r * ldi : nullptr;
           t.c = c + r * ldc;
           run_halves(t, nv);
         }
-        continue;
+        if (!w.pairs) continue;
       }
     }
     // Tiles of equal height: a last one of one row would be slow.
@@ -331,7 +387,14 @@ void multiply(const Panels<S>& w, int64_t block, const S* const* rows, int64_t n
       t.rows = rows + r;
       t.init = init ? init + r * ldi : nullptr;
       t.c = c + r * ldc;
-      run_tile<S, false>(t, static_cast<int>(next - r), nv);
+      if constexpr (kPairs && sizeof(S) == 4) {
+        if (w.pairs)
+          run_pairs(t, static_cast<int>(next - r), nv);
+        else
+          run_tile<S, false>(t, static_cast<int>(next - r), nv);
+      } else {
+        run_tile<S, false>(t, static_cast<int>(next - r), nv);
+      }
       r = next;
     }
   }
@@ -360,6 +423,21 @@ FUSEDRNN_FORCE Vec<float> load_as(const Half* p, float) {
   Halves halves;
   __builtin_memcpy(&halves, p, sizeof halves);
   return reinterpret_cast<Vec<float>::Native>(__builtin_convertvector(halves, Vec<float>::Int) << 16);
+}
+
+// A row of pairs: rounded to the nearest, ties to even; whole registers are written, zeros behind the last element.
+inline void round_row(const float* from, int64_t n, float* to) {
+  using V = Vec<float>;
+  typedef Half Halves __attribute__((vector_size(kBytes / 2)));
+  for (int64_t u = 0; u < n; u += V::lanes) {
+    const V x = load(from + u, smaller<int64_t>(V::lanes, n - u));
+    const auto bits = reinterpret_cast<V::Int>(x.v);
+    const auto up = bits + 0x7fff + (bits >> 16 & 1);
+    const auto nan = bits | 0x400000;  // else rounding could make it infinite
+    const auto rounded = (x.v == x.v ? up : nan) >> 16;
+    const auto halves = __builtin_convertvector(rounded, Halves);
+    __builtin_memcpy(reinterpret_cast<char*>(to) + 2 * u, &halves, sizeof halves);
+  }
 }
 
 // `lanes` rows of `count` elements become `count` registers: out[k * ldo + lane] = in[lane][k]. T: as S, or Half.

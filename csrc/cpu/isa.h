@@ -15,6 +15,7 @@ struct Call {
   void* tape;      // written by forward, read by backward; null: not wanted
   Arguments dp;    // written by backward and hvp
   int threads;
+  bool pairs;  // this CPU multiplies pairs of bfloat16
 };
 
 #define FUSEDRNN_DECLARE(isa)                    \

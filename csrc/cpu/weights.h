@@ -74,6 +74,7 @@ struct ForwardWeights {
   int64_t W_row[P], W_column[P];  // ... its strides
   int phases;
   int64_t ldz;
+  bool in_pairs = false;  // what is multiplied comes as pairs of bfloat16; set before `pack`
 
   // Room for the widest layer of a call.
   void allocate(const CellTable<S, P>& cell, int64_t inputs, int64_t H, Workspace& workspace) {
@@ -107,7 +108,11 @@ struct ForwardWeights {
       has_W[q] = p[q] && p[q]->W.data;
       has_R[q] = p[q] && p[q]->R.data;
       const int64_t begin = team.begin(W[q].blocks()), end = team.end(W[q].blocks());
-      for (int phase = 0; phase < phases; ++phase) R[q][phase].halves = sizeof(T) == 2 && together <= 2;
+      for (int phase = 0; phase < phases; ++phase) {
+        R[q][phase].halves = sizeof(T) == 2 && (in_pairs || together <= 2);
+        R[q][phase].pairs = in_pairs;
+      }
+      W[q].halves = W[q].pairs = in_pairs;
       W[q].source = nullptr;
       if (has_W[q] && !tokens) leave_unpacked<T>(W[q], p[q]->W, e, 0, pairs);
       if (has_W[q]) W_at[q] = element<T>(p[q]->W, e), W_row[q] = p[q]->W.stride[1], W_column[q] = p[q]->W.stride[2];

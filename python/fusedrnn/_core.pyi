@@ -116,7 +116,8 @@ def viterbi(
 # have an axis E in front, and so have those of x, h0, c0 and the weights (and their gradients) whose bits `each` has;
 # the others are shared, and get the sum. The plain case only: CPU tensors (no subclass) of one dtype, float32 or
 # float64, of torch.nn's shapes, any strides; h0, c0 and the last three may be None; without a tape W and R may be
-# bfloat16 where the rest is float32. Anything else: None, and nothing written.
+# bfloat16 where the rest is float32, and x and h are then rounded to bfloat16 in products. Anything else: None, and
+# nothing written.
 def torch_setup(capsule: object, tensor: type, parameter: type, /) -> bool: ...
 def torch_forward(
     settings: tuple[Any, ...], x: Any, h0: Any, c0: Any, weights: Sequence[Any], lengths: Any, tape: bool, /

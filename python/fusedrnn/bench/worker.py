@@ -89,6 +89,7 @@ def main() -> None:
     os.dup2(2, 1)
     held = machine.hold(threads)
     server = Server(RIVALS[title](threads))
+    gc.freeze()  # what the library is made of need not be looked through at every collection
     answers.write(json.dumps({"held": held}) + "\n")
     for line in sys.stdin:
         request = json.loads(line)
