@@ -69,13 +69,28 @@ def test_forward_and_backward(twin, how, E, shared, dtype):
         )
 
 
-def test_other_operations_are_torchs_own(twin):
-    how = How("gru")
-    p, _, lengths, reset = tensors(how, 1, False, torch.float64)
-    along = [torch.ones_like(t) for t in p]
-    got = cuda.run("jvp", how, *there([lengths, reset]), [there(p), there(along)])
-    for a, b in zip(got, kernels.jvp(how, lengths, reset, p, along), strict=True):
-        torch.testing.assert_close(a.cpu(), b)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
+def test_tangents(twin, dtype):
+    """By kernels, or of 16-bit tensors by torch's own operators."""
+    how = How("gru", cells=True)
+    p, g, lengths, reset = tensors(how, 1, False, dtype)
+    along = [torch.ones_like(t) if n != 2 else None for n, t in enumerate(p)]
+    t = [None, *(2 * a for a in g[1:])]
+
+    def placed(group: list[Any]) -> list[Any]:
+        return [None if a is None else there([a])[0] for a in group]
+
+    def wide(group: list[Any]) -> list[Any]:
+        return [None if a is None else a.double() for a in group]
+
+    budget = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 4e-2}[dtype]
+    for name, groups in (("jvp", [p, along]), ("hvp", [p, along, g, t])):
+        down = how._replace(want="1" * how.arguments) if name == "hvp" else how
+        got = cuda.run(name, down, *there([lengths, reset]), [placed(group) for group in groups])
+        expected = getattr(kernels, name)(down, lengths, reset, *(wide(group) for group in groups))
+        for a, b in zip(got, expected, strict=True):
+            assert a.dtype == dtype
+            torch.testing.assert_close(a.cpu().double(), b, rtol=budget, atol=budget)
 
 
 def test_off_until_switched_on(twin):

@@ -269,6 +269,64 @@ class Backward : public Call {
   Results g_;
 };
 
+class Jvp : public Call {
+ public:
+  Jvp(py::handle problem, py::handle p, py::handle v, py::handle tout) : Call(problem, p, -1, false) {
+    v_ = arguments(v, "v.", v_params_);
+    tout_ = results(tout, "tout.");
+    cuda::Status status;
+    const cuda::OnDevice device(p_.params[0].W.data, &status);
+    raise(status);
+    raise(cuda::jvp_workspace_bytes(problem_, p_, v_, tout_, settings_, &workspace_));
+  }
+  void run(uintptr_t workspace, uintptr_t stream) {
+    cuda::Status status;
+    {
+      const py::gil_scoped_release release;
+      const cuda::OnDevice device(p_.params[0].W.data, &status);
+      if (status.empty())
+        status = cuda::jvp(problem_, p_, v_, tout_, reinterpret_cast<void*>(workspace), settings_,
+                           reinterpret_cast<void*>(stream));
+    }
+    raise(status);
+  }
+
+ private:
+  std::vector<Params> v_params_;
+  Arguments v_;
+  Results tout_;
+};
+
+class Hvp : public Call {
+ public:
+  Hvp(py::handle problem, py::handle p, py::handle v, py::handle g, py::handle t, py::handle tdp, py::handle tout)
+      : Call(problem, p, -1, false), g_(results(g, "g.")), t_(results(t, "t.")) {
+    v_ = arguments(v, "v.", v_params_);
+    dp_ = arguments(tdp, "tdp.", dp_params_);
+    if (!tout.is_none()) tout_ = results(tout, "tout.");
+    cuda::Status status;
+    const cuda::OnDevice device(p_.params[0].W.data, &status);
+    raise(status);
+    raise(cuda::hvp_workspace_bytes(problem_, p_, v_, g_, t_, dp_, tout_, settings_, &workspace_));
+  }
+  void run(uintptr_t workspace, uintptr_t stream) {
+    cuda::Status status;
+    {
+      const py::gil_scoped_release release;
+      const cuda::OnDevice device(p_.params[0].W.data, &status);
+      if (status.empty())
+        status = cuda::hvp(problem_, p_, v_, g_, t_, dp_, tout_, reinterpret_cast<void*>(workspace), settings_,
+                           reinterpret_cast<void*>(stream));
+    }
+    raise(status);
+  }
+
+ private:
+  std::vector<Params> v_params_;
+  Arguments v_;
+  Results g_, t_, tout_;
+};
+
 // Arrays of any rank as runs without gaps: axes by growing stride, the innermost ones joined.
 std::vector<cuda::Span> spans_of(const py::sequence& arrays) {
   std::vector<cuda::Span> spans;
@@ -432,6 +490,16 @@ void register_cuda(py::module_& module) {
       .def_property_readonly("tape_bytes", &Backward::tape_bytes)
       .def_property_readonly("workspace_bytes", &Backward::workspace_bytes)
       .def("run", &Backward::run, py::arg("tape"), py::arg("workspace"), py::arg("stream"));
+  py::class_<Jvp>(m, "Jvp")
+      .def(py::init<py::handle, py::handle, py::handle, py::handle>(), py::arg("problem"), py::arg("p"), py::arg("v"),
+           py::arg("tout"))
+      .def_property_readonly("workspace_bytes", &Jvp::workspace_bytes)
+      .def("run", &Jvp::run, py::arg("workspace"), py::arg("stream"));
+  py::class_<Hvp>(m, "Hvp")
+      .def(py::init<py::handle, py::handle, py::handle, py::handle, py::handle, py::handle, py::handle>(),
+           py::arg("problem"), py::arg("p"), py::arg("v"), py::arg("g"), py::arg("t"), py::arg("tdp"), py::arg("tout"))
+      .def_property_readonly("workspace_bytes", &Hvp::workspace_bytes)
+      .def("run", &Hvp::run, py::arg("workspace"), py::arg("stream"));
   m.def("clip_workspace_bytes", &clip_workspace_bytes, py::arg("arrays"));
   m.def("clip_norm", &clip_norm, py::arg("arrays"), py::arg("norm_type"), py::arg("max_norm"), py::arg("norm"),
         py::arg("workspace"), py::arg("stream"));

@@ -7,10 +7,22 @@
 namespace fusedrnn::cuda {
 
 struct Call {
-  enum class Kind { tape_bytes, forward_bytes, backward_bytes, routes, forward, backward } kind;
+  enum class Kind {
+    tape_bytes,
+    forward_bytes,
+    backward_bytes,
+    jvp_bytes,
+    hvp_bytes,
+    routes,
+    forward,
+    backward,
+    jvp,
+    hvp
+  } kind;
   const Problem* problem;
-  const Arguments* p = nullptr;
-  const Results* out = nullptr;  // backward: the gradients of the results
+  const Arguments *p = nullptr, *v = nullptr;   // v: tangents of p
+  const Results* out = nullptr;                 // backward: the gradients of the results, jvp: their tangents
+  const Results *t = nullptr, *tout = nullptr;  // hvp: tangents of `out`, and of the results
   const Arguments* dp = nullptr;
   void* tape = nullptr;
   bool keep = false;

@@ -39,6 +39,18 @@ Status forward(const Problem& problem, const Arguments& p, const Results& out, v
 Status backward(const Problem& problem, const Arguments& p, const void* tape, const Results& g, const Arguments& dp,
                 void* workspace, const Settings& settings, void* stream);
 
+// Tangents of the results along v, by the stepwise route: float32 (strict) and float64.
+Status jvp_workspace_bytes(const Problem& problem, const Arguments& p, const Arguments& v, const Results& tout,
+                           const Settings& settings, size_t* bytes);
+Status jvp(const Problem& problem, const Arguments& p, const Arguments& v, const Results& tout, void* workspace,
+           const Settings& settings, void* stream);
+// Tangents tdp of the gradients of g, along v of p and t of g; and what jvp gives, where tout wants it.
+Status hvp_workspace_bytes(const Problem& problem, const Arguments& p, const Arguments& v, const Results& g,
+                           const Results& t, const Arguments& tdp, const Results& tout, const Settings& settings,
+                           size_t* bytes);
+Status hvp(const Problem& problem, const Arguments& p, const Arguments& v, const Results& g, const Results& t,
+           const Arguments& tdp, const Results& tout, void* workspace, const Settings& settings, void* stream);
+
 // The routes that a call takes: "single", "cluster", "grid" or "stepwise".
 Status routes(const Problem& problem, const Settings& settings, const char** forward, const char** backward);
 

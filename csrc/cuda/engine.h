@@ -22,6 +22,7 @@
 #include "backward.h"
 #include "forward.h"
 #include "inputs.h"
+#include "jvp.h"
 #include "pack.h"
 #include "recompute.h"
 #include "stepwise.h"
@@ -385,6 +386,201 @@ class Engine {
     }
   }
 
+  // Tangents of the results along v. Float32 and float64: a type is its own arithmetic. tape: what hvp needs is kept,
+  // in memory of `work` that stays.
+  void jvp(const Arguments& p, const Arguments& v, const Results& out, Arena& work,
+           std::vector<DualTape<Math>>* tape = nullptr)
+    requires(std::is_same_v<T, Full>)
+  {
+    if (T_ * B_ == 0) {
+      pass_states(v.h0, out.hn, work);
+      if constexpr (Cell::cell_state) pass_states(v.c0, out.cn, work);
+      return;
+    }
+    const int64_t steps = T_ * B_, row = G * pitch_, set = steps * row;
+    const std::vector<Params> none(static_cast<size_t>(L_ * D_));
+    const Params* const params[2] = {p.params, v.params ? v.params : none.data()};
+    // what goes from layer to layer, twice: (E,T,B,wide)
+    Math* buffers[2][2] = {};
+    for (auto& of_layer : buffers)
+      for (Math*& plane : of_layer) plane = work.take<Math>(E_ * steps * wide_);
+    if (tape)
+      for (int64_t l = 0; l < L_; ++l) tape->push_back(dual_tape(l, work));
+    for (int64_t l = 0; l < L_; ++l) {
+      const size_t mark = work.mark();
+      Math *const *from = buffers[l % 2], *const *y = buffers[(l + 1) % 2];
+      JvpArgs<Math> a{};
+      a.keep = tape;
+      if (tape) {
+        const DualTape<Math>& own = (*tape)[static_cast<size_t>(l)];
+        from = own.input;
+        if (l < L_ - 1) y = (*tape)[static_cast<size_t>(l + 1)].input;
+        for (int q = 0; q < 2; ++q)
+          a.gx[q] = own.gx[q], a.extra[q] = own.extra[q], a.prev[q] = own.prev[q], a.cells[q] = own.cells[q];
+      } else {
+        for (Math*& plane : a.gx) plane = work.take<Math>(sets_ * set);
+        if (Cell::cell_state && out.cells.data) a.cells[1] = work.take<Math>(sets_ * steps * pitch_);
+      }
+      jvp_inputs(p, v, params, from, l, a.gx, work);
+      for (int q = 0; q < 2; ++q) {
+        const Arguments& of = q ? v : p;
+        a.bias[q] = of.params ? biases(of, l, work) : nullptr;
+        a.h0[q] = states(of.h0, l, work), a.c0[q] = Cell::cell_state ? states(of.c0, l, work) : nullptr;
+        a.y[q] = y[q];
+        if (wide_ != D_ * H_) queue_.fill(y[q], 0, static_cast<size_t>(E_ * steps * wide_) * sizeof(Math));
+      }
+      a.y_t = B_ * wide_, a.y_b = wide_, a.y_e = steps * wide_, a.y_d = H_;
+      Math* hn = work.take<Math>(sets_ * B_ * H_);
+      Math* cn = work.take<Math>(sets_ * B_ * H_);
+      a.hn = hn, a.cn = cn;
+      a.clip_cell = static_cast<Math>(p_.clip_cell);
+      jvp_steps(a, params, l, work);
+      give_states(out.hn, hn, l);
+      if constexpr (Cell::cell_state) give_states(out.cn, cn, l);
+      const Array<4> whole{y[1], {a.y_t, a.y_e, a.y_b, 1}};
+      if (l == L_ - 1 && out.y.data) give(whole, out.y, D_ * H_, false);
+      if (out.cells.data) {
+        const int64_t* s = out.cells.stride;
+        for (int64_t d = 0; d < D_; ++d) {
+          const Array<4> to{static_cast<Math*>(out.cells.data) + l * s[0] + d * H_ * s[4], {s[1], s[2], s[3], s[4]}};
+          give(Cell::cell_state
+                   ? Array<4>{a.cells[1] + d * steps * pitch_, {B_ * pitch_, D_ * steps * pitch_, pitch_, 1}}
+                   : Array<4>{y[1] + d * H_, {a.y_t, a.y_e, a.y_b, 1}},
+               to, H_, true);
+        }
+      }
+      if (l < L_ - 1 && p_.dropout > 0)
+        for (int q = 0; q < 2; ++q) run_dropout(y[q], l);
+      work.release(mark);
+    }
+  }
+
+  // Tangents of the gradients dp of g, along v of p and t of g; and those of the results, if `out` wants them.
+  void hvp(const Arguments& p, const Arguments& v, const Results& g, const Results& t, const Arguments& dp,
+           const Results& out, Arena& work)
+    requires(std::is_same_v<T, Full>)
+  {
+    if (T_ * B_ == 0) {
+      jvp(p, v, out, work);
+      backward(p, nullptr, t, dp, work);
+      return;
+    }
+    const int64_t steps = T_ * B_, row = G * pitch_, set = steps * row;
+    const std::vector<Params> none(static_cast<size_t>(L_ * D_));
+    const Params* const params[2] = {p.params, v.params ? v.params : none.data()};
+    std::vector<DualTape<Math>> tape;
+    jvp(p, v, out, work, &tape);
+    Math* below[2];  // the gradient of what a layer gives to the next: (E,T,B,wide)
+    for (Math*& plane : below) plane = L_ > 1 ? work.take<Math>(E_ * steps * wide_) : nullptr;
+    for (int64_t l = L_ - 1; l >= 0; --l) {
+      const size_t mark = work.mark();
+      const DualTape<Math>& own = tape[static_cast<size_t>(l)];
+      HvpArgs<Math> a{};
+      for (int q = 0; q < 2; ++q) {
+        const Results& given = q ? t : g;
+        const Arguments& of = q ? v : p;
+        if (l < L_ - 1) {
+          if (p_.dropout > 0) run_dropout(below[q], l);
+          a.dy[q] = over_time(gradient(Array<4>{below[q], {B_ * wide_, steps * wide_, wide_, 1}}, work));
+        } else if (given.y.data) {
+          a.dy[q] = over_time(gradient(given.y, work));
+        }
+        if (const Array<5>& c = given.cells; c.data)
+          a.dcells[q] = over_time(gradient(Array<4>{static_cast<Math*>(c.data) + l * c.stride[0],
+                                                    {c.stride[1], c.stride[2], c.stride[3], c.stride[4]}},
+                                           work));
+        a.gx[q] = own.gx[q], a.extra[q] = own.extra[q], a.cells[q] = own.cells[q], a.prev[q] = own.prev[q];
+        a.c0[q] = Cell::cell_state ? states(of.c0, l, work) : nullptr;
+        a.dhn[q] = states(given.hn, l, work);
+        a.dcn[q] = Cell::cell_state ? states(given.cn, l, work) : nullptr;
+        a.da[q] = work.take<Math>(sets_ * set);
+        a.da_h[q] = kTwoSums ? work.take<Math>(sets_ * steps * pitch_) : nullptr;
+      }
+      Math* dh0 = work.take<Math>(sets_ * B_ * H_);
+      Math* dc0 = work.take<Math>(sets_ * B_ * H_);
+      a.dh0 = dh0, a.dc0 = dc0;
+      a.clip_cell = static_cast<Math>(p_.clip_cell), a.clip_grad = static_cast<Math>(p_.clip_grad);
+      hvp_steps(a, params, l, work);
+      give_states(dp.h0, dh0, l);
+      if constexpr (Cell::cell_state) give_states(dp.c0, dc0, l);
+
+      const int64_t W_in = l == 0 ? I_ : D_ * H_;
+      const int64_t in = up(W_in);
+      const bool tokens = l == 0 && p.tokens.data, tangent_x = l > 0 || v.x.data;
+      if (l > 0 || dp.x.data) {
+        Math* dx[2] = {below[0], l > 0 ? below[1] : work.take<Math>(E_ * steps * in)};
+        for (int64_t d = 0; d < D_; ++d) {
+          const Array<3>& other = params[1][l * D_ + d].W;
+          const Math* W = padded_weights(params[0][l * D_ + d].W, W_in, in, work);
+          const auto multiply = [&](const Math* da, const Math* w, Math* to, bool add) {
+            queue_.template product<T, T>({steps, in, row, da + d * set, row, D_ * set, false, w, in, row * in, false,
+                                           to, in, steps * in, E_, add});
+          };
+          if (l > 0) multiply(a.da[0], W, dx[0], d > 0);
+          multiply(a.da[1], W, dx[1], d > 0);
+          if (other.data) multiply(a.da[0], padded_weights(other, W_in, in, work), dx[1], true);
+        }
+        if (l == 0) give(Array<4>{dx[1], {B_ * in, steps * in, in, 1}}, dp.x, I_, false);
+      }
+      if (dp.params) {
+        bool bias = false;
+        for (int64_t d = 0; d < D_; ++d) bias |= dp.params[l * D_ + d].bW.data || dp.params[l * D_ + d].bR.data;
+        if (bias) {
+          Math* db = work.take<Math>(sets_ * row);
+          Math* db_h = kTwoSums ? work.take<Math>(sets_ * pitch_) : nullptr;
+          column_sums(a.da[1], steps, row, db, 0, work);
+          if (kTwoSums) column_sums(a.da_h[1], steps, pitch_, db_h, 0, work);
+          for (int64_t d = 0; d < D_; ++d) give_biases(dp.params[l * D_ + d], db, db_h, d);
+        }
+        const Math* x[2] = {own.input[0], own.input[1]};
+        if (l == 0) {
+          bool want_W = false;
+          for (int64_t d = 0; d < D_; ++d) want_W |= dp.params[d].W.data != nullptr;
+          x[0] = want_W && !tokens ? input(p, {}, 0, work) : nullptr;
+          x[1] = want_W && !tokens && tangent_x ? input(v, {}, 0, work) : nullptr;
+        }
+        for (int64_t d = 0; d < D_; ++d) {
+          const size_t before = work.mark();
+          const Params& to = dp.params[l * D_ + d];
+          if (to.W.data) {
+            Math* dW = work.take<Math>(E_ * row * in);
+            const auto multiply = [&](const Math* da, const Math* of, bool add) {
+              queue_.template product<T, T>({row, in, steps, da + d * set, row, D_ * set, true, of, in, steps * in,
+                                             false, dW, in, row * in, E_, add});
+            };
+            if (tokens) {
+              token_gradient(p, a.da[1] + d * set, 0, T_, dW, in, false);
+            } else {
+              multiply(a.da[1], x[0], false);
+              if (tangent_x) multiply(a.da[0], x[1], true);
+            }
+            give_weights(to.W, dW, W_in, in);
+          }
+          if (to.R.data) {
+            Math* dR = work.take<Math>(E_ * row * pitch_);
+            const int64_t own_gates = kTwoSums || Cell::two_products ? G - 1 : G;
+            // rows [first, first + gates) of dR from that many gates of da, and what they were multiplied by
+            const auto multiply = [&](int64_t first, int64_t gates, Math* const(&da)[2], int64_t da_first,
+                                      int64_t da_row, Math* const(&of)[2]) {
+              for (int q = 0; q < 2; ++q)
+                queue_.template product<T, T>(
+                    {gates * pitch_, pitch_, steps, da[1 - q] + d * steps * da_row + da_first * pitch_, da_row,
+                     D_ * steps * da_row, true, of[q] + d * steps * pitch_, pitch_, D_ * steps * pitch_, false,
+                     dR + first * pitch_ * pitch_, pitch_, row * pitch_, E_, q > 0});
+            };
+            multiply(0, own_gates, a.da, 0, row, own.prev);
+            if (kTwoSums) multiply(own_gates, 1, a.da_h, 0, pitch_, own.prev);
+            if (Cell::two_products) multiply(own_gates, 1, a.da, own_gates, row, own.extra);
+            give_weights(to.R, dR, H_, pitch_);
+          }
+          work.release(before);
+        }
+      }
+      if (l == 0 && p.context.data) hvp_context(p, v, a.da, dp, work);
+      work.release(mark);
+    }
+  }
+
   size_t tape_bytes() {
     Arena arena(nullptr);
     layers(arena);
@@ -529,22 +725,23 @@ class Engine {
                                        W[static_cast<size_t>(d)], in, row * in, true, to, row, D_ * steps * row, E_,
                                        false});
       if (tokens || (l == 0 && p.context.data))
-        add_inputs(p, d, context[static_cast<size_t>(d)], part.begin[d], part.n, to, work);
+        add_inputs(p, tokens ? &p.params[d].W : nullptr, context[static_cast<size_t>(d)], part.begin[d], part.n, to,
+                   work);
     }
   }
-  // Layer 0's tokens and context (E,B,G,pitch; may be null) into n steps of gx of direction d, from step `first` on.
-  void add_inputs(const Arguments& p, int64_t d, const Math* context, int64_t first, int64_t n, Storage* gx,
+  // Into n steps of layer 0's gx, from step `first` on: columns of W, or with W null what is there; plus the context's
+  // share (E,B,G,pitch), if any.
+  void add_inputs(const Arguments& p, const Array<3>* W, const Math* context, int64_t first, int64_t n, Storage* gx,
                   Arena& work) {
     InputSum<T> k{};
-    if (p.tokens.data) {
-      const Array<3>& W = p.params[d].W;
-      const int64_t* s = W.stride;
+    if (W) {
+      const int64_t* s = W->stride;
       k.tokens = tokens_of(p, first);
-      k.W = static_cast<const Storage*>(W.data);
+      k.W = static_cast<const Storage*>(W->data);
       k.w_e = s[0], k.w_gate = H_ * s[1], k.w_unit = s[1], k.w_token = s[2];
       if (T_ * B_ > I_ && s[1] != 1) {  // what is read several times, in one piece
         Storage* turned = work.take<Storage>(E_ * I_ * G * pitch_);
-        copy<T, T>(W.data, {{s[0], s[2], H_ * s[1], s[1]}}, turned, {{I_ * G * pitch_, G * pitch_, pitch_, 1}},
+        copy<T, T>(W->data, {{s[0], s[2], H_ * s[1], s[1]}}, turned, {{I_ * G * pitch_, G * pitch_, pitch_, 1}},
                    {{E_, I_, G, pitch_}}, {{E_, I_, G, H_}});
         k.W = turned, k.w_e = I_ * G * pitch_, k.w_gate = pitch_, k.w_unit = 1, k.w_token = G * pitch_;
       }
@@ -639,6 +836,200 @@ class Engine {
     if (wanted)
       copy<Full, T>(sum, {{B_ * K, 0, K, 1}}, dp.context.data, {{s[0], 0, s[1], s[2]}}, {{E_, 1, B_, K}},
                     {{E_, 1, B_, K}}, false, E_ > 1 && s[0] == 0);
+  }
+
+  // Both planes of gx: x W^T; x' W^T + x W'^T. from: what the layer below gave.
+  void jvp_inputs(const Arguments& p, const Arguments& v, const Params* const (&params)[2], Math* const* from,
+                  int64_t l, Math* const (&gx)[2], Arena& work) {
+    const int64_t steps = T_ * B_, row = G * pitch_, set = steps * row;
+    const bool tokens = l == 0 && p.tokens.data;
+    const int64_t in = l == 0 ? up(I_) : wide_;
+    const Math* x[2] = {from[0], from[1]};
+    if (l == 0) {
+      x[0] = tokens ? nullptr : input(p, {}, 0, work);
+      x[1] = tokens || !v.x.data ? nullptr : input(v, {}, 0, work);
+    }
+    queue_.fill(gx[1], 0, static_cast<size_t>(sets_ * set) * sizeof(Math));
+    for (int64_t d = 0; d < D_; ++d) {
+      const Math* W[2] = {};
+      for (int q = 0; q < 2 && !tokens; ++q)
+        if (const Array<3>& w = params[q][l * D_ + d].W; w.data)
+          W[q] = padded_weights(w, l == 0 ? I_ : D_ * H_, in, work);
+      const auto multiply = [&](const Math* a, const Math* b, Math* to, bool add) {
+        queue_.template product<T, T>(
+            {steps, row, in, a, in, steps * in, false, b, in, row * in, true, to + d * set, row, D_ * set, E_, add});
+      };
+      if (!tokens) multiply(x[0], W[0], gx[0], false);
+      if (!tokens && (l > 0 || v.x.data)) multiply(x[1], W[0], gx[1], true);
+      if (!tokens && params[1][l * D_ + d].W.data) multiply(x[0], W[1], gx[1], true);
+      if (l > 0 || (!tokens && !p.context.data)) continue;
+      Math* context[2] = {};
+      if (p.context.data) {
+        const int64_t K = p_.sizes.K;
+        for (Math*& plane : context) plane = work.take<Math>(E_ * B_ * row);
+        const auto add = [&](const Arguments& c, const Arguments& w, Math* to, bool sum) {
+          queue_.template product<Full, Full>({B_, row, K, context_rows(c, work), K, B_ * K, false,
+                                               context_weights(w, d, work), K, row * K, true, to, row, B_ * row, E_,
+                                               sum});
+        };
+        add(p, p, context[0], false);
+        queue_.fill(context[1], 0, static_cast<size_t>(E_ * B_ * row) * sizeof(Math));
+        if (v.context.data) add(v, p, context[1], true);
+        if (v.context_weights[d].data) add(p, v, context[1], true);
+      }
+      for (int q = 0; q < 2; ++q) {
+        const Array<3>& own = params[q][d].W;
+        const bool columns = tokens && own.data;
+        if (columns || p.context.data)
+          add_inputs(p, columns ? &own : nullptr, context[q], 0, T_, gx[q] + d * set, work);
+      }
+    }
+  }
+
+  // Memory for layer l of what hvp keeps.
+  DualTape<Math> dual_tape(int64_t l, Arena& work) {
+    DualTape<Math> tape{};
+    const int64_t n = sets_ * T_ * B_;
+    for (int q = 0; q < 2; ++q) {
+      if (l > 0) tape.input[q] = work.take<Math>(E_ * T_ * B_ * wide_);
+      tape.gx[q] = work.take<Math>(n * G * pitch_);
+      if (kKeepsExtra) tape.extra[q] = work.take<Math>(n * pitch_);
+      if (Cell::cell_state) tape.cells[q] = work.take<Math>(n * pitch_);
+      tape.prev[q] = work.take<Math>(n * pitch_);
+      // what no step writes, and products read
+      queue_.fill(tape.prev[q], 0, static_cast<size_t>(n * pitch_) * sizeof(Math));
+      if (Cell::two_products) queue_.fill(tape.extra[q], 0, static_cast<size_t>(n * pitch_) * sizeof(Math));
+    }
+    return tape;
+  }
+  static OverTime<Math> over_time(const Strided& g) { return {g.data, g.t, g.b, g.e, g.d}; }
+
+  void hvp_steps(HvpArgs<Math>& a, const Params* const (&params)[2], int64_t l, Arena& work) {
+    const int64_t state = sets_ * B_ * pitch_, row = G * pitch_, blocks = blocks_for(state);
+    Math *product[2], *product_r[2] = {};
+    for (int q = 0; q < 2; ++q) {
+      a.operand[q] = work.take<Math>(state * G);
+      a.product[q] = product[q] = work.take<Math>(state);
+      if (Cell::two_products) a.product_r[q] = product_r[q] = work.take<Math>(state);
+      for (Math** one : {&a.dh[q], &a.dc[q], &a.dh_first[q], &a.dc_first[q]}) *one = work.take<Math>(state);
+    }
+    std::vector<const Math*> R(static_cast<size_t>(2 * D_));
+    for (int64_t n = 0; Cell::state_product && n < 2 * D_; ++n)
+      if (const Array<3>& w = params[n / D_][l * D_ + n % D_].R; w.data)
+        R[static_cast<size_t>(n)] = padded_weights(w, H_, pitch_, work);
+    a.w = dual_walk(T_);
+    // da R; da' R + da R': of `gates` gates from `first` on
+    const auto multiply = [&](int64_t first, int64_t gates, Math* const(&to)[2]) {
+      for (int64_t d = 0; d < D_; ++d) {
+        const auto one = [&](const Math* da, const Math* w, Math* sum, bool add) {
+          queue_.template product<T, T>({B_, pitch_, gates * pitch_, da + d * B_ * row + first * pitch_, row,
+                                         D_ * B_ * row, false, w + first * pitch_ * pitch_, pitch_, row * pitch_, false,
+                                         sum + d * B_ * pitch_, pitch_, D_ * B_ * pitch_, E_, add});
+        };
+        one(a.operand[0], R[static_cast<size_t>(d)], to[0], false);
+        one(a.operand[1], R[static_cast<size_t>(d)], to[1], false);
+        if (params[1][l * D_ + d].R.data) one(a.operand[0], R[static_cast<size_t>(D_ + d)], to[1], true);
+      }
+    };
+    const int64_t own = Cell::two_products ? G - 1 : G;
+    queue_.run(HvpStep<Cell, Math>{a}, blocks);
+    for (int64_t s = T_ - 1; s >= -1; --s) {
+      a.w.s = static_cast<int>(s);
+      queue_.run(HvpStep<Cell, Math>{a}, blocks);
+      if (s < 0) break;
+      if constexpr (Cell::two_products) {
+        multiply(own, 1, product_r);
+        queue_.run(HvpGate<Cell, Math>{a}, blocks);
+      }
+      if constexpr (Cell::state_product) multiply(0, own, product);
+    }
+  }
+
+  void hvp_context(const Arguments& p, const Arguments& v, Math* const (&da)[2], const Arguments& dp, Arena& work) {
+    const int64_t K = p_.sizes.K, row = G * pitch_;
+    const bool wanted = dp.context.data;
+    Math* sum = wanted ? work.take<Math>(E_ * B_ * K) : nullptr;
+    for (int64_t d = 0; d < D_; ++d) {
+      const size_t mark = work.mark();
+      Math* dz[2];
+      for (int q = 0; q < 2; ++q) {
+        dz[q] = work.take<Math>(E_ * B_ * row);
+        context_sum(da[q] + d * T_ * B_ * row, T_, dz[q], false);
+      }
+      if (dp.context_weights[d].data) {
+        Math* dW = work.take<Math>(E_ * row * K);
+        const auto add = [&](const Math* of, const Arguments& c, bool more) {
+          queue_.template product<T, T>(
+              {row, K, B_, of, row, B_ * row, true, context_rows(c, work), K, B_ * K, false, dW, K, row * K, E_, more});
+        };
+        add(dz[1], p, false);
+        if (v.context.data) add(dz[0], v, true);
+        give_weights(dp.context_weights[d], dW, K, K);
+      }
+      const auto add = [&](const Math* of, const Arguments& w, bool more) {
+        queue_.template product<T, T>({B_, K, row, of, row, B_ * row, false, context_weights(w, d, work), K, row * K,
+                                       false, sum, K, B_ * K, E_, more});
+      };
+      if (wanted) add(dz[1], p, d > 0);
+      if (wanted && v.context_weights[d].data) add(dz[0], v, true);
+      work.release(mark);
+    }
+    const int64_t* s = dp.context.stride;
+    if (wanted)
+      copy<T, T>(sum, {{B_ * K, 0, K, 1}}, dp.context.data, {{s[0], 0, s[1], s[2]}}, {{E_, 1, B_, K}}, {{E_, 1, B_, K}},
+                 false, E_ > 1 && s[0] == 0);
+  }
+
+  Walk dual_walk(int64_t s) const {
+    Walk w{};
+    w.Tn = static_cast<int>(T_), w.B = static_cast<int>(B_), w.H = static_cast<int>(H_),
+    w.pitch = static_cast<int>(pitch_), w.sets = static_cast<int>(sets_), w.directions = static_cast<int>(D_),
+    w.s = static_cast<int>(s), w.reverse = p_.reverse, w.reset_to_initial = p_.reset_to_initial;
+    rows(w);
+    return w;
+  }
+
+  void jvp_steps(JvpArgs<Math>& a, const Params* const (&params)[2], int64_t l, Arena& work) {
+    const int64_t state = sets_ * B_ * pitch_, row = G * pitch_, blocks = blocks_for(state);
+    Math *product[2], *last[2] = {};
+    for (int q = 0; q < 2; ++q) {
+      a.product[q] = product[q] = work.take<Math>(state * G);
+      a.h[q] = work.take<Math>(state), a.c[q] = work.take<Math>(state);
+      if (!Cell::two_products) continue;
+      a.product_last[q] = last[q] = work.take<Math>(state);
+      a.rh[q] = work.take<Math>(state), a.z[q] = work.take<Math>(state);
+    }
+    std::vector<const Math*> R(static_cast<size_t>(2 * D_));
+    for (int64_t n = 0; Cell::state_product && n < 2 * D_; ++n)
+      if (const Array<3>& w = params[n / D_][l * D_ + n % D_].R; w.data)
+        R[static_cast<size_t>(n)] = padded_weights(w, H_, pitch_, work);
+    a.w = dual_walk(-1);
+    // h R^T; h' R^T + h R'^T: `gates` of them from gate `first` on
+    const auto multiply = [&](Math* const(&h)[2], Math* const(&to)[2], int64_t first, int64_t gates, int64_t to_row) {
+      for (int64_t d = 0; d < D_; ++d) {
+        const auto one = [&](const Math* from, const Math* w, Math* sum, bool add) {
+          queue_.template product<T, T>({B_, gates * pitch_, pitch_, from + d * B_ * pitch_, pitch_, D_ * B_ * pitch_,
+                                         false, w + first * pitch_ * pitch_, pitch_, row * pitch_, true,
+                                         sum + d * B_ * to_row, to_row, D_ * B_ * to_row, E_, add});
+        };
+        const Array<3>& tangent = params[1][l * D_ + d].R;
+        one(h[0], R[static_cast<size_t>(d)], to[0], false);
+        one(h[1], R[static_cast<size_t>(d)], to[1], false);
+        if (tangent.data) one(h[0], R[static_cast<size_t>(D_ + d)], to[1], true);
+      }
+    };
+    queue_.run(JvpStep<Cell, Math>{a}, blocks);
+    for (int64_t s = 0; s < T_; ++s) {
+      a.w.s = static_cast<int>(s);
+      if constexpr (Cell::two_products) {
+        multiply(a.h, product, 0, G - 1, row);
+        queue_.run(JvpGate<Cell, Math>{a}, blocks);
+        multiply(a.rh, last, G - 1, 1, pitch_);
+      } else if constexpr (Cell::state_product) {
+        multiply(a.h, product, 0, G, row);
+      }
+      queue_.run(JvpStep<Cell, Math>{a}, blocks);
+    }
   }
 
   // W or R (E,G*H,columns) as (E,G,pitch,to_columns), of both directions.
@@ -806,18 +1197,21 @@ class Engine {
       const Params& to = dp.params[l * D_ + d];
       if (to.W.data) give_weights(to.W, sums.dW[d], W_in, in);
       if (to.R.data) give_weights(to.R, sums.dR[d], H_, pitch_);
-      for (const Array<2>* b : {&to.bW, &to.bR}) {
-        if (!b->data) continue;
-        const bool sum = E_ > 1 && b->stride[0] == 0;
-        const int64_t own = kTwoSums && b == &to.bR ? G - 1 : G;
-        copy<Full, T>(db + d * G * pitch_, {{D_ * G * pitch_, 0, pitch_, 1}}, b->data,
-                      {{b->stride[0], 0, H_ * b->stride[1], b->stride[1]}}, {{E_, 1, own, H_}}, {{E_, 1, own, H_}},
-                      false, sum);
-        if (own < G)
-          copy<Full, T>(db_h + d * pitch_, {{D_ * pitch_, 0, 0, 1}},
-                        static_cast<Storage*>(b->data) + own * H_ * b->stride[1], {{b->stride[0], 0, 0, b->stride[1]}},
-                        {{E_, 1, 1, H_}}, {{E_, 1, 1, H_}}, false, sum);
-      }
+      give_biases(to, db, db_h, d);
+    }
+  }
+  void give_biases(const Params& to, const Math* db, const Math* db_h, int64_t d) {
+    for (const Array<2>* b : {&to.bW, &to.bR}) {
+      if (!b->data) continue;
+      const bool sum = E_ > 1 && b->stride[0] == 0;
+      const int64_t own = kTwoSums && b == &to.bR ? G - 1 : G;
+      copy<Full, T>(db + d * G * pitch_, {{D_ * G * pitch_, 0, pitch_, 1}}, b->data,
+                    {{b->stride[0], 0, H_ * b->stride[1], b->stride[1]}}, {{E_, 1, own, H_}}, {{E_, 1, own, H_}}, false,
+                    sum);
+      if (own < G)
+        copy<Full, T>(db_h + d * pitch_, {{D_ * pitch_, 0, 0, 1}},
+                      static_cast<Storage*>(b->data) + own * H_ * b->stride[1], {{b->stride[0], 0, 0, b->stride[1]}},
+                      {{E_, 1, 1, H_}}, {{E_, 1, 1, H_}}, false, sum);
     }
   }
   void give_weights(const Array<3>& to, const Math* from, int64_t columns, int64_t from_columns) {

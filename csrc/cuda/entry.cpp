@@ -82,6 +82,59 @@ Status backward(const Problem& problem, const Arguments& p, const void* tape, co
                   .stream = stream});
 }
 
+Status jvp_workspace_bytes(const Problem& problem, const Arguments& p, const Arguments& v, const Results& tout,
+                           const Settings& settings, size_t* bytes) {
+  return run_any({.kind = Call::Kind::jvp_bytes,
+                  .problem = &problem,
+                  .p = &p,
+                  .v = &v,
+                  .out = &tout,
+                  .settings = &settings,
+                  .bytes = bytes});
+}
+
+Status jvp(const Problem& problem, const Arguments& p, const Arguments& v, const Results& tout, void* workspace,
+           const Settings& settings, void* stream) {
+  return run_any({.kind = Call::Kind::jvp,
+                  .problem = &problem,
+                  .p = &p,
+                  .v = &v,
+                  .out = &tout,
+                  .workspace = workspace,
+                  .settings = &settings,
+                  .stream = stream});
+}
+
+Status hvp_workspace_bytes(const Problem& problem, const Arguments& p, const Arguments& v, const Results& g,
+                           const Results& t, const Arguments& tdp, const Results& tout, const Settings& settings,
+                           size_t* bytes) {
+  return run_any({.kind = Call::Kind::hvp_bytes,
+                  .problem = &problem,
+                  .p = &p,
+                  .v = &v,
+                  .out = &g,
+                  .t = &t,
+                  .tout = &tout,
+                  .dp = &tdp,
+                  .settings = &settings,
+                  .bytes = bytes});
+}
+
+Status hvp(const Problem& problem, const Arguments& p, const Arguments& v, const Results& g, const Results& t,
+           const Arguments& tdp, const Results& tout, void* workspace, const Settings& settings, void* stream) {
+  return run_any({.kind = Call::Kind::hvp,
+                  .problem = &problem,
+                  .p = &p,
+                  .v = &v,
+                  .out = &g,
+                  .t = &t,
+                  .tout = &tout,
+                  .dp = &tdp,
+                  .workspace = workspace,
+                  .settings = &settings,
+                  .stream = stream});
+}
+
 Status routes(const Problem& problem, const Settings& settings, const char** forward_route,
               const char** backward_route) {
   return run_any({.kind = Call::Kind::routes,

@@ -14,6 +14,10 @@
 
 namespace fusedrnn::cuda {
 
+// Tangents are computed in these types.
+template <class T>
+constexpr bool kTangents = std::is_same_v<T, F32> || std::is_same_v<T, F64>;
+
 template <class Cell, class T, class Machine>
 Status run(const Call& call) {
   using Shapes = typename Machine::template Shapes<Cell, T>;
@@ -44,6 +48,17 @@ Status run(const Call& call) {
                       engine.backward(*call.p, nullptr, *call.out, *call.dp, arena);
                     });
       return {};
+    case Call::Kind::jvp_bytes:
+      if constexpr (kTangents<T>)
+        *call.bytes = Machine::kInFront +
+                      count([&](auto& engine, Arena& arena) { engine.jvp(*call.p, *call.v, *call.out, arena); });
+      return {};
+    case Call::Kind::hvp_bytes:
+      if constexpr (kTangents<T>)
+        *call.bytes = Machine::kInFront + count([&](auto& engine, Arena& arena) {
+                        engine.hvp(*call.p, *call.v, *call.out, *call.t, *call.dp, *call.tout, arena);
+                      });
+      return {};
     case Call::Kind::routes:
       count([&](auto& engine, Arena&) {
         constexpr const char* names[] = {"single", "cluster", "grid", "stepwise"};
@@ -62,21 +77,30 @@ Status run(const Call& call) {
   Arena arena(static_cast<char*>(call.workspace) + Machine::kInFront);
   if (call.kind == Call::Kind::forward)
     engine.forward(*call.p, *call.out, call.tape, call.keep, arena);
-  else
+  else if (call.kind == Call::Kind::jvp) {
+    if constexpr (kTangents<T>) engine.jvp(*call.p, *call.v, *call.out, arena);
+  } else if (call.kind == Call::Kind::hvp) {
+    if constexpr (kTangents<T>) engine.hvp(*call.p, *call.v, *call.out, *call.t, *call.dp, *call.tout, arena);
+  } else
     engine.backward(*call.p, call.tape, *call.out, *call.dp, arena);
   return queue->failure();
 }
 
 template <class Cell, class Machine>
 Status run_cell(const Call& call) {
+  using Kind = Call::Kind;
+  const bool tangents =
+      call.kind == Kind::jvp || call.kind == Kind::jvp_bytes || call.kind == Kind::hvp || call.kind == Kind::hvp_bytes;
+  if (tangents && call.problem->dtype != Dtype::f32 && call.problem->dtype != Dtype::f64)
+    return "tangents of 16-bit numbers are not built into the CUDA kernels; expected float32 or float64";
   switch (call.problem->dtype) {
     case Dtype::f16:
       return run<Cell, dev::F16, Machine>(call);
     case Dtype::bf16:
       return run<Cell, dev::BF16, Machine>(call);
     case Dtype::f32:
-      return call.settings->f32 == Precision::tf32 ? run<Cell, dev::TF32, Machine>(call)
-                                                   : run<Cell, F32, Machine>(call);
+      return call.settings->f32 == Precision::tf32 && !tangents ? run<Cell, dev::TF32, Machine>(call)
+                                                                : run<Cell, F32, Machine>(call);
     case Dtype::f64:
       return run<Cell, F64, Machine>(call);
   }

@@ -167,21 +167,26 @@ def backward(problem: Problem, p: Arguments, tape: DeviceArray, g: Results, dp: 
     _took(call, problem, p, "backward")
 
 
-def _derivative(name: str) -> Any:
-    raise NotImplementedError(
-        f"fusedrnn: {name} of arrays on a CUDA device: the CUDA kernels have forward and backward only. Copy the "
-        "arrays to the host, or use fusedrnn.torch, which takes torch's own operators there"
-    )
+def _tangents(name: str, problem: Problem, p: Arguments, *args: Any) -> None:
+    kind = _kind(p)
+    if kind not in ("float32", "float64"):
+        raise NotImplementedError(
+            f"fusedrnn: {name} of {kind} on a CUDA device: the CUDA kernels have tangents in float32 and float64"
+        )
+    _place_rows(problem, p.x)
+    call = _call(getattr(_extension, name.capitalize()), problem, p, *args)
+    memory = bytes_like(p.x, call.workspace_bytes)
+    _call(call.run, memory.pointer, p.x.current_stream())
 
 
 def jvp(problem: Problem, p: Arguments, v: Arguments, tout: Results) -> None:
-    _derivative("jvp")
+    _tangents("jvp", problem, p, v, tout)
 
 
 def hvp(
     problem: Problem, p: Arguments, v: Arguments, g: Results, t: Results, tdp: Arguments, tout: Results | None = None
 ) -> None:
-    _derivative("hvp")
+    _tangents("hvp", problem, p, v, g, t, tdp, tout)
 
 
 # Clipping.

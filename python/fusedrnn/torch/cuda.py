@@ -3,7 +3,8 @@
 
 Off unless `use_cuda_kernels` or FUSEDRNN_TORCH_CUDA=1 says otherwise, because no GPU has run these kernels yet, and
 torch.nn, which runs instead, is known to be right there. float32 is multiplied as TF32 where torch lets cuDNN do so.
-jvp and hvp (and so second derivatives) take torch's own operators.
+jvp and hvp (and so second derivatives) run on the kernels in float32 (always strict) and float64; those of 16-bit
+tensors take torch's own operators.
 """
 
 from __future__ import annotations
@@ -163,6 +164,27 @@ def backward(how: How, lengths: Any, reset: Any, p: Tensors, tape: Tensor | None
     return tuple(tensors)
 
 
+def jvp(how: How, lengths: Any, reset: Any, p: Tensors, v: Tensors) -> tuple[Tensor, ...]:
+    call = Call(how, p, v, how.argument_axes, lengths, reset)
+    tensors, out = call.new_results()
+    backend: Any = backends.choose(on_cuda=True)
+    backend.jvp(call.problem, call.p, call.arguments(v), out)
+    return tuple(tensors)
+
+
+def hvp(how: How, lengths: Any, reset: Any, p: Tensors, v: Tensors, g: Tensors, t: Tensors) -> tuple[Tensor, ...]:
+    call = Call(how, p, (*v, *g, *t), (*how.argument_axes, *how.result_axes, *how.result_axes), lengths, reset)
+    tensors, out = call.new_arguments(p)
+    backend: Any = backends.choose(on_cuda=True)
+    backend.hvp(call.problem, call.p, call.arguments(v), call.given(g), call.given(t), out)
+    return tuple(tensors)
+
+
+def dtype_of(p: Tensors) -> torch.dtype:
+    assert p[0] is not None
+    return p[0].dtype
+
+
 def run(name: str, how: How, lengths: Any, reset: Any, parts: Sequence[Tensors]) -> tuple[Tensor, ...]:
     """An operation, as kernels has it."""
     if name == "forward":
@@ -170,6 +192,9 @@ def run(name: str, how: How, lengths: Any, reset: Any, parts: Sequence[Tensors])
     if name == "backward":
         p, (tape,), g = parts
         return backward(how, lengths, reset, p, tape, g)
+    if dtype_of(parts[0]) in (torch.float32, torch.float64):
+        tangents: Any = jvp if name == "jvp" else hvp
+        return tangents(how, lengths, reset, *parts)  # type: ignore[no-any-return]
     backends.log.info("cuda: %s has no CUDA kernel: torch's own operators", name)
     operation: Any = composite.jvp if name == "jvp" else composite.hvp
     result: tuple[Tensor, ...] = operation(how, lengths, reset, *parts)
