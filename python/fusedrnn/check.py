@@ -262,8 +262,14 @@ VARIANTS: dict[str, Any] = {
 }
 
 
+def _equals(value: Any, plain: Any) -> bool:
+    return value is plain or (type(value) is type(plain) and value == plain)
+
+
 def variant(op: str, cell: str, given: Mapping[str, Any], training: bool = False) -> Variant | None:
     """Those of `given`, checked; None where all are as usual."""
+    if all(_equals(given.get(name, plain), plain) for name, plain in VARIANTS.items()):
+        return None
     proj_size, peepholes, layer_norm, zoneout, recurrent_dropout, activations, clip_gates = (
         given.get(name, plain) for name, plain in VARIANTS.items()
     )
@@ -320,17 +326,15 @@ def _activations(op: str, given: Any, usual: list[str]) -> tuple[tuple[str, floa
 
 def call(op: str, cell_name: str, given: Mapping[str, Any]) -> tuple[Call, np.ndarray | None, np.ndarray | None]:
     """Check the arguments, by name, of a function of ops. Returns the call, and the state's two parts as they came."""
-    x, state, params, lengths, reset, context = (
-        given[name] for name in ("x", "state", "params", "lengths", "reset", "context")
-    )
+    x, state, params = given["x"], given["state"], given["params"]
+    lengths, reset, context = given["lengths"], given["reset"], given["context"]
     changed = variant(op, cell_name, given, flag(op, "training", given["training"]))
     cell = CELLS[cell_name]
     if changed and changed.proj_size:
         cell = dataclasses.replace(cell, cell_state=True)
     L = integer(op, "num_layers", given["num_layers"], 1)
-    bidirectional, reverse, batch_first, recompute = (
-        flag(op, name, given[name]) for name in ("bidirectional", "reverse", "batch_first", "recompute")
-    )
+    bidirectional, reverse = flag(op, "bidirectional", given["bidirectional"]), flag(op, "reverse", given["reverse"])
+    batch_first, recompute = flag(op, "batch_first", given["batch_first"]), flag(op, "recompute", given["recompute"])
     D = 2 if bidirectional else 1
     if changed and recompute:
         fix = "proj_size, peepholes, layer_norm, zoneout, recurrent_dropout, activations, clip_gates: they keep all."
@@ -358,10 +362,10 @@ def call(op: str, cell_name: str, given: Mapping[str, Any]) -> tuple[Call, np.nd
         fix = "Tokens and contexts are not built for them: give one-hot vectors, or the context as features of x."
         fail(op, name, got, expected, fix, TypeError)
     names, flat, context_params = _flatten(op, cell_name, params, L, D, context is not None, changed)
-    for name, array in (*zip(names, flat, strict=True), *context_params.items()):
-        is_array(op, name, array)
     if tokens:
         is_whole(op, "x", x)
+        for name, array in (*zip(names, flat, strict=True), *context_params.items()):
+            is_array(op, name, array)
         if x_rank == 4 and not any(a.ndim == len(weight_axes(n)) for n, a in zip(names, flat, strict=True)):
             fix = "Integers without an axis of features are tokens, that is one-hot vectors; convert others."
             fail(op, "x", f"has dtype {x.dtype}", "float32 or float64, or two axes", fix, TypeError)

@@ -32,7 +32,9 @@ def number(op: str, name: str, value: Any) -> float:
 
 def flag(op: str, name: str, value: Any) -> bool:
     """The value, if it is True or False (or 1 or 0)."""
-    if isinstance(value, bool | np.bool_ | int | np.integer) and value in (0, 1):
+    if value is True or value is False:  # the usual case, at no cost
+        return value
+    if isinstance(value, np.bool_ | int | np.integer) and value in (0, 1):
         return bool(value)
     fail(op, name, f"is {value!r}", "True or False", error=TypeError)
 

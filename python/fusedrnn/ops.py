@@ -379,9 +379,10 @@ def hvp(
 
 def _forward(op: str, cell: str, given: dict[str, Any]) -> Any:
     """A call of the function `op`; `given`: all its arguments by name."""
-    training, return_cells = (check.flag(op, name, given[name]) for name in ("training", "return_cells"))
+    training = check.flag(op, "training", given["training"])
+    return_cells = check.flag(op, "return_cells", given["return_cells"])
     x, reuse = given["x"], given["reuse"]
-    if not isinstance(reuse, Tape | None):
+    if reuse is not None and not isinstance(reuse, Tape):
         check.fail(op, "reuse", f"is {arrays.kind(reuse)}", "an old tape, or None", error=TypeError)
     call, h0, c0 = check.call(op, cell, given)
     problem = call.problem
