@@ -104,9 +104,12 @@ struct Backward {
   BackwardArgs<T> a;
 
   static constexpr int kThreads = S::kThreads;
-  // sm_75's compiler spills where several tiles of rows meet many weights
-  static constexpr bool kSpillsOn75 = S::kRoute == Route::grid && S::kTiles > 1 && S::kHeld > 9;
-  static constexpr int kCompute = kSpillsOn75 && oldest<S>() < 80 ? 80 : oldest<S>();
+  // Where a grid's cut would spill registers it is not built: below sm_90, or on sm_75 (bench/cuda_build.py's table).
+  static constexpr bool kSpillsBelow90 =
+      S::kGates == 4 && ((S::kTiles > 2 && S::kHeld > 9) || (T::kPer == 4 && S::kHeld > 12));
+  static constexpr bool kSpillsBelow80 = S::kTiles > 1 && S::kHeld > 9;
+  static constexpr int kUnspilled = S::kRoute != Route::grid ? 0 : kSpillsBelow90 ? 90 : kSpillsBelow80 ? 80 : 0;
+  static constexpr int kCompute = kUnspilled > oldest<S>() ? kUnspilled : oldest<S>();
   static constexpr int kStages = 4;
   static constexpr int kGates = S::kGates;
   static constexpr int kPieces = 8 * S::kHalves;
