@@ -35,7 +35,7 @@ class Forward {
                      larger<int64_t>(1, (int64_t{1} << 20) / larger<int64_t>(1, N * ldz * int64_t{sizeof(S)})));
     const int64_t pairs = chunk_ * N;
     pairs_ = kPairs && P == 1 && sizeof(S) == 4 && call.pairs && problem_.bf16_weights && problem_.bf16_state &&
-             N > 2 && cell_.state_product && !cell_.two_products && !layers_.tokens() && !p_[0]->context.data;
+             cell_.state_product && !cell_.two_products && !layers_.tokens() && !p_[0]->context.data;
     scratch_ = static_cast<Scratch*>(workspace.take(sizeof(Scratch) * static_cast<size_t>(groups_.count)));
     for (int g = 0; g < groups_.count; ++g) {
       Scratch& s = scratch_[g];
