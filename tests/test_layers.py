@@ -354,13 +354,18 @@ def test_layer_in_a_fresh_process():
 @pytest.mark.parametrize("recompute", [False, True])
 def test_a_tape_takes_over_the_memory_of_the_last(backend, recompute):
     """Where that is large enough, and not for a call that fails. The numbers are those of a new layer."""
+
+    def memory(tape: Any) -> Any:
+        return tape.memory if isinstance(tape, fusedrnn.layers.Recorded) else tape.buffer.base
+
     layer, x = make("LSTM", recompute=recompute), new(9, 3, 4)
     layer(x)
-    before = layer._tape.buffer.base
+    before = memory(layer._tape)
     for T, kept in ((9, True), (7, True), (9, True), (3, False), (9, False), (9, True)):
         y, _ = layer(x[:T])
-        whole = layer._tape.buffer.base
-        assert (whole is before) == kept or not layer._tape.nbytes, T  # the reference keeps nothing
+        whole = memory(layer._tape)
+        nothing = backend == "reference"  # it keeps nothing
+        assert (whole is before) == kept or nothing, T
         before = whole
         with pytest.raises(ValueError, match="weight_ih_l0 has shape"):
             layer(x[..., :2])
@@ -369,7 +374,71 @@ def test_a_tape_takes_over_the_memory_of_the_last(backend, recompute):
         got, want = layer.backward(y), other.backward(y)
         for name in want:
             same(name, got[name], want[name])
-    tape = layer._tape
-    layer(x)
+    *_, tape = fusedrnn.lstm(x, None, layer.parameters, training=True)
+    fusedrnn.lstm(x, None, layer.parameters, training=True, reuse=tape)
     with pytest.raises(ValueError, match="tape lost its memory to a later call; expected the latest tape"):
         fusedrnn.lstm_backward(tape, y)
+
+
+@pytest.mark.parametrize("shape", ["batched", "unbatched", "strided"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"num_layers": 2, "bidirectional": True, "bias": False, "batch_first": True, "dtype": np.float32},
+        {"num_layers": 3, "recompute": True, "clip_grad": 0.1},
+        {"batch_first": True, "clip_grad": 1, "dtype": np.float32},
+    ],
+)
+@pytest.mark.parametrize(("kind", "extra"), LAYERS)
+def test_training_the_short_way_is_the_long_way(kind, extra, options, shape):
+    """The same bits, names and order as of the function that takes every option, into arrays of the same shapes."""
+    layer = make(kind, backend="native", **options, **extra)
+    dtype, rows = layer.dtype, () if shape == "unbatched" else (3,)
+    x = new(*((3, 5) if layer.batch_first and rows else (5, *rows)), 4, dtype=dtype)
+    if shape == "strided":
+        x = np.repeat(x, 2, axis=-1)[::-1, :, ::2]
+    count = layer.num_layers * (1 + layer.bidirectional)
+    h, c, dh, dc = (new(count, *rows, 6, seed=n, dtype=dtype) for n in range(4))
+    lstm = kind == "LSTM"
+    for state, dstate in ((None, None), ((h, c) if lstm else h, [dh, dc] if lstm else dh)):
+        y, last = layer(x, state)
+        assert type(layer._tape) is fusedrnn.layers.Recorded
+        *expected, tape = layer._run(x, state, training=True)
+        assert type(tape) is fusedrnn.ops.Tape
+        same("results", (y, *parts(last)), (expected[0], *parts(expected[1])))
+        for dy in (None, np.cos(y), np.cos(y)[::-1]):
+            got = layer.backward(dy, dstate)
+            assert type(layer._tape) is fusedrnn.layers.Recorded
+            want = getattr(fusedrnn, f"{layer._op}_backward")(tape, dy, dstate)
+            assert list(got) == list(want)
+            for name in want:
+                same(name, got[name], want[name])
+    cells = np.ones((layer.num_layers, *y.shape), dtype)  # the short way does not know them
+    for name, grad in getattr(fusedrnn, f"{layer._op}_backward")(tape, None, None, cells).items():
+        same(name, layer.backward(None, None, cells)[name], grad)
+
+
+def test_a_recorded_call_keeps_its_weights():
+    """New arrays in `parameters` between call and backward are the next call's; wrong gradients get their message."""
+    layer, x = make("GRU", backend="native"), new(5, 3, 4)
+    y, _ = layer(x)
+    expected = layer.backward(np.cos(y))
+    old = layer.parameters
+    layer.parameters = {name: 2 * a for name, a in reversed(old.items())}
+    for name, grad in layer.backward(np.cos(y)).items():
+        same(name, grad, expected[name])
+    with pytest.raises(ValueError, match=r"gru_backward: dy has shape \(4, 3, 6\); expected \(5, 3, 6\)"):
+        layer.backward(y[1:])
+    with pytest.raises(TypeError, match="gru_backward: dstate is a tuple; expected one array h"):
+        layer.backward(y, (y, y))
+    for name, grad in layer.backward(np.cos(y)).items():  # by now on the long way
+        same(name, grad, expected[name])
+    layer.clip_grad = -1.0
+    with pytest.raises(ValueError, match="clip_grad is -1.0"):
+        layer(x)
+    layer.clip_grad, layer.parameters = None, old
+    y, _ = layer(x)
+    with pytest.raises(TypeError, match="weight_ih_l0 has dtype float64; expected float32"):
+        layer(x.astype(np.float32))
+    same("weights", layer.backward(np.cos(y))["weight_hh_l0"], expected["weight_hh_l0"])

@@ -2,6 +2,7 @@
 // The short way from a layer object to the kernels (see Lane in _core.pyi). It answers the plain case and returns None
 // for all else, having raised and written nothing. A plain CPython type: pybind11's call would cost as much as the
 // rest.
+#include <cmath>
 #include <cstdint>
 #include <new>
 #include <vector>
@@ -175,15 +176,15 @@ bool read_state(const Lane& lane, PyObject* state, bool batched, Plain* plain) {
   return true;
 }
 
-// Runs the kernels; false with MemoryError set.
-bool run(const Lane& lane, const Plain& plain, const Results& out) {
+// Runs the kernels, without the GIL where there is much work; false with MemoryError set.
+template <class Kernels>
+bool run(const Lane& lane, const Plain& plain, double flops, const Kernels& kernels) {
   const int threads = threads_now();
-  const double flops = cpu::work(plain.problem);
   try {
     Kept kept;
     if (flops >= flops_worth_a_release) plain.keep(lane, &kept);
     const Released released(flops);
-    cpu::forward(plain.problem, plain.p, out, nullptr, threads);
+    kernels(threads);
   } catch (const std::bad_alloc&) {
     PyErr_NoMemory();
     return false;
@@ -197,6 +198,83 @@ PyObject* decline() {
   Py_RETURN_NONE;
 }
 
+bool run_forward(const Lane& lane, const Plain& plain, const Results& out, void* tape = nullptr) {
+  return run(lane, plain, cpu::work(plain.problem),
+             [&](int threads) { cpu::forward(plain.problem, plain.p, out, tape, threads); });
+}
+
+// How a sequence lies: (T,B,n), (B,T,n) or (T,n).
+struct Axes {
+  bool batched = true, time = false;  // time: axis 1 is that of the steps
+
+  int rank() const { return batched ? 3 : 2; }
+  void shape(const Sizes& s, int64_t width, int64_t* out) const {
+    out[0] = batched && time ? s.B : s.T;
+    out[1] = batched ? (time ? s.T : s.B) : width;
+    out[2] = width;
+  }
+  // A plain array of that shape as (T,E,B,n).
+  bool read(PyObject* object, Dtype dtype, const Sizes& s, int64_t width, Array<4>* out) const {
+    int64_t expected[3];
+    shape(s, width, expected);
+    Array<3> steps;
+    if (!view(object, dtype, expected, rank(), &steps)) return false;
+    if (!batched) steps.stride[0] = steps.stride[1], steps.stride[1] = width;
+    *out = {steps.data, {steps.stride[time], s.B * width, steps.stride[!time], steps.stride[2]}};
+    return true;
+  }
+  // A new one.
+  Array<4> made(PyArrayObject* array, const Sizes& s, int64_t width) const {
+    const int64_t t = batched && time ? width : s.B * width, b = batched && time ? s.T * width : width;
+    return {PyArray_DATA(array), {t, s.B * width, b, 1}};
+  }
+};
+
+// x and its sizes, and the state.
+bool read_inputs(const Lane& lane, PyObject* x, PyObject* state, Plain* plain, Axes* axes) {
+  plain->x = x;
+  if (!PyArray_CheckExact(x)) return false;
+  const int rank = PyArray_NDIM(as_array(x));
+  if (rank != 2 && rank != 3) return false;
+  *axes = {rank == 3, rank == 3 && lane.batch_first};
+  Sizes& s = plain->problem.sizes;
+  s.T = PyArray_DIM(as_array(x), axes->time);
+  s.B = axes->batched ? PyArray_DIM(as_array(x), !axes->time) : 1;
+  return s.T > 0 && s.B > 0 && axes->read(x, plain->problem.dtype, s, s.I, &plain->p.x) &&
+         read_state(lane, state, axes->batched, plain);
+}
+
+// A state's arrays, h and c, as the user gets them: new ones, and where they lie; null with an exception set.
+PyObject* new_state(const Lane& lane, const Plain& plain, const Axes& axes, Array<4>* h_at, Array<4>* c_at) {
+  const Sizes& s = plain.problem.sizes;
+  const int64_t shape[3] = {s.L * s.D, axes.batched ? s.B : s.H, s.H};
+  PyArrayObject* h = empty(plain.problem.dtype, shape, axes.rank());
+  if (!h) return nullptr;
+  *h_at = {PyArray_DATA(h), {s.B * s.H, s.B * s.H, s.H, 1}};
+  if (!facts_of(lane.cell).cell_state) return as_object(h);
+  PyArrayObject* c = empty(plain.problem.dtype, shape, axes.rank());
+  PyObject* pair = c ? PyTuple_Pack(2, h, c) : nullptr;
+  if (pair) *c_at = {PyArray_DATA(c), {s.B * s.H, s.B * s.H, s.H, 1}};
+  Py_DECREF(h);
+  Py_XDECREF(c);
+  return pair;
+}
+
+// The results of a call in new arrays, (y, state); null with an exception set.
+PyObject* new_results(const Lane& lane, const Plain& plain, const Axes& axes, Results* out) {
+  const Sizes& s = plain.problem.sizes;
+  int64_t shape[3];
+  axes.shape(s, s.D * s.H, shape);
+  PyArrayObject* y = empty(plain.problem.dtype, shape, axes.rank());
+  if (!y) return nullptr;
+  out->y = axes.made(y, s, s.D * s.H);
+  PyObject* state = new_state(lane, plain, axes, &out->hn, &out->cn);
+  PyObject* result = state ? PyTuple_Pack(2, y, state) : nullptr;
+  Py_DECREF(y);
+  Py_XDECREF(state);
+  return result;
+}
+
 PyObject* forward(PyObject* object, PyObject* const* arguments, Py_ssize_t count) {
   Lane& lane = *reinterpret_cast<Lane*>(object);
   if (count != 3) {
@@ -204,64 +282,143 @@ PyObject* forward(PyObject* object, PyObject* const* arguments, Py_ssize_t count
     return nullptr;
   }
   Plain plain(static_cast<size_t>(lane.layers * lane.directions));
-  if (!read_weights(lane, arguments[2], &plain)) return decline();
-
-  // x (T,B,I), (B,T,I) or (T,I)
-  plain.x = arguments[0];
-  if (!PyArray_CheckExact(plain.x)) return decline();
-  PyArrayObject* x = as_array(plain.x);
-  const int rank = PyArray_NDIM(x);
-  if (rank != 2 && rank != 3) return decline();
-  const bool batched = rank == 3;
-  const int time = batched && lane.batch_first, batch = batched && !lane.batch_first;
-  Sizes& s = plain.problem.sizes;
-  s.T = PyArray_DIM(x, time);
-  s.B = batched ? PyArray_DIM(x, batch) : 1;
-  if (s.T == 0 || s.B == 0) return decline();
-  if (batched) {
-    int64_t shape[3];
-    shape[time] = s.T;
-    shape[batch] = s.B;
-    shape[2] = s.I;
-    Array<3> steps;
-    if (!view(plain.x, plain.problem.dtype, shape, 3, &steps)) return decline();
-    plain.p.x = {steps.data, {steps.stride[time], s.B * s.I, steps.stride[batch], steps.stride[2]}};
-  } else {
-    const int64_t shape[2] = {s.T, s.I};
-    Array<2> steps;
-    if (!view(plain.x, plain.problem.dtype, shape, 2, &steps)) return decline();
-    plain.p.x = {steps.data, {steps.stride[0], s.I, s.I, steps.stride[1]}};
-  }
-  if (!read_state(lane, arguments[1], batched, &plain)) return decline();
-
-  const int64_t width = s.D * s.H;
-  const int64_t sequence[3] = {batched ? (time ? s.B : s.T) : s.T, batched ? (time ? s.T : s.B) : width, width};
-  const int64_t state[3] = {s.L * s.D, batched ? s.B : s.H, s.H};
-  const bool lstm = facts_of(lane.cell).cell_state;
-  const int out_rank = batched ? 3 : 2;
-  PyArrayObject* y = empty(plain.problem.dtype, sequence, out_rank);
-  PyArrayObject* h = y ? empty(plain.problem.dtype, state, out_rank) : nullptr;
-  PyArrayObject* c = h && lstm ? empty(plain.problem.dtype, state, out_rank) : nullptr;
-  PyObject* result = nullptr;
-  if (h && (c || !lstm)) {
-    Results out;
-    const int64_t t_stride = batched && time ? width : s.B * width;
-    const int64_t b_stride = batched && time ? s.T * width : width;
-    out.y = {PyArray_DATA(y), {t_stride, s.B * width, b_stride, 1}};
-    out.hn = {PyArray_DATA(h), {s.B * s.H, s.B * s.H, s.H, 1}};
-    if (lstm) out.cn = {PyArray_DATA(c), {s.B * s.H, s.B * s.H, s.H, 1}};
-    if (run(lane, plain, out)) {
-      PyObject* last = lstm ? PyTuple_Pack(2, h, c) : Py_NewRef(as_object(h));
-      if (last) {
-        result = PyTuple_Pack(2, y, last);
-        Py_DECREF(last);
-      }
-    }
-  }
-  Py_XDECREF(y);
-  Py_XDECREF(h);
-  Py_XDECREF(c);
+  Axes axes;
+  if (!read_weights(lane, arguments[2], &plain) || !read_inputs(lane, arguments[0], arguments[1], &plain, &axes))
+    return decline();
+  Results out;
+  PyObject* result = new_results(lane, plain, axes, &out);
+  if (result && !run_forward(lane, plain, out)) Py_CLEAR(result);
   return result;
+}
+
+// ---- training ----
+
+// What is left of a tape's memory behind its first cache line: threads that own neighbouring units then write no line
+// in common. Null where it holds fewer than `elements`.
+void* tape_in(PyObject* memory, Dtype dtype, int64_t elements) {
+  if (!is_plain(memory, type_of(dtype), 1) || !PyArray_ISCARRAY(as_array(memory))) return nullptr;
+  const int64_t line = 64 / size_of(dtype);
+  if (PyArray_DIM(as_array(memory), 0) < elements + line) return nullptr;
+  char* data = static_cast<char*>(PyArray_DATA(as_array(memory)));
+  return data + (64 - reinterpret_cast<uintptr_t>(data) % 64) % 64;
+}
+
+// recompute and clip_grad (None: off) into the problem; false where something is odd.
+bool read_options(PyObject* recompute, PyObject* clip_grad, Problem* problem) {
+  problem->recompute = recompute == Py_True;
+  if (problem->bf16_weights || (recompute != Py_True && recompute != Py_False)) return false;
+  if (clip_grad == Py_None) return true;
+  if (!PyFloat_CheckExact(clip_grad) && !PyLong_CheckExact(clip_grad)) return false;
+  problem->clip_grad = PyFloat_AsDouble(clip_grad);
+  PyErr_Clear();  // of a number too large: -1
+  return problem->clip_grad > 0 && std::isfinite(problem->clip_grad);
+}
+
+PyObject* record(PyObject* object, PyObject* const* arguments, Py_ssize_t count) {
+  Lane& lane = *reinterpret_cast<Lane*>(object);
+  if (count != 6) {
+    PyErr_SetString(PyExc_TypeError,
+                    "record() takes exactly 6 arguments (x, state, params, recompute, clip_grad, memory)");
+    return nullptr;
+  }
+  Plain plain(static_cast<size_t>(lane.layers * lane.directions));
+  Axes axes;
+  if (!read_weights(lane, arguments[2], &plain) || !read_options(arguments[3], arguments[4], &plain.problem) ||
+      !read_inputs(lane, arguments[0], arguments[1], &plain, &axes))
+    return decline();
+  const int parts = lane.layers * lane.directions * kParts, each = plain.sources[2] ? kParts : kParts / 2;
+  for (int k = 0; k < parts; ++k)
+    if ((plain.sources[k] != nullptr) != (k % kParts < each)) return decline();
+  Results out;
+  PyObject* pair = new_results(lane, plain, axes, &out);
+  if (!pair) return nullptr;
+  PyObject* result = nullptr;
+  PyObject* weights = PyTuple_New(parts / kParts * each);
+  for (int k = 0, n = 0; weights && k < parts; ++k)
+    if (plain.sources[k]) PyTuple_SET_ITEM(weights, n++, Py_NewRef(plain.sources[k]));
+  // y and h exist, so the sizes multiply to what memory holds. Old memory is not twice as large as needed.
+  const int64_t elements = static_cast<int64_t>(cpu::tape_elements(plain.problem));
+  const int64_t size[1] = {elements + 64 / size_of(plain.problem.dtype)};
+  PyObject* memory = arguments[5];
+  void* tape = tape_in(memory, plain.problem.dtype, elements);
+  if (tape && PyArray_DIM(as_array(memory), 0) <= 2 * size[0]) {
+    Py_INCREF(memory);
+  } else {
+    memory = as_object(empty(plain.problem.dtype, size));
+    tape = memory ? tape_in(memory, plain.problem.dtype, elements) : nullptr;
+  }
+  if (weights && tape && run_forward(lane, plain, out, tape))
+    result = PyTuple_Pack(4, PyTuple_GET_ITEM(pair, 0), PyTuple_GET_ITEM(pair, 1), weights, memory);
+  Py_DECREF(pair);
+  Py_XDECREF(weights);
+  Py_XDECREF(memory);
+  return result;
+}
+
+// A new array of the shape of `like`, into a dict; null with an exception set.
+PyArrayObject* new_entry(PyObject* dict, PyObject* name, PyObject* like, Dtype dtype) {
+  PyArrayObject* array =
+      as_array(PyArray_EMPTY(PyArray_NDIM(as_array(like)), PyArray_DIMS(as_array(like)), type_of(dtype), 0));
+  if (array && PyDict_SetItem(dict, name, as_object(array)) < 0) Py_CLEAR(array);
+  if (array) Py_DECREF(array);  // the dict has it
+  return array;
+}
+
+PyObject* backward(PyObject* object, PyObject* const* arguments, Py_ssize_t count) {
+  Lane& lane = *reinterpret_cast<Lane*>(object);
+  if (count != 8) {
+    PyErr_SetString(
+        PyExc_TypeError,
+        "backward() takes exactly 8 arguments (x, state, weights, memory, recompute, clip_grad, dy, dstate)");
+    return nullptr;
+  }
+  Plain plain(static_cast<size_t>(lane.layers * lane.directions));
+  Axes axes;
+  if (!read_weights(lane, arguments[2], &plain) || !read_options(arguments[4], arguments[5], &plain.problem) ||
+      !read_inputs(lane, arguments[0], arguments[1], &plain, &axes))
+    return decline();
+  const Problem& problem = plain.problem;
+  const Sizes& s = problem.sizes;
+  const void* tape = tape_in(arguments[3], problem.dtype, static_cast<int64_t>(cpu::tape_elements(problem)));
+  Results g;
+  if (!tape || (arguments[6] != Py_None && !axes.read(arguments[6], problem.dtype, s, s.D * s.H, &g.y)))
+    return decline();
+  Kept kept;
+  {
+    Plain last(static_cast<size_t>(lane.layers * lane.directions));
+    last.problem = problem;
+    if (!read_state(lane, arguments[7], axes.batched, &last)) return decline();
+    g.hn = last.p.h0, g.cn = last.p.c0;
+    kept.add(last.states[0]), kept.add(last.states[1]);
+  }
+  static PyObject* const x_name = PyUnicode_InternFromString("x");
+  static PyObject* const state_name = PyUnicode_InternFromString("state");
+  PyObject* grads = PyDict_New();
+  if (!grads) return nullptr;
+  Arguments dp;
+  Plain written(static_cast<size_t>(lane.layers * lane.directions));
+  dp.params = written.params;
+  PyArrayObject* dx = new_entry(grads, x_name, plain.x, problem.dtype);
+  PyObject* dstate = dx ? new_state(lane, plain, axes, &dp.h0, &dp.c0) : nullptr;
+  bool made = dstate && PyDict_SetItem(grads, state_name, dstate) == 0;
+  Py_XDECREF(dstate);
+  if (made) dp.x = axes.made(dx, s, s.I);
+  for (int k = 0; made && k < lane.layers * lane.directions * kParts; ++k) {
+    if (!plain.sources[k]) continue;
+    PyArrayObject* array = new_entry(grads, lane.keys[k], plain.sources[k], problem.dtype);
+    made = array != nullptr;
+    if (!made) break;
+    Params& to = written.params[k / kParts];
+    const int64_t columns = PyArray_NDIM(array) == 2 ? PyArray_DIM(array, 1) : 1;
+    if (k % kParts < 2)
+      (k % kParts ? to.R : to.W) = {PyArray_DATA(array), {0, columns, 1}};
+    else
+      (k % kParts == 2 ? to.bW : to.bR) = {PyArray_DATA(array), {0, 1}};
+  }
+  if (!made || !run(lane, plain, 2 * cpu::work(problem),
+                    [&](int threads) { cpu::backward(problem, plain.p, tape, g, dp, threads); }))
+    Py_CLEAR(grads);
+  return grads;
 }
 
 constexpr std::align_val_t kAlignment{64};
@@ -365,7 +522,7 @@ PyObject* step(PyObject* object, PyObject* const* arguments, Py_ssize_t count) {
   out.hn = {turn.h, {s.B * s.H, s.B * s.H, s.H, 1}};
   if (facts_of(lane.cell).cell_state) out.cn = {turn.c, {s.B * s.H, s.B * s.H, s.H, 1}};
   lane.inside = true;
-  const bool done = run(lane, plain, out);
+  const bool done = run_forward(lane, plain, out);
   lane.inside = false;
   return done ? Py_NewRef(turn.result) : nullptr;
 }
@@ -435,6 +592,12 @@ PyMethodDef methods[] = {
     {"step", fast(&step), METH_FASTCALL,
      "step($self, x, state, params, /)\n--\n\n(y, state) in the Lane's own arrays, or None where the case is not "
      "plain."},
+    {"record", fast(&record), METH_FASTCALL,
+     "record($self, x, state, params, recompute, clip_grad, memory, /)\n--\n\n(y, state, weights, memory) in new "
+     "arrays, or None where the case is not plain."},
+    {"backward", fast(&backward), METH_FASTCALL,
+     "backward($self, x, state, weights, memory, recompute, clip_grad, dy, dstate, /)\n--\n\nThe gradients by name in "
+     "new arrays, or None where the case is not plain."},
     {nullptr, nullptr, 0, nullptr},
 };
 

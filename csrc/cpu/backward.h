@@ -186,7 +186,11 @@ class Backward {
       states_before(a, s0, s1);
       team.wait();
       if (tape_.every) rebuild(a, s0, s1);
-      for (int64_t s = s1 - 1; s >= s0; --s) step(a, s, s0);
+      for (int64_t s = s1 - 1; s >= s0; --s) {
+        step(a, s, s0, share(a, s));
+        if (by_rows(a) && s > s0 && rows.live[s - 1] != rows.live[s]) team.wait();  // rows change hands
+      }
+      if (by_rows(a)) team.wait();
       products(a, s0, s1);
       if (context(a)) sum_steps(a, s0, s1);
       a.fresh = false;
@@ -252,19 +256,19 @@ class Backward {
           if (given.data)
             copy_row(element<S>(given, a.ld, a.rows.e[i], a.rows.b[i], a.u0), given.stride[3], to, 1, a.u1 - a.u0);
           S* sum = a.w.d_start[which][q] + i * ld_;
-          zero_row(sum + a.u0, 1, pad_end(a) - a.u0);
-          if (a.rows.length[i] == 0) last_gradient(a, which, q, i, sum);
+          zero_row(sum + a.u0, 1, pad_end(a.u0, a.u1) - a.u0);
+          if (a.rows.length[i] == 0) last_gradient(a, which, q, i, a.u0, a.u1, sum);
         }
       }
     }
     a.team.wait();
   }
-  int64_t pad_end(const Part& a) const { return a.u1 > a.u0 && a.u1 == n_.H ? ld_ : a.u1; }
+  int64_t pad_end(int64_t u0, int64_t u1) const { return u1 > u0 && u1 == n_.H ? ld_ : u1; }
 
   // dhn (which = 0) or dcn (1) of row i, added.
-  void last_gradient(const Part& a, int which, int q, int64_t i, S* to) const {
+  void last_gradient(const Part& a, int which, int q, int64_t i, int64_t u0, int64_t u1, S* to) const {
     const Array<4>& g = which ? g_[q]->cn : g_[q]->hn;
-    if (g.data) add_row(element<S>(g, a.ld, a.rows.e[i], a.rows.b[i], a.u0), g.stride[3], to + a.u0, 1, a.u1 - a.u0);
+    if (g.data) add_row(element<S>(g, a.ld, a.rows.e[i], a.rows.b[i], u0), g.stride[3], to + u0, 1, u1 - u0);
   }
 
   // ---- a chunk ----
@@ -353,57 +357,76 @@ class Backward {
     return problem_.clip_cell > 0 ? static_cast<S>(problem_.clip_cell) : static_cast<S>(__builtin_inf());
   }
 
-  void step(Part& a, int64_t s, int64_t s0) {
+  // What a member does in a step: some blocks of units of all rows, or all units of some rows.
+  struct Share {
+    int64_t first, end, u0, u1, r0, r1;
+  };
+  Share share(const Part& a, int64_t s) const {
+    const int64_t live = a.rows.live[s];
+    if (!by_rows(a)) return {a.first, a.end, a.u0, a.u1, 0, live};
+    return {0, a.w.R[0][0].blocks(), 0, n_.H, a.team.begin(live), a.team.end(live)};
+  }
+  // By rows, no step needs a meeting; but every member reads all of R at every step, so it must fit its own cache.
+  bool by_rows(const Part& a) const {
+    const int64_t bytes = n_.H * cell_.gates * ld_ * int64_t{sizeof(S)} * P;
+    return cell_.state_product && a.team.size > 1 && sets_.N >= 8 * a.team.size && bytes <= int64_t{512} << 10;
+  }
+
+  void step(Part& a, int64_t s, int64_t s0, const Share& mine) {
     Scratch& w = a.w;
     const Rows& rows = a.rows;
-    const int64_t N = sets_.N, H = n_.H, live = rows.live[s], pair = rows.off[s], in_chunk = pair - rows.off[s0];
-    arriving(a, s);
+    const int64_t N = sets_.N, H = n_.H, r0 = mine.r0, u0 = mine.u0;
+    const int64_t pair = rows.off[s] + r0, in_chunk = pair - rows.off[s0];
+    arriving(a, s, mine);
     BackwardTile<S, P> t{};
-    t.rows = live;
-    t.units = a.u1 - a.u0;
+    t.rows = mine.r1 - r0;
+    t.units = mine.u1 - u0;
     t.ld_kept = cell_.kept * H;
     t.H = H;
-    t.unit = a.u0;
+    t.unit = u0;
     t.ld = ld_;
     t.ld_da = ld_da_;
     t.clip = clip_cell();
     for (int q = 0; q < P; ++q) {
       const S* data = tape(a, q);
-      t.h[q] = data + pair * H + a.u0;
+      t.h[q] = data + pair * H + u0;
       t.kept[q] =
-          tape_.every ? w.kept[q] + in_chunk * t.ld_kept + a.u0 : data + tape_.kept_offset(N) + pair * t.ld_kept + a.u0;
-      t.c[q] = tape_.every ? w.c_kept[q] + in_chunk * H + a.u0 : data + tape_.c_offset(N) + pair * H + a.u0;
+          tape_.every ? w.kept[q] + in_chunk * t.ld_kept + u0 : data + tape_.kept_offset(N) + pair * t.ld_kept + u0;
+      t.c[q] = tape_.every ? w.c_kept[q] + in_chunk * H + u0 : data + tape_.c_offset(N) + pair * H + u0;
       t.h_prev[q] = w.before[0][q] + in_chunk;
       t.c_prev[q] = w.before[1][q] + in_chunk;
-      t.dh[q] = w.d[0][q] + a.u0;
-      t.dc[q] = w.d[1][q] + a.u0;
-      t.da[q] = w.da[q] + in_chunk * ld_da_ + a.u0;
+      t.dh[q] = w.d[0][q] + r0 * ld_ + u0;
+      t.dc[q] = w.d[1][q] + r0 * ld_ + u0;
+      t.da[q] = w.da[q] + in_chunk * ld_da_ + u0;
       if (cell_.two_products) {
-        t.drh[q] = w.drh[q] + a.u0;
-        t.rh[q] = w.rh[q] + in_chunk * ld_ + a.u0;
+        t.drh[q] = w.drh[q] + r0 * ld_ + u0;
+        t.rh[q] = w.rh[q] + in_chunk * ld_ + u0;
       }
     }
+    const bool alone = by_rows(a), part = rows.live[s] > 1;
     if (t.units > 0) cell_.backward(t);
-    if (cell_.state_product || s == s0) a.team.wait();
+    if (!alone && (cell_.state_product || s == s0)) a.team.wait();
     if (cell_.two_products) {
-      state_product(a, 1, in_chunk, live, false, w.drh);
+      state_product(a, 1, in_chunk, mine, part, false, w.drh);
       if (t.units > 0) cell_.backward_gate(t);
-      a.team.wait();
+      if (!alone) a.team.wait();
     }
-    if (cell_.state_product) state_product(a, 0, in_chunk, live, true, w.d[0]);
-    leaving(a, s);
+    if (cell_.state_product) state_product(a, 0, in_chunk, mine, part, true, w.d[0]);
+    leaving(a, s, mine);
   }
 
-  // dh (or drh) of the units owned: da R, added or written.
-  void state_product(Part& a, int phase, int64_t in_chunk, int64_t n, bool add, S* const* to) {
+  // dh (or drh) of this member's share: da R, added or written.
+  void state_product(Part& a, int phase, int64_t in_chunk, const Share& mine, bool part, bool add, S* const* to) {
     Scratch& w = a.w;
+    const int64_t n = mine.r1 - mine.r0;
     const S* const* rows[P];
-    for (int q = 0; q < P; ++q) rows[q] = w.da_h_rows[phase][q] + in_chunk;
-    for (int64_t b = a.first; b < a.end; ++b) {
-      multiply(w.R[0][phase], b, rows[0], n, add ? to[0] : nullptr, ld_, to[0], ld_);
+    S* at[P];
+    for (int q = 0; q < P; ++q) rows[q] = w.da_h_rows[phase][q] + in_chunk, at[q] = to[q] + mine.r0 * ld_;
+    for (int64_t b = mine.first; b < mine.end; ++b) {
+      multiply(w.R[0][phase], b, rows[0], n, add ? at[0] : nullptr, ld_, at[0], ld_, part);
       if constexpr (P == 2) {
-        multiply(w.R[0][phase], b, rows[1], n, add ? to[1] : nullptr, ld_, to[1], ld_);
-        if (has_R(a, 1)) multiply(w.R[1][phase], b, rows[0], n, to[1], ld_, to[1], ld_);
+        multiply(w.R[0][phase], b, rows[1], n, add ? at[1] : nullptr, ld_, at[1], ld_, part);
+        if (has_R(a, 1)) multiply(w.R[1][phase], b, rows[0], n, at[1], ld_, at[1], ld_, part);
       }
     }
   }
@@ -411,11 +434,11 @@ class Backward {
   bool has_W(const Part& a, int q) const { return p_[q]->params && p_[q]->params[a.ld].W.data; }
 
   // What comes from the results into dh, dc before step s is taken back; clipping.
-  void arriving(Part& a, int64_t s) {
+  void arriving(Part& a, int64_t s, const Share& mine) {
     const Rows& rows = a.rows;
-    const int64_t H = n_.H, n = a.u1 - a.u0, column = a.d * H + a.u0;
+    const int64_t H = n_.H, u0 = mine.u0, u1 = mine.u1, n = u1 - u0, column = a.d * H + u0;
     const int64_t already = s + 1 < rows.steps ? rows.live[s + 1] : 0;
-    for (int64_t i = 0; i < rows.live[s]; ++i) {
+    for (int64_t i = mine.r0; i < mine.r1; ++i) {
       const int64_t t = rows.time(a.reversed, s, i);
       S *dh[P], *dc[P];
       for (int q = 0; q < P; ++q) {
@@ -424,23 +447,23 @@ class Backward {
         if (i >= already) {
           for (int which = 0; which < 1 + cell_.cell_state; ++which) {
             S* to = which ? dc[q] : dh[q];
-            zero_row(to + a.u0, 1, pad_end(a) - a.u0);
-            last_gradient(a, which, q, i, to);
+            zero_row(to + u0, 1, pad_end(u0, u1) - u0);
+            last_gradient(a, which, q, i, u0, u1, to);
           }
         }
         const Array<4>& dy = g_[q]->y;
         if (a.l + 1 < n_.L)
-          add_row(dplane(q, a.l, a.d, a.set) + (rows.off[s] + i) * H + a.u0, 1, dh[q] + a.u0, 1, n);
+          add_row(dplane(q, a.l, a.d, a.set) + (rows.off[s] + i) * H + u0, 1, dh[q] + u0, 1, n);
         else if (dy.data)
-          add_row(element<S>(dy, rows.place(t), rows.e[i], rows.b[i], column), dy.stride[3], dh[q] + a.u0, 1, n);
+          add_row(element<S>(dy, rows.place(t), rows.e[i], rows.b[i], column), dy.stride[3], dh[q] + u0, 1, n);
         const Array<5>& dcells = g_[q]->cells;
         if (dcells.data)
           add_row(element<S>(dcells, a.l, t, rows.e[i], rows.b[i], column), dcells.stride[4],
-                  (cell_.cell_state ? dc[q] : dh[q]) + a.u0, 1, n);
+                  (cell_.cell_state ? dc[q] : dh[q]) + u0, 1, n);
       }
       if (problem_.clip_grad > 0) {
-        clip_gradient(dh, a.u0, a.u1);
-        if (cell_.cell_state) clip_gradient(dc, a.u0, a.u1);
+        clip_gradient(dh, u0, u1);
+        if (cell_.cell_state) clip_gradient(dc, u0, u1);
       }
     }
   }
@@ -451,18 +474,18 @@ class Backward {
   }
 
   // What step s hands on: to the step before, or to h0, c0 at a row's first step and at cuts.
-  void leaving(Part& a, int64_t s) {
+  void leaving(Part& a, int64_t s, const Share& mine) {
     const Rows& rows = a.rows;
     if (s > 0 && !rows.step_cut(a.reversed, s)) return;
-    for (int64_t i = 0; i < rows.live[s]; ++i) {
+    for (int64_t i = mine.r0; i < mine.r1; ++i) {
       const bool cut = rows.is_cut(a.reversed, s, i);
       if (s > 0 && !cut) continue;
       for (int which = 0; which < 1 + cell_.cell_state; ++which) {
         for (int q = 0; q < P; ++q) {
-          S* from = a.w.d[which][q] + i * ld_ + a.u0;
+          S* from = a.w.d[which][q] + i * ld_ + mine.u0;
           if (!cut || problem_.reset_to_initial)
-            add_row(from, 1, a.w.d_start[which][q] + i * ld_ + a.u0, 1, a.u1 - a.u0);
-          zero_row(from, 1, a.u1 - a.u0);
+            add_row(from, 1, a.w.d_start[which][q] + i * ld_ + mine.u0, 1, mine.u1 - mine.u0);
+          zero_row(from, 1, mine.u1 - mine.u0);
         }
       }
     }

@@ -107,22 +107,23 @@ class Forward {
     }
     const int64_t e = sets_.count == 1 ? 0 : set, inputs = source_of[0].width;
     const Vocabulary::Set* tokens = source_of[0].token ? &vocabulary_.of[set] : nullptr;
+    const bool context = l == 0 && p_[0]->context.data;
+    const bool by_rows = !tokens && !context && cell_.state_product && cut_by_rows(team, inputs);
+    const bool at_once = !tokens && !by_rows && !problem_.bf16_weights && rows.steps <= chunk_;
     if constexpr (P == 1 && sizeof(S) == 4) {
       if (problem_.bf16_weights)
         w.weights.template pack<Half>(team, cell_, p, e, inputs, H, rows.total, sets_.N, tokens);
       else
-        w.weights.pack(team, cell_, p, e, inputs, H, rows.total, sets_.N, tokens);
+        w.weights.pack(team, cell_, p, e, inputs, H, rows.total, sets_.N, tokens, at_once);
     } else {
-      w.weights.pack(team, cell_, p, e, inputs, H, rows.total, sets_.N, tokens);
+      w.weights.pack(team, cell_, p, e, inputs, H, rows.total, sets_.N, tokens, at_once);
     }
     const int64_t first = team.begin(w.weights.blocks()), end = team.end(w.weights.blocks());
     const int64_t u0 = w.weights.unit(first), u1 = w.weights.unit(end);
     start(w, rows, reversed, ld, u0, u1);
     round_state(w, 0, {0, 0, u0, u1, 0, sets_.N});
     finish_padding(rows, l, d, u0, u1);
-    const bool context = l == 0 && p_[0]->context.data;
     if (context) context_product(team, w, rows, d, e, first, end);
-    const bool by_rows = !source_of[0].token && !context && cell_.state_product && cut_by_rows(team, inputs);
     for (int64_t s0 = 0; s0 < rows.steps; s0 += chunk_) {
       const int64_t s1 = smaller(s0 + chunk_, rows.steps), pairs = rows.off[s1] - rows.off[s0];
       const S* const* x[P];
@@ -133,10 +134,11 @@ class Forward {
       if (source_of[0].token) source_of[0].fill_tokens(team, rows, reversed, s0, s1, w.tokens);
       round_input(w, inputs, team.begin(pairs), team.end(pairs), x);
       team.wait();
+      if (at_once) w.weights.product_at_once(cell_, first, end, x, pairs, w.z);
       for (int64_t b = first; b < end && !by_rows; ++b) {
         if (source_of[0].token)
           token_product(w, b, pairs);
-        else
+        else if (!at_once)
           w.weights.input_product(cell_, b, x, pairs, w.z);
         if (context) w.context.add(w.weights, cell_, b, rows, s0, s1, w.z);
       }
@@ -266,6 +268,7 @@ class Forward {
   // Zeros past the rows' ends.
   void finish_padding(const Rows& rows, int l, int d, int64_t u0, int64_t u1) {
     const int64_t column = d * n_.H + u0;
+    if (!out_.y.data && !out_.cells.data) return;
     for (int64_t i = 0; i < sets_.N; ++i) {
       for (int64_t t = rows.length[i]; t < n_.T; ++t) {
         if (out_.y.data && l + 1 == n_.L && !rows.packed)

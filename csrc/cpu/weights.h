@@ -88,10 +88,10 @@ struct ForwardWeights {
 
   // Packs the blocks of this team member, where that is worth it. `p[q]`: values, tangents (null pointers: not given).
   // `pairs` rows will be multiplied, `together` at a time those with R. T: what W and R consist of.
-  // `tokens`: null for other inputs.
+  // `tokens`: null for other inputs. Not W where `product_at_once` follows.
   template <class T = S>
   void pack(const Team& team, const CellTable<S, P>& cell, const Params* const* p, int64_t e, int64_t inputs, int64_t H,
-            int64_t pairs, int64_t together, const Vocabulary::Set* tokens) {
+            int64_t pairs, int64_t together, const Vocabulary::Set* tokens, bool at_once = false) {
     constexpr int L = Vec<S>::lanes;
     const int64_t tiles = (H + L - 1) / L;
     const int block = block_tiles(cell.two_products ? 1 : cell.gates, tiles, team.size);
@@ -119,7 +119,7 @@ struct ForwardWeights {
       for (int phase = 0; has_R[q] && phase < phases; ++phase)
         leave_unpacked<T>(R[q][phase], p[q]->R, e, phase * first_gates * H, pairs);
       for (int64_t b = begin; b < end; ++b) {
-        if (has_W[q] && !W[q].source && (!tokens || place))
+        if (has_W[q] && !W[q].source && !at_once && (!tokens || place))
           pack_transposed(W[q], b, element<T>(p[q]->W, e), p[q]->W.stride[1], p[q]->W.stride[2], H, gate,
                           place ? tokens->kinds : nullptr, inputs);
         if (!has_R[q] || R[q][0].source) continue;
@@ -134,19 +134,26 @@ struct ForwardWeights {
   // z of `n` pairs, one block of units: bias + x W^T. `x[q]`: row pointers, null where not given. part: see multiply.
   void input_product(const CellTable<S, P>& cell, int64_t block, const S* const* const* x, int64_t n, S* const* z,
                      bool part = false) const {
-    multiply(W[0], block, x[0], n, bias[0], 0, z[0], ldz, part);
-    if constexpr (P == 2) {
-      bool begun = false;
-      auto add = [&](const Panels<S>& w, const S* const* rows) {
-        multiply(w, block, rows, n, begun ? z[1] : bias[1], begun ? ldz : 0, z[1], ldz, part);
-        begun = true;
-      };
-      if (x[1]) add(W[0], x[1]);
-      if (has_W[1]) add(W[1], x[0]);
-      if (!begun) fill_bias(cell, block, 0, cell.sums, n, z[1], bias[1]);
+    input_product(W, cell, block, x, n, z, part);
+  }
+
+  // The same for blocks [first, end) where x is multiplied once in a call: each block of W is packed just before, all
+  // of them in the place of the first, which stays in cache. Not for bfloat16.
+  void product_at_once(const CellTable<S, P>& cell, int64_t first, int64_t end, const S* const* const* x, int64_t n,
+                       S* const* z) const {
+    static constexpr int gate[4] = {0, 1, 2, 3};
+    for (int64_t b = first; b < end; ++b) {
+      Panels<S> w[P];
+      for (int q = 0; q < P; ++q) {
+        w[q] = W[q];
+        // Where block 0 would begin if block b lay in the place of `first`.
+        const int64_t bytes = (b - first) * w[q].block * w[q].gates * w[q].lanes * w[q].K * int64_t{sizeof(S)};
+        w[q].data = reinterpret_cast<S*>(reinterpret_cast<uintptr_t>(w[q].data) - static_cast<uintptr_t>(bytes));
+        if (has_W[q] && !w[q].source)
+          pack_transposed(w[q], b, static_cast<const S*>(W_at[q]), W_row[q], W_column[q], w[q].units, gate);
+      }
+      input_product(w, cell, b, x, n, z, false);
     }
-    if (cell.gates < cell.sums)  // the sum that takes nothing from x
-      for (int q = 0; q < P; ++q) fill_bias(cell, block, cell.sums - 1, cell.sums, n, z[q], bias[q]);
   }
 
   // The same for tokens: bias + a column of W. T: as in `pack`.
@@ -178,6 +185,22 @@ struct ForwardWeights {
   int64_t unit(int64_t block) const { return smaller(block * W[0].block * W[0].lanes, W[0].units); }
 
  private:
+  void input_product(const Panels<S>* w, const CellTable<S, P>& cell, int64_t block, const S* const* const* x,
+                     int64_t n, S* const* z, bool part) const {
+    multiply(w[0], block, x[0], n, bias[0], 0, z[0], ldz, part);
+    if constexpr (P == 2) {
+      bool begun = false;
+      auto add = [&](const Panels<S>& weights, const S* const* rows) {
+        multiply(weights, block, rows, n, begun ? z[1] : bias[1], begun ? ldz : 0, z[1], ldz, part);
+        begun = true;
+      };
+      if (x[1]) add(w[0], x[1]);
+      if (has_W[1]) add(w[1], x[0]);
+      if (!begun) fill_bias(cell, block, 0, cell.sums, n, z[1], bias[1]);
+    }
+    if (cell.gates < cell.sums)  // the sum that takes nothing from x
+      for (int q = 0; q < P; ++q) fill_bias(cell, block, cell.sums - 1, cell.sums, n, z[q], bias[q]);
+  }
   template <class T>
   static void leave_unpacked(Panels<S>& w, const Array<3>& m, int64_t e, int64_t row, int64_t pairs) {
     const bool pack = sizeof(T) != sizeof(S) || worth_packing(pairs, w.K) || m.stride[2] != 1;

@@ -161,8 +161,8 @@ class Lane:
 
     The plain case: every array is a numpy.ndarray (no subclass) of one dtype, float32 or float64, aligned, with any
     strides; `params` is a dict under PyTorch's names (weight_ih_l0, ...; biases may be missing, both or none) or a flat
-    list or tuple in PyTorch's order; weights are 2-D; sizes fit each other and none is 0; no lengths, resets, dropout,
-    tape or cells. Leave the Lane out of pickles and copies and make a new one: it holds nothing of value.
+    list or tuple in PyTorch's order; weights are 2-D; sizes fit each other and none is 0; no lengths, resets, dropout
+    or cells. Leave the Lane out of pickles and copies and make a new one: it holds nothing of value.
     """
 
     def __new__(
@@ -176,6 +176,24 @@ class Lane:
     # x (T,B,I), (B,T,I) if batch_first, or (T,I); state None, h, or (h, c) for "lstm", shaped as torch.nn's.
     # Returns (y, h) or (y, (h, c)) in new arrays.
     def forward(self, x: object, state: object, params: object, /) -> tuple[_Array, Any] | None: ...
+    # The same with a tape: (y, h, weights, memory) or (y, (h, c), weights, memory), weights being the arrays found, in
+    # PyTorch's order. `memory`: that of an old tape, taken over where it is large enough, or None. Then backward:
+    # gradients by name, "x", "state" and the weights', in new arrays. dy as y or None; dstate as the state or None.
+    def record(
+        self, x: object, state: object, params: object, recompute: object, clip_grad: object, memory: object, /
+    ) -> tuple[Any, ...] | None: ...
+    def backward(
+        self,
+        x: object,
+        state: object,
+        weights: object,
+        memory: object,
+        recompute: object,
+        clip_grad: object,
+        dy: object,
+        dstate: object,
+        /,
+    ) -> dict[str, Any] | None: ...
     # x (B,I) or (I,); state None (zeros), h, or (h, c), each (L,B,H) or (L,H). Returns (y, h) or (y, (h, c)), with
     # y (B,H) or (H,), in arrays that belong to the Lane: the next call but one overwrites them. Pass the returned state
     # to the next call. Nothing is allocated while batch size and dtype stay. One direction only. None while another

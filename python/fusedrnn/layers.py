@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -13,6 +13,18 @@ from . import params as parameters
 from .cells import CELLS
 
 _Array = np.ndarray
+
+
+class Recorded(NamedTuple):
+    """What a plain training call leaves for backward: what the lane takes, in its order."""
+
+    lane: Any
+    x: Any
+    state: Any
+    weights: tuple[Any, ...]  # in torch.nn's order
+    memory: Any  # of the tape
+    recompute: bool
+    clip_grad: float | None
 
 
 class _Layer:
@@ -30,7 +42,7 @@ class _Layer:
 
     _op: str  # the function in ops
     _cell: str
-    _tape: ops.Tape | None = None
+    _tape: ops.Tape | Recorded | None = None
 
     def __init__(
         self,
@@ -130,19 +142,30 @@ class _Layer:
         context (B,K), with K = context_size: what layer 0 sees at every step beside x; `backward` has its gradient.
         Raises TypeError or ValueError before anything is written.
         """
-        if not self.training and lengths is None and reset is None and not return_cells and context is None:
+        plain = lengths is None and reset is None and not return_cells and context is None
+        lane = self._find_lane() if plain else None
+        if not self.training:
             self._tape = None
-            lane = self._find_lane()
             if lane is not None:
                 result = lane.forward(x, state, self.parameters)
                 if result is not None:
                     return result
-        seed = self._mask_seed()
         # The new tape takes over the old one's memory; a call that fails leaves the old one whole.
         tape = self.__dict__.pop("_tape", None)
-        options = {"lengths": lengths, "reset": reset, "return_cells": return_cells, "reuse": tape, "context": context}
+        recorded = type(tape) is Recorded
         try:
-            *result, tape = self._run(x, state, seed=seed or 0, training=self.training, **options)
+            if lane is not None and self.training and not self.dropout:
+                settings = self.recompute, self.clip_grad
+                result = lane.record(x, state, self.parameters, *settings, tape.memory if recorded else None)
+                if result is not None:
+                    y, last, weights, memory = result
+                    state = tuple(state) if isinstance(state, list) else state
+                    tape = Recorded(lane, x, state, weights, memory, *settings)
+                    return y, last
+            seed = self._mask_seed()
+            options = {"lengths": lengths, "reset": reset, "return_cells": return_cells, "context": context}
+            options |= {"seed": seed or 0, "training": self.training, "reuse": None if recorded else tape}
+            *result, tape = self._run(x, state, **options)
         finally:
             self._tape = tape
         self.draws += seed is not None
@@ -156,11 +179,11 @@ class _Layer:
             return None
         return (int(self.seed) * 0x9E3779B97F4A7C15 + self.draws) % 2**64
 
-    def _run(self, x: _Array, state: Any, **options: Any) -> Any:
+    def _run(self, x: _Array, state: Any, params: Any = None, **options: Any) -> Any:
         return getattr(ops, self._op)(
             x,
             state,
-            self.parameters,
+            self.parameters if params is None else params,
             num_layers=self.num_layers,
             bidirectional=self.bidirectional,
             batch_first=self.batch_first,
@@ -188,8 +211,14 @@ class _Layer:
             why = "there was no call since it was made or copied" if self.training else "the last call ran in eval mode"
             fix = "Call layer.train(), then layer(x), then layer.backward(dy)."
             raise RuntimeError(f"{type(self).__name__}.backward: no tape, because {why}. {fix}")
-        result: dict[str, Any] = getattr(ops, f"{self._op}_backward")(self._tape, dy, dstate, dcells)
-        return result
+        tape = self._tape
+        result: dict[str, Any] | None = None
+        if isinstance(tape, Recorded):
+            if dcells is None:
+                result = tape.lane.backward(*tape[1:], dy, dstate)
+            if result is None:  # odd, or wrong: the same call once more, on the full route
+                tape = self._tape = self._run(tape.x, tape.state, tape.weights, training=True)[-1]
+        return result or getattr(ops, f"{self._op}_backward")(tape, dy, dstate, dcells)
 
     def step(self, x_t: Any, state: Any = None, *, context: Any = None) -> Any:
         """One time step of streaming inference: (y_t, state). No dropout, no tape, one direction only.
