@@ -95,8 +95,8 @@ void api_sizes(int64_t* sizes) {
   sizes[0] = sizeof(Problem), sizes[1] = sizeof(Arguments), sizes[2] = sizeof(Results);
 }
 int api(int kind, const Problem* problem, const Arguments* p, const Results* out, const Results* g, const Arguments* dp,
-        void* tape, void* workspace, int keep, int tf32, int route, int64_t* bytes, void* stream, char* failure) {
-  const Settings settings{tf32 ? Precision::tf32 : Precision::strict, route};
+        void* tape, void* workspace, int keep, int float32, int route, int64_t* bytes, void* stream, char* failure) {
+  const Settings settings{static_cast<Precision>(float32), route};
   size_t n = 0;
   Status status;
   if (kind == 0) status = tape_bytes(*problem, settings, &n);

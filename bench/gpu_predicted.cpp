@@ -74,6 +74,7 @@ int main() {
   all<dev::F16>(h200, "f16", first);
   all<dev::BF16>(h200, "bf16", first);
   all<dev::TF32>(h200, "tf32", first);
+  all<TF32x3>(h200, "3xtf32", first);
   all<F32>(h200, "f32", first);
   std::printf("\n]\n");
 }

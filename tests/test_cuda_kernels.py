@@ -80,7 +80,7 @@ def test_kernels_agree_with_float64(built):
     call([str(built()), "--quiet"], 400)
 
 
-@pytest.mark.parametrize("only,calls", [("lstm/f16", 25), ("gru/f16", 25), ("ctc/", 5), ("inputs/", 2)])
+@pytest.mark.parametrize("only,calls", [("lstm/f", 28), ("gru/f16", 25), ("ctc/", 5), ("inputs/", 2)])
 def test_every_barrier_and_wait_is_needed(built, only, calls):
     """Each call of a primitive that orders anything is broken on its own; some case, schedule or seed must go wrong."""
     out = call([str(built()), "--break", "--only", only], 400, ok=False).stdout
@@ -97,7 +97,7 @@ def test_address_sanitizer(built):
 def test_thread_sanitizer(built):
     """Every access of a kernel to memory, against the order that its barriers give; the schedule does not matter."""
     program = built("-fsanitize=thread", "-DFUSEDRNN_FEW")
-    for only, case in (("/f16/", "3"), ("ctc/", "1"), ("inputs/", "3")):
+    for only, case in (("/f16/", "3"), ("/f32/", "3"), ("ctc/", "1"), ("inputs/", "3")):
         call([str(program), "--quiet", "--policy", "random", "--case", case, "--only", only], 400)
 
 
@@ -126,10 +126,8 @@ LISTS}
 def test_nvcc_compiles_without_spills(tmp_path, arch):
     """What is built of LSTM in float16 (FUSEDRNN_TEST_NVCC=all: of everything), read from `ptxas -v`."""
     cells = ["Lstm", "Gru", "Rnn<false>", "Rnn<true>"] if os.environ.get("FUSEDRNN_TEST_NVCC") == "all" else ["Lstm"]
-    types = ["F16", "BF16", "TF32"] if len(cells) > 1 else ["F16"]
-    lists = "".join(
-        f"template void both<cells::{cell}, dev::{kind}>(cudaStream_t);\n" for cell in cells for kind in types
-    )
+    types = ["dev::F16", "dev::BF16", "dev::TF32", "TF32x3", "F32"] if len(cells) > 1 else ["dev::F16"]
+    lists = "".join(f"template void both<cells::{cell}, {kind}>(cudaStream_t);\n" for cell in cells for kind in types)
     source = tmp_path / "kernels.cu"
     source.write_text(ALL_OF.replace("LISTS", lists))
     code = f"-gencode=arch={arch.replace('sm', 'compute')},code={arch}"
@@ -207,6 +205,7 @@ class Fault:
     old: str
     new: str
     file: str = "forward.h"
+    type: str = "dev::F16"
 
 
 FAULTS = [
@@ -257,6 +256,38 @@ FAULTS = [
         "dh_first[i][p] = dh[i][p];",
         "backward.h",
     ),
+    Fault(
+        "a weight's small part lost",
+        "single",
+        "(sum, w_small, big",
+        "(sum, w_big[p], small",
+        "product.h",
+        "cuda::TF32x3",
+    ),
+    Fault("h's small part lost", "grid", "(sum, w_big[p], small", "(sum, w_small, big", "product.h", "cuda::TF32x3"),
+    Fault(
+        "halves of a tile's rows mixed up",
+        "cluster",
+        "upper ? v[n] : v[n + 4]",
+        "upper ? v[n + 4] : v[n]",
+        "product.h",
+        "cuda::F32",
+    ),
+    Fault(
+        "rows left out",
+        "single",
+        "if (rows <= kFrom) return",
+        "if (rows <= kFrom + 1) return",
+        "product.h",
+        "cuda::F32",
+    ),
+    Fault(
+        "rows passed on as others",
+        "grid",
+        "pass[piece<1>(4 * k + q, 0, g)] =",
+        "pass[piece<1>(4 * k + q, 0, g ^ 1)] =",
+        type="cuda::F32",
+    ),
 ]
 
 
@@ -268,7 +299,7 @@ def test_planted_fault_is_noticed(built, tmp_path, fault):
     shutil.copytree(CSRC / "cells", tmp_path / "csrc" / "cells")
     shutil.copy(CSRC / "api.h", tmp_path / "csrc")
     (tmp_path / "csrc" / "cuda" / fault.file).write_text(text.replace(fault.old, fault.new))
-    what = (FORWARD if fault.file == "forward.h" else BACKWARD)[fault.route]
+    what = (BACKWARD if fault.file == "backward.h" else FORWARD)[fault.route].replace("dev::F16", fault.type)
     source = tmp_path / "fault.cpp"
     source.write_text(
         '#include "cuda_cuts.h"\nnamespace fusedrnn::test {\n'

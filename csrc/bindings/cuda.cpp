@@ -88,10 +88,11 @@ Array<Rank> array(py::handle object, const std::string& name, const int64_t (&sh
 // One call: what goes in and out, kept as pointers. Python keeps the arrays.
 class Call {
  public:
-  Call(py::handle given, py::handle p, int route, bool tf32) {
+  Call(py::handle given, py::handle p, int route, int float32) {
     settings_.route = route;
-    settings_.f32 = tf32 ? cuda::Precision::tf32 : cuda::Precision::strict;
+    settings_.f32 = static_cast<cuda::Precision>(float32);
     if (route < -1 || route > 3) fail("route is " + std::to_string(route) + "; expected -1..3");
+    if (float32 < 0 || float32 > 2) fail("float32 is " + std::to_string(float32) + "; expected 0..2");
     Sizes& s = problem_.sizes;
     const auto cell = given.attr("cell").cast<std::string>();
     if (!find_cell(cell.c_str(), &problem_.cell)) fail("cell is '" + cell + "'; the kernels know no such cell");
@@ -215,8 +216,8 @@ class Call {
 
 class Forward : public Call {
  public:
-  Forward(py::handle problem, py::handle p, py::handle out, bool keep, int route, bool tf32)
-      : Call(problem, p, route, tf32), keep_(keep), out_(results(out, "out.")) {
+  Forward(py::handle problem, py::handle p, py::handle out, bool keep, int route, int float32)
+      : Call(problem, p, route, float32), keep_(keep), out_(results(out, "out.")) {
     cuda::Status status;
     const cuda::OnDevice device(p_.params[0].W.data, &status);
     raise(status);
@@ -243,8 +244,8 @@ class Forward : public Call {
 
 class Backward : public Call {
  public:
-  Backward(py::handle problem, py::handle p, py::handle g, py::handle dp, int route, bool tf32)
-      : Call(problem, p, route, tf32), g_(results(g, "g.")) {
+  Backward(py::handle problem, py::handle p, py::handle g, py::handle dp, int route, int float32)
+      : Call(problem, p, route, float32), g_(results(g, "g.")) {
     dp_ = arguments(dp, "dp.", dp_params_);
     cuda::Status status;
     const cuda::OnDevice device(p_.params[0].W.data, &status);
@@ -477,15 +478,15 @@ void register_cuda(py::module_& module) {
   m.attr("architectures") = std::string(cuda::built_for());
   m.def("devices", &devices);
   py::class_<Forward>(m, "Forward")
-      .def(py::init<py::handle, py::handle, py::handle, bool, int, bool>(), py::arg("problem"), py::arg("p"),
-           py::arg("out"), py::arg("keep"), py::arg("route"), py::arg("tf32"))
+      .def(py::init<py::handle, py::handle, py::handle, bool, int, int>(), py::arg("problem"), py::arg("p"),
+           py::arg("out"), py::arg("keep"), py::arg("route"), py::arg("float32"))
       .def_property_readonly("route", &Forward::route)
       .def_property_readonly("tape_bytes", &Forward::tape_bytes)
       .def_property_readonly("workspace_bytes", &Forward::workspace_bytes)
       .def("run", &Forward::run, py::arg("tape"), py::arg("workspace"), py::arg("stream"));
   py::class_<Backward>(m, "Backward")
-      .def(py::init<py::handle, py::handle, py::handle, py::handle, int, bool>(), py::arg("problem"), py::arg("p"),
-           py::arg("g"), py::arg("dp"), py::arg("route"), py::arg("tf32"))
+      .def(py::init<py::handle, py::handle, py::handle, py::handle, int, int>(), py::arg("problem"), py::arg("p"),
+           py::arg("g"), py::arg("dp"), py::arg("route"), py::arg("float32"))
       .def_property_readonly("route", &Backward::route)
       .def_property_readonly("tape_bytes", &Backward::tape_bytes)
       .def_property_readonly("workspace_bytes", &Backward::workspace_bytes)

@@ -4,18 +4,11 @@
 // Every route, outside the recurrence. Limit: bytes.
 #pragma once
 
-#include "shape.h"
+#include "product.h"
 
 namespace fusedrnn::cuda {
 
-// Types that have no product on the matrix pipe here: the stepwise route's.
-struct F32 {
-  using Storage = float;
-  static constexpr int kPer = 4;
-  static FUSEDRNN_DEVICE float load(float v) { return v; }
-  static FUSEDRNN_DEVICE float store(float v) { return v; }
-  static FUSEDRNN_DEVICE float operand(float v) { return v; }
-};
+// The type that has no persistent kernels.
 struct F64 {
   using Storage = double;
   static constexpr int kPer = 2;

@@ -43,9 +43,9 @@ struct BackwardShape {
   static_assert(kUnits % 16 == 0);
 };
 
-template <class T>
-struct BackwardArgs {
-  using Storage = typename T::Storage;
+template <class Storage>
+struct BackwardArgsOf {
+  using Math = std::conditional_t<sizeof(Storage) == 8, double, float>;
   int Tn, B, H, pitch;
   int sets, directions, peers, row_tiles, first_team;
   bool reverse, reset_to_initial;
@@ -68,10 +68,13 @@ struct BackwardArgs {
   // a part of the walk (recompute), in direction d from time index begin + d * begin_d on; lengths and reset are the
   // whole call's, all else the part's
   int begin, begin_d;
-  const MathOf<T>* carry_in;  // from the part after it: dh, dc, and both of restarts, 4 x (sets,B,H); null: dhn, dcn
-  MathOf<T>* carry_out;       // to the part before it; null: dh0, dc0
-  const Storage* c_enters;    // its first step (sets,B,H); null: c0
+  const Math* carry_in;     // from the part after it: dh, dc, and both of restarts, 4 x (sets,B,H); null: dhn, dcn
+  Math* carry_out;          // to the part before it; null: dh0, dc0
+  const Storage* c_enters;  // its first step (sets,B,H); null: c0
 };
+
+template <class T>
+using BackwardArgs = BackwardArgsOf<typename T::Storage>;
 
 // The weights in the order of Backward's lanes: as PackForward in pack.h, with R transposed.
 template <class S>
@@ -85,8 +88,10 @@ struct PackBackward {
 
   FUSEDRNN_DEVICE void operator()() const {
     pack_pieces<S>(a, kThreads, [&](const Place& at, int r, int j) {
-      const int unit = ((kShared ? at.peer : at.warp) * S::kMma + at.tile) * 16 + (r & 1) * 8 + at.lane / 4;
-      const int k = depth_of<T>((kShared ? at.warp * S::kChunks : 0) + at.chunk, at.half, r, at.lane % 4) + j;
+      const int unit = ((kShared ? at.peer : at.warp) * S::kMma + at.tile) * 16 + half_tile_of<T>(at.half, r) * 8 +
+                       unit_of_lane<T>(at.lane);
+      const int k =
+          depth_of<T>((kShared ? at.warp * S::kChunks : 0) + at.chunk, at.half, r, line_of_lane<T>(at.lane)) + j;
       const int stride = kShared ? (a.H + 7) / 8 * 8 : S::kUnits;
       const int gate = k / stride, from = k % stride + (kShared ? 0 : at.peer * S::kUnits);
       if (unit >= a.H || from >= a.H || gate >= S::kGates) return T::store(0.0f);
@@ -122,8 +127,7 @@ struct Backward {
   static constexpr int kDyAt = kCellAt + (Cell::cell_state ? 2 : 0);
   static constexpr int kStreams = kDyAt + 1;
 
-  static constexpr int kAtOnce = S::kMma * S::kTiles;
-  static constexpr int kChains = kAtOnce >= 4 ? 1 : 2;
+  using Acc = Sums<T, S::kMma, S::kTiles>;
   static constexpr int kSlot = S::kOwned * kStreams * 64;  // of one warp and stage
   static constexpr int kRing = S::kWarps * kStages * kSlot;
   static constexpr int kBuffer = S::kRoute == Route::grid ? 0 : S::kLines * S::kTiles * 8;
@@ -131,18 +135,20 @@ struct Backward {
   static constexpr int kBuffers = 2;
   static constexpr int kSums = S::kRoute == Route::cluster ? S::kMaxPeers * S::kUnits / 16 * S::kTiles * 32 : 0;
   static constexpr int kStaged = S::kRoute == Route::grid ? S::kWarps * S::kOwned * kGates * 64 : 0;
+  static constexpr int kPart = S::kChunks % 4 == 0 ? 4 : S::kChunks % 3 == 0 ? 3 : S::kChunks % 2 == 0 ? 2 : 1;
   static constexpr int kLaid = (S::kChunks - S::kHeld) * 2 * S::kMma * kThreads;
+  static constexpr int kPassed = kByFma<T> && S::kRoute == Route::grid ? 2 * S::kWarps * kPart * 32 : 0;
   static constexpr int kPartial = S::kRoute == Route::grid ? 2 * S::kBlocks * (S::kSplit - 1) * 64 : 0;
 
   static constexpr int shared_bytes() {
     return dev::shared_size<U4>(kBuffers * kBuffer) + dev::shared_size<U4>(2 * kSums) + dev::shared_size<U4>(kLaid) +
-           dev::shared_size<Storage>(kRing) + dev::shared_size<Storage>(kStaged) + dev::shared_size<float>(kPartial) +
-           dev::shared_size<int>(S::kRows) + dev::shared_size<u64>(2);
+           dev::shared_size<U4>(kPassed) + dev::shared_size<Storage>(kRing) + dev::shared_size<Storage>(kStaged) +
+           dev::shared_size<float>(kPartial) + dev::shared_size<int>(S::kRows) + dev::shared_size<u64>(2);
   }
 
   FUSEDRNN_DEVICE void operator()() const {
     const int lane = dev::tid() % 32, warp = dev::tid() / 32;
-    const int g = lane / 4, q = lane % 4;
+    const int g = unit_of_lane<T>(lane), q = line_of_lane<T>(lane);
     const int rank = S::kRoute == Route::single ? 0 : dev::block() % a.peers;
     const int team = a.first_team + (S::kRoute == Route::single ? dev::block() : dev::block() / a.peers);
     const int tile_row = team % a.row_tiles, set = team / a.row_tiles;
@@ -155,6 +161,7 @@ struct Backward {
     U4* const lines = shared.take<U4>(kBuffers * kBuffer);
     U4* const sums = shared.take<U4>(2 * kSums);
     U4* const laid = shared.take<U4>(kLaid);
+    [[maybe_unused]] U4* const passed = shared.take<U4>(kPassed) + warp * (2 * kPart * 32);
     Storage* const ring = shared.take<Storage>(kRing) + warp * (kStages * kSlot);
     Storage* const staged = shared.take<Storage>(kStaged) + warp * (S::kOwned * kGates * 64);
     float* const partial = shared.take<float>(kPartial);
@@ -218,15 +225,14 @@ struct Backward {
           }
         }
         if constexpr (S::kRoute == Route::grid) {
-          float acc[kChains][S::kTiles][S::kMma][4] = {};
-          poll_multiply(acc, w, laid + dev::tid(), set, s + 1, tile_row, warp, g, q, late);
-          join(acc);
+          Acc acc;
+          poll_multiply(acc, w, laid + dev::tid(), passed, set, s + 1, tile_row, warp, lane, late);
           float* const shares =
               partial + (turn & 1) * (kPartial / 2);  // two: the warps are not in step with one another
           FUSEDRNN_UNROLL
           for (int n = 0; n < S::kBlocks; ++n) {
-            const float v0 = acc[0][n / (2 * S::kMma)][n % (2 * S::kMma) / 2][n % 2 * 2];
-            const float v1 = acc[0][n / (2 * S::kMma)][n % (2 * S::kMma) / 2][n % 2 * 2 + 1];
+            const float v0 = acc.of(n / (2 * S::kMma), n % (2 * S::kMma), 0);
+            const float v1 = acc.of(n / (2 * S::kMma), n % (2 * S::kMma), 1);
             if (n % S::kSplit == warp) {
               dh[n / S::kSplit][0] += v0;
               dh[n / S::kSplit][1] += v1;
@@ -338,16 +344,15 @@ struct Backward {
         dev::sync_block();
         // -- da R for every unit, of this block's da
         if (warp * S::kMma * 16 < a.H) {
-          float acc[kChains][S::kTiles][S::kMma][4] = {};
+          Acc acc;
           const U4* const from = lines + turn % kBuffers * kBuffer;
-          FUSEDRNN_UNROLL
-          for (int k = 0; k < S::kChunks; ++k) FUSEDRNN_UNROLL
-          for (int j = 0; j < S::kTiles; ++j) multiply(acc, w[k], 2 * k, j, from[piece<S::kTiles>(k * 4 + q, j, g)]);
-          join(acc);
+          acc.template add<S::kChunks, S::kTiles>(held(w), 0, a.B - row0, lane, true, [&](int k, int j, int n) {
+            return from[piece<S::kTiles>(k * 4 + q, j, n)];
+          });
           if constexpr (S::kRoute == Route::single) {
             FUSEDRNN_UNROLL
             for (int i = 0; i < S::kOwned; ++i) FUSEDRNN_UNROLL
-            for (int p = 0; p < 2; ++p) dh[i][p] += acc[0][i / (2 * S::kMma)][i % (2 * S::kMma) / 2][i % 2 * 2 + p];
+            for (int p = 0; p < 2; ++p) dh[i][p] += acc.of(i / (2 * S::kMma), i % (2 * S::kMma), p);
           } else {
             FUSEDRNN_UNROLL
             for (int j = 0; j < S::kTiles; ++j) FUSEDRNN_UNROLL
@@ -356,7 +361,7 @@ struct Backward {
               if (owner >= a.peers) continue;
               U4 v;
               FUSEDRNN_UNROLL
-              for (int r = 0; r < 4; ++r) v.w[r] = dev::bits(acc[0][j][m][r]);
+              for (int r = 0; r < 4; ++r) v.w[r] = dev::bits(acc.of(j, 2 * m + r / 2, r % 2));
               U4* const to = sums + (turn & 1) * kSums +
                              ((rank * (S::kUnits / 16) + tile % (S::kUnits / 16)) * S::kTiles + j) * 32 + lane;
               dev::st_async(dev::peer(to, owner), v, dev::peer(bar + (turn & 1), owner));
@@ -466,29 +471,12 @@ struct Backward {
     return from && row < a.B && unit < a.H ? T::load(from[(static_cast<int64_t>(set) * a.B + row) * a.H + unit]) : 0.0f;
   }
 
-  static FUSEDRNN_DEVICE void multiply(float (&acc)[kChains][S::kTiles][S::kMma][4], const U4 (&w)[2][S::kMma], int n,
-                                       int j, const U4& b) {
-    FUSEDRNN_UNROLL
-    for (int m = 0; m < S::kMma; ++m) dev::mma<T>(acc[n % kChains][j][m], w[0][m], b.w[0], b.w[1]);
-    FUSEDRNN_UNROLL
-    for (int m = 0; m < S::kMma; ++m) dev::mma<T>(acc[(n + 1) % kChains][j][m], w[1][m], b.w[2], b.w[3]);
-  }
-
-  // The chains of sums become one, the first.
-  static FUSEDRNN_DEVICE void join(float (&acc)[kChains][S::kTiles][S::kMma][4]) {
-    FUSEDRNN_UNROLL
-    for (int k = 1; k < kChains; ++k) FUSEDRNN_UNROLL
-    for (int j = 0; j < S::kTiles; ++j) FUSEDRNN_UNROLL
-    for (int m = 0; m < S::kMma; ++m) FUSEDRNN_UNROLL
-    for (int r = 0; r < 4; ++r) acc[0][j][m][r] += acc[k][j][m][r];
-  }
-
-  FUSEDRNN_DEVICE void poll_multiply(float (&acc)[kChains][S::kTiles][S::kMma][4], const U4 (&w)[S::kHeld][2][S::kMma],
-                                     const U4* laid, int set, int s, int tile_row, int warp, int g, int q,
+  FUSEDRNN_DEVICE void poll_multiply(Acc& acc, const U4 (&w)[S::kHeld][2][S::kMma], const U4* laid,
+                                     [[maybe_unused]] U4* passed, int set, int s, int tile_row, int warp, int lane,
                                      bool& late) const {
+    const int g = unit_of_lane<T>(lane), q = line_of_lane<T>(lane);
     // in parts, the next one under way while one is waited for and multiplied: more would not leave registers to the
     // weights
-    constexpr int kPart = S::kChunks % 4 == 0 ? 4 : S::kChunks % 3 == 0 ? 3 : S::kChunks % 2 == 0 ? 2 : 1;
     constexpr int kParts = S::kChunks / kPart;
     static_assert(kPart * kParts == S::kChunks);
     const int count = kGates * a.pitch / T::kPer, line = warp * S::kChunks * 4 + q;
@@ -506,25 +494,28 @@ struct Backward {
         dev::peek16(b[(n + 1) % 2], from + next_part * kPart * kStride + next_j * 8, 16 * kStride,
                     wanted >> (next_part * kPart));
       dev::settle16(b[n % 2], from + part * kPart * kStride + j * 8, 16 * kStride, wanted >> (part * kPart), late);
-      dev::sync_warp();
+      // a line beyond the last: the buffer still holds another one
       FUSEDRNN_UNROLL
       for (int k = 0; k < kPart; ++k) {
-        // a line beyond the last: the buffer still holds another one
         const u32 on = wanted >> (part * kPart + k) & 1 ? 0xFFFFFFFFu : 0u;
-        U4 v = b[n % 2][k];
         FUSEDRNN_UNROLL
-        for (int r = 0; r < 4; ++r) v.w[r] &= on;
-        const int chunk = part * kPart + k;
-        if (chunk < S::kHeld) {
-          multiply(acc, w[chunk < S::kHeld ? chunk : 0], 2 * k, j, v);
-        } else {
-          U4 weights[2][S::kMma];
-          FUSEDRNN_UNROLL
-          for (int n = 0; n < 2 * S::kMma; ++n)
-            weights[n / S::kMma][n % S::kMma] = laid[((chunk - S::kHeld) * 2 * S::kMma + n) * kThreads];
-          multiply(acc, weights, 2 * k, j, v);
-        }
+        for (int r = 0; r < 4; ++r) b[n % 2][k].w[r] &= on;
       }
+      U4* const pass = passed + n % 2 * (kPart * 32);
+      if constexpr (kByFma<T>) {  // every lane wants the rows of the others
+        FUSEDRNN_UNROLL
+        for (int k = 0; k < kPart; ++k) pass[piece<1>(4 * k + q, 0, g)] = b[n % 2][k];
+      }
+      dev::sync_warp();
+      const auto weights = [&](int k, int half, int m) {
+        const int chunk = part * kPart + k;
+        return chunk < S::kHeld ? w[chunk < S::kHeld ? chunk : 0][half][m]
+                                : laid[(((chunk - S::kHeld) * 2 + half) * S::kMma + m) * kThreads];
+      };
+      const int rows = a.B - tile_row * S::kRows - 8 * j;
+      acc.template add<kPart, 1>(weights, j, rows, lane, part == kParts - 1, [&](int k, int, int row) {
+        return kByFma<T> ? pass[piece<1>(4 * k + q, 0, row)] : b[n % 2][k];
+      });
     }
   }
 

@@ -13,7 +13,9 @@
 
 namespace fusedrnn::cuda {
 
-enum class Precision { strict, tf32 };  // how float32 is multiplied
+// How float32 is multiplied: as IEEE has it; as TF32; each operand in two TF32 parts (3xTF32), where a persistent
+// kernel does it, elsewhere strict.
+enum class Precision { strict, tf32, tf32x3 };
 
 struct Settings {
   Precision f32 = Precision::strict;

@@ -67,6 +67,18 @@ struct TF32 {  // float32 in memory, 10 bits of fraction inside a product
 };
 
 FUSEDRNN_DEVICE u32 bits(float v) { return __float_as_uint(v); }
+// a * b + c of the floats with these bits, rounded once.
+FUSEDRNN_DEVICE float fma(u32 a, u32 b, float c) { return __fmaf_rn(__uint_as_float(a), __uint_as_float(b), c); }
+// v = big + small, for mma<TF32>: big rounded to nearest, small what is left of it. Not kept: the parts of a number
+// that stays in a register for the whole kernel are made anew in every turn of a loop.
+FUSEDRNN_DEVICE void split_tf32(u32 v, u32& big, u32& small) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cvt.rna.tf32.f32 %0, %1;" : "=r"(big) : "f"(__uint_as_float(v)));
+#else
+  asm volatile("mov.b32 %0, %1;" : "=r"(big) : "r"((v + 0x1000u) & ~0x1FFFu));
+#endif
+  small = __float_as_uint(__uint_as_float(v) - __uint_as_float(big));
+}
 FUSEDRNN_DEVICE float ex2(float x) {  // 2^x, 2 ulp; flushes denormals
   float r;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));

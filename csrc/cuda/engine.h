@@ -90,15 +90,26 @@ struct Counting {
 
 template <class... S>
 struct List {};
+template <class... A, class... B>
+List<A..., B...> joined(List<A...>, List<B...>);
+// A cut on wgmma, of the types that it multiplies.
+template <class Cell, class T, int... n>
+using Wide = std::conditional_t<kByWgmma<T>, List<WideShape<Cell, T, n...>>, List<>>;
 
 // ---- the cost model -------------------------------------------------------------------------------------------------
 // Microseconds a step, by the formulas of the design notes (predicted from published latencies, not measured here): the
-// wait for h, the matrix pipe (6.26 clocks a product and sub-partition), h on its way, the gates; times the number of
+// wait for h, the product (6.26 clocks of the matrix pipe, on each sub-partition, for one of 16 x 8 sums; float32 as
+// IEEE has it: one for each of 4 fused multiply-adds and row, of 8 units), h on its way, the gates; times the number of
 // waves.
 constexpr double kClock = 1.75e3;  // clocks a microsecond
 
-inline double product_time(int64_t products, int warps) {
-  return static_cast<double>(products) * ((warps + 3) / 4) * 6.26 / kClock;
+template <class S>
+double product_time(int64_t B) {
+  const int64_t rows = B > 6 ? 8 : B > 4 ? 6 : B > 2 ? 4 : B;  // of a tile
+  const double clocks = kByFma<typename S::T>                   ? 4.0 * static_cast<double>(rows)
+                        : std::is_same_v<typename S::T, TF32x3> ? 3 * 6.26
+                                                                : 6.26;
+  return S::kMma * 2 * S::kChunks * S::kTiles * ((S::kWarps + 3) / 4) * clocks / kClock;
 }
 
 // A grid's blocks wait for one another, so it holds only teams (blocks that share one R) that all fit at once: the
@@ -117,7 +128,7 @@ double forward_cost(const Device& device, int64_t B, int64_t H, int64_t sets) {
   const int64_t tiles = (B + S::kRows - 1) / S::kRows, teams = tiles * sets;
   const int64_t peers = S::kRoute == Route::single ? 1 : (H + S::kUnits - 1) / S::kUnits;
   const double bytes = static_cast<double>(S::kRows * H) * sizeof(typename S::T::Storage);
-  double waves = 1, step = 0.15 + product_time(S::kMma * 2 * S::kChunks * S::kTiles, S::kWarps) + 0.05 * S::kOwned;
+  double waves = 1, step = 0.15 + product_time<S>(B) + 0.05 * S::kOwned;
   if (Forward<S>::shared_bytes() > device.shared_bytes || device.compute < Forward<S>::kCompute) return 0;
   if constexpr (S::kRoute == Route::single) {
     if (H > S::kUnits || H > S::kDepth) return 0;
@@ -146,7 +157,7 @@ template <class S>
 double backward_cost(const Device& device, int64_t B, int64_t H, int64_t sets) {
   const int64_t tiles = (B + S::kRows - 1) / S::kRows, teams = tiles * sets;
   const int64_t peers = S::kRoute == Route::single ? 1 : (H + S::kUnits - 1) / S::kUnits;
-  double waves = 1, step = 0.2 + product_time(S::kMma * 2 * S::kChunks * S::kTiles, S::kWarps) + 0.05 * S::kOwned;
+  double waves = 1, step = 0.2 + product_time<S>(B) + 0.05 * S::kOwned;
   if (Backward<S>::shared_bytes() > device.shared_bytes || device.compute < Backward<S>::kCompute || H > S::kMaxH)
     return 0;
   if constexpr (S::kRoute == Route::single) {

@@ -6,13 +6,13 @@
 // Limit: a step's latency (hand-off, product, gates); then 0.2 us per 128 KB of R and 8 rows; then h to every block.
 #pragma once
 
-#include "shape.h"
+#include "product.h"
 
 namespace fusedrnn::cuda {
 
-template <class T>
-struct ForwardArgs {
-  using Storage = typename T::Storage;
+template <class Storage>
+struct ForwardArgsOf {
+  using Math = std::conditional_t<sizeof(Storage) == 8, double, float>;
   int Tn, B, H, pitch;   // pitch: H rounded up to 8, the row length of everything padded
   int sets, directions;  // set = weight set * directions + direction; the last direction of two walks backwards
   int peers;             // blocks that share one R
@@ -33,11 +33,14 @@ struct ForwardArgs {
   int64_t len_e, len_b;
   const u8* reset;  // (T,E,B), may be null
   int64_t reset_t, reset_e, reset_b;
-  MathOf<T>* marks;  // (sets,slots,B,H): c that enters every part of the walk but the first; may be null
+  Math* marks;  // (sets,slots,B,H): c that enters every part of the walk but the first; may be null
   int marks_shift, slots;
   U4* hand_off;  // grid: [set][T+1][row tile][line][tile][8], slot 0 = h0, the others kEmpty
   int* late;     // set where a wait was given up
 };
+
+template <class T>
+using ForwardArgs = ForwardArgsOf<typename T::Storage>;
 
 template <class S>
 struct Forward {
@@ -47,9 +50,10 @@ struct Forward {
   ForwardArgs<T> a;
 
   static constexpr int kThreads = S::kThreads;
-  static constexpr int kCompute = S::kWide ? 90 : oldest<S>();
+  // Fused multiply-adds with so many registers taken would spill on sm_80.
+  static constexpr bool kFull = kByFma<T> && S::kTiles * S::kMma * S::kChunks >= 32;
+  static constexpr int kCompute = S::kWide || kFull ? 90 : oldest<S>();
   static constexpr int kStages = S::kWide ? 3 : 4;  // steps of gx under way
-  static constexpr int kChains = S::kMma * S::kTiles >= 4 || S::kWide ? 1 : 2;
   static constexpr int kGates = S::kGates;
   static constexpr int kPieces = 8 * S::kHalves;  // 16-byte pieces of a block
   static constexpr bool kOnChip = S::kRoute != Route::grid;
@@ -61,10 +65,12 @@ struct Forward {
   // only.
   static constexpr int kPartial = S::kGroups * kShare * (kOnChip ? 1 : 2);
   static constexpr int kH = (kOnChip ? 2 : S::kWide ? 1 : 0) * S::kLines * S::kTiles * 8;
+  static constexpr int kPassed = kByFma<T> && !kOnChip ? 2 * S::kWarps * S::kChunks * 32 : 0;  // what a warp polled
 
   static constexpr int shared_bytes() {
-    return dev::shared_size<U4>(kH) + dev::shared_size<Storage>(kRing) + dev::shared_size<Storage>(kStaged) +
-           dev::shared_size<float>(kPartial) + dev::shared_size<int>(S::kRows) + dev::shared_size<u64>(2);
+    return dev::shared_size<U4>(kH) + dev::shared_size<U4>(kPassed) + dev::shared_size<Storage>(kRing) +
+           dev::shared_size<Storage>(kStaged) + dev::shared_size<float>(kPartial) + dev::shared_size<int>(S::kRows) +
+           dev::shared_size<u64>(2);
   }
 
   // The time index at which a row of length `len` is in step s: past its end, the step itself (y is zero there).
@@ -72,7 +78,7 @@ struct Forward {
 
   FUSEDRNN_DEVICE void operator()() const {
     const int lane = dev::tid() % 32, warp = dev::tid() / 32;
-    const int g = lane / 4, q = lane % 4;
+    const int g = unit_of_lane<T>(lane), q = line_of_lane<T>(lane);
     const int group = S::group_of(warp), split = S::split_of(warp);
     const int rank = S::kRoute == Route::single ? 0 : dev::block() % a.peers;
     const int team = a.first_team + (S::kRoute == Route::single ? dev::block() : dev::block() / a.peers);
@@ -85,6 +91,7 @@ struct Forward {
 
     dev::Shared shared;
     U4* const h_lines = shared.take<U4>(kH);
+    [[maybe_unused]] U4* const passed = shared.take<U4>(kPassed) + warp * (2 * S::kChunks * 32);
     Storage* const ring = shared.take<Storage>(kRing) + warp * (kStages * S::kOwned * kGates * 64);
     Storage* const staged = shared.take<Storage>(kStaged) + warp * (S::kOwned * 3 * 64);
     float* const partial = shared.take<float>(kPartial) + group * kShare;
@@ -168,10 +175,11 @@ struct Forward {
       // wide has no registers left to carry along what follows from a thread's place: it is computed anew in every step
       const int thread = S::kWide ? dev::opaque(dev::tid()) : dev::tid();
       const int lane = thread % 32, warp = thread / 32, group = S::group_of(warp), split = S::split_of(warp);
-      const int g = lane / 4, q = lane % 4, piece_row = lane / S::kHalves % 8, piece_half = lane % S::kHalves * T::kPer;
+      const int g = unit_of_lane<T>(lane), q = line_of_lane<T>(lane), piece_row = lane / S::kHalves % 8,
+                piece_half = lane % S::kHalves * T::kPer;
       // -- product of this warp's rows of R with h
       float* const shares = partial + (kOnChip ? 0 : (s & 1) * (S::kGroups * kShare));
-      float acc[kChains][S::kTiles][S::kMma][4] = {};
+      Sums<T, S::kMma, S::kTiles> acc;
       if constexpr (S::kWide) {
         wide_product(shares, h_lines, w, slot(set, s, tile_row), lines, warp, late);
       } else if constexpr (kOnChip) {
@@ -183,10 +191,9 @@ struct Forward {
           }
         }
         const U4* from = h_lines + (s & 1) * (kH / 2);
-        FUSEDRNN_UNROLL
-        for (int k = 0; k < S::kChunks; ++k) FUSEDRNN_UNROLL
-        for (int j = 0; j < S::kTiles; ++j)
-          multiply(acc, w[k], j, from[piece<S::kTiles>((split * S::kChunks + k) * 4 + q, j, g)]);
+        acc.template add<S::kChunks, S::kTiles>(held(w), 0, a.B - row0, lane, true, [&](int k, int j, int n) {
+          return from[piece<S::kTiles>((split * S::kChunks + k) * 4 + q, j, n)];
+        });
       } else {
         const int line = split * S::kChunks * 4 + q;
         const U4* from = slot(set, s, tile_row) + line * S::kTiles * 8 + g;
@@ -197,16 +204,16 @@ struct Forward {
         for (int j = 0; j < S::kTiles; ++j) {
           U4 b[S::kChunks] = {};
           dev::poll16(b, from + j * 8, 4 * S::kTiles * 8 * 16, wanted, late);
+          U4* const pass = passed + ((s * S::kTiles + j) & 1) * (S::kChunks * 32);
+          if constexpr (kByFma<T>) {  // every lane wants the rows of the others
+            FUSEDRNN_UNROLL
+            for (int k = 0; k < S::kChunks; ++k) pass[piece<1>(4 * k + q, 0, g)] = b[k];
+          }
           dev::sync_warp();
-          FUSEDRNN_UNROLL
-          for (int k = 0; k < S::kChunks; ++k) multiply(acc, w[k], j, b[k]);
+          acc.template add<S::kChunks, 1>(held(w), j, a.B - row0 - 8 * j, lane, true, [&](int k, int, int n) {
+            return kByFma<T> ? pass[piece<1>(4 * k + q, 0, n)] : b[k];
+          });
         }
-      }
-      if constexpr (kChains == 2) {
-        FUSEDRNN_UNROLL
-        for (int j = 0; j < S::kTiles; ++j) FUSEDRNN_UNROLL
-        for (int m = 0; m < S::kMma; ++m) FUSEDRNN_UNROLL
-        for (int r = 0; r < 4; ++r) acc[0][j][m][r] += acc[1][j][m][r];
       }
 
       // -- sums of the warps that share the depth
@@ -215,8 +222,7 @@ struct Forward {
       for (int n = 0; n < (S::kWide ? 0 : S::kBlocks); ++n) FUSEDRNN_UNROLL
       for (int k = 0; k < kGates; ++k) {
         const int half = n % S::kOctets * kGates + k;
-        const float v0 = acc[0][n / S::kOctets][half / 2][half % 2 * 2];
-        const float v1 = acc[0][n / S::kOctets][half / 2][half % 2 * 2 + 1];
+        const float v0 = acc.of(n / S::kOctets, half, 0), v1 = acc.of(n / S::kOctets, half, 1);
         if (n % S::kSplit == split) {
           sum[n / S::kSplit][k][0] = v0;
           sum[n / S::kSplit][k][1] = v1;
@@ -440,14 +446,6 @@ struct Forward {
     if (s + 1 >= len || unit >= a.H) return;
     const int n = mark_after(time(s, len, backwards), a.Tn, backwards, a.marks_shift);
     if (n >= 0) a.marks[((static_cast<int64_t>(set) * a.slots + n) * a.B + row) * a.H + unit] = c;
-  }
-
-  static FUSEDRNN_DEVICE void multiply(float (&acc)[kChains][S::kTiles][S::kMma][4], const U4 (&w)[2][S::kMma], int j,
-                                       const U4& b) {
-    FUSEDRNN_UNROLL
-    for (int m = 0; m < S::kMma; ++m) dev::mma<T>(acc[0][j][m], w[0][m], b.w[0], b.w[1]);
-    FUSEDRNN_UNROLL
-    for (int m = 0; m < S::kMma; ++m) dev::mma<T>(acc[kChains - 1][j][m], w[1][m], b.w[2], b.w[3]);
   }
 
   // wide: h from the slot into shared memory, each part of the depth by the warpgroups that multiply it, a round under

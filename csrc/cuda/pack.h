@@ -6,7 +6,7 @@
 // Limit: bytes; a few microseconds.
 #pragma once
 
-#include "shape.h"
+#include "product.h"
 
 namespace fusedrnn::cuda {
 
@@ -71,10 +71,10 @@ struct PackForward {
 
   FUSEDRNN_DEVICE void operator()() const {
     pack_pieces<S>(a, kThreads, [&](const Place& at, int r, int j) {
-      const int group = S::group_of(at.warp), s = S::half_of(at.warp, at.tile, r);
+      const int group = S::group_of(at.warp), s = S::half_of(at.warp, at.tile, at.half, r);
       const int octet = (at.peer * S::kGroups + group) * S::kOctets + s / S::kGates;
-      const int unit = octet * 8 + at.lane / 4;
-      const int k = S::depth_at(at.warp, at.chunk, at.half, r, at.lane % 4) + j;
+      const int unit = octet * 8 + unit_of_lane<T>(at.lane);
+      const int k = S::depth_at(at.warp, at.chunk, at.half, r, line_of_lane<T>(at.lane)) + j;
       if (unit >= a.H || k >= a.H || s >= S::kOctets * S::kGates) return T::store(0.0f);
       const int64_t row = static_cast<int64_t>(s % S::kGates) * a.H + unit;
       return T::operand(a.R[at.set * a.r_set + row * a.r_row + k * a.r_column]);

@@ -18,9 +18,10 @@ namespace fusedrnn::cuda {
 template <class T>
 constexpr bool kTangents = std::is_same_v<T, F32> || std::is_same_v<T, F64>;
 
-template <class Cell, class T, class Machine>
+// Numbers of type T, which persistent kernels multiply as By says.
+template <class Cell, class T, class Machine, class By = T>
 Status run(const Call& call) {
-  using Shapes = typename Machine::template Shapes<Cell, T>;
+  using Shapes = typename Machine::template Shapes<Cell, By>;
   using Forwards = typename Shapes::Forward;
   using Backwards = typename Shapes::Backward;
   std::string why;
@@ -99,8 +100,15 @@ Status run_cell(const Call& call) {
     case Dtype::bf16:
       return run<Cell, dev::BF16, Machine>(call);
     case Dtype::f32:
-      return call.settings->f32 == Precision::tf32 && !tangents ? run<Cell, dev::TF32, Machine>(call)
-                                                                : run<Cell, F32, Machine>(call);
+      switch (tangents ? Precision::strict : call.settings->f32) {
+        case Precision::strict:
+          return run<Cell, F32, Machine>(call);
+        case Precision::tf32:
+          return run<Cell, dev::TF32, Machine>(call);
+        case Precision::tf32x3:
+          return run<Cell, F32, Machine, TF32x3>(call);
+      }
+      break;
     case Dtype::f64:
       return run<Cell, F64, Machine>(call);
   }

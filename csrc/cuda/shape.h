@@ -1,15 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 // How a persistent kernel is cut: which unit, gate and depth each warp and lane holds, and how h lies in memory.
 //
-// One product per step, weights (M side, 16 rows a tile) by h (N side, 8 rows of the batch a tile), on mma.sync.
+// One product per step, weights (M side, 16 rows a tile) by h (N side, 8 rows of the batch a tile): product.h.
 // - A *unit octet* is 8 units. A warp owns kOctets of them with all gates: half tile s = octet * G + gate holds 8 rows,
-//   so lane g = lane / 4 has every gate of unit g, for rows 2q and 2q + 1 of the batch (q = lane % 4), in its sums.
+//   so a lane has every gate of unit g, for rows 2q and 2q + 1 of the batch, in its sums (g = lane / 4, q = lane % 4;
+//   in float32 the other way round, see product.h).
 // - A *block* is 8 units by 8 rows of the batch: 32 lanes with 2 cells each.
 // - A block of threads (CTA) has kGroups octet groups, and each group kSplit warps that share the depth (K); their sums
 //   meet in shared memory and each block is finished by one warp.
 // - A *line* is 8 rows by 16 bytes (kPer units): 128 bytes. A lane's 16 bytes (row g, line q of four) feed two
-//   products: the order of the depth inside a product is free as long as both sides agree, and `depth_of` says what it
-//   is. So h needs no ldmatrix, and may come straight from global memory.
+//   products: the order of the depth inside a product is free as long as both sides agree, and `depth_of` (product.h)
+//   says what it is. So h needs no ldmatrix, and may come straight from global memory.
 // - In shared memory the 8 rows of line l stand in the order row ^ (2 * (l % 4)): reads by lanes and writes by blocks
 //   are then both free of bank conflicts.
 #pragma once
@@ -50,11 +51,41 @@ FUSEDRNN_DEVICE int mark_after(int t, int steps, bool backwards, int shift) {
 
 enum class Route { single, cluster, grid, stepwise };
 
-// Weight register r (0..3) of product `half` (0, 1) on chunk `chunk`, lane q: the first depth index it holds (16-bit
-// types hold this one and the next).
+// float32 as IEEE has it; in the stepwise route the product of a library.
+struct F32 {
+  using Storage = float;
+  static constexpr int kPer = 4;
+  static FUSEDRNN_DEVICE float load(float v) { return v; }
+  static FUSEDRNN_DEVICE float store(float v) { return v != v ? __builtin_nanf("") : v; }
+  static FUSEDRNN_DEVICE float operand(float v) { return v; }
+};
+// The same numbers, multiplied by persistent kernels in TF32 parts.
+struct TF32x3 : F32 {};
+
 template <class T>
-FUSEDRNN_DEVICE int depth_of(int chunk, int half, int r, int q) {
-  return (chunk * 4 + q) * T::kPer + (half * 2 + (r >> 1)) * (T::kPer / 4);
+constexpr bool kByFma = std::is_same_v<T, F32>;
+template <class T>
+constexpr bool kByWgmma = !std::is_base_of_v<F32, T>;  // can be
+
+// Which of the warp's units of an octet (and which row of what it multiplies by) a lane has, and which of four lines.
+template <class T>
+FUSEDRNN_DEVICE int unit_of_lane(int lane) {
+  return kByFma<T> ? lane % 8 : lane / 4;  // lanes that read the same are neighbours
+}
+template <class T>
+FUSEDRNN_DEVICE int line_of_lane(int lane) {
+  return kByFma<T> ? lane / 8 : lane % 4;
+}
+
+// Weight register r (0..3) of `half` (0, 1) on chunk `chunk`: which half of its tile's 16 rows; the first depth index
+// it holds (16-bit types hold this one and the next).
+template <class T>
+FUSEDRNN_DEVICE int half_tile_of(int half, int r) {
+  return kByFma<T> ? half : r & 1;
+}
+template <class T>
+FUSEDRNN_DEVICE int depth_of(int chunk, int half, int r, int line) {
+  return (chunk * 4 + line) * T::kPer + (kByFma<T> ? r : (half * 2 + (r >> 1)) * (T::kPer / 4));
 }
 
 template <class Cell_, class T_, Route kRoute_, int kGroups_, int kSplit_, int kOctets_, int kChunks_, int kTiles_>
@@ -85,7 +116,7 @@ struct Shape {
   static FUSEDRNN_DEVICE int group_of(int warp) { return warp % kGroups; }
   static FUSEDRNN_DEVICE int split_of(int warp) { return warp / kGroups; }
   // What weight register r of a warp's tile holds: which half tile, and from which depth on.
-  static FUSEDRNN_DEVICE int half_of(int, int tile, int r) { return 2 * tile + (r & 1); }
+  static FUSEDRNN_DEVICE int half_of(int, int tile, int half, int r) { return 2 * tile + half_tile_of<T>(half, r); }
   static FUSEDRNN_DEVICE int depth_at(int warp, int chunk, int half, int r, int q) {
     return depth_of<T>(split_of(warp) * kChunks + chunk, half, r, q);
   }
@@ -122,7 +153,7 @@ struct WideShape {
   static FUSEDRNN_DEVICE int part_of(int warp) { return warp / (4 * kGroups); }
   static FUSEDRNN_DEVICE int group_of(int warp) { return warp / 4 % kGroups; }
   static FUSEDRNN_DEVICE int split_of(int warp) { return part_of(warp) * 4 + warp % 4; }
-  static FUSEDRNN_DEVICE int half_of(int warp, int, int r) { return 2 * (warp % 4) + (r & 1); }
+  static FUSEDRNN_DEVICE int half_of(int warp, int, int, int r) { return 2 * (warp % 4) + (r & 1); }
   static FUSEDRNN_DEVICE int depth_at(int warp, int chunk, int half, int r, int q) {  // a product takes two lines
     return ((part_of(warp) * kChunks + chunk) * 4 + half * 2 + (r >> 1)) * T::kPer + q * (T::kPer / 4);
   }

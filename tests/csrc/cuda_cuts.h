@@ -68,7 +68,7 @@ void add_type(std::vector<Run>& runs) {
   add_forward<Shape<C, T, Route::grid, 2, 3, kOctets, 1, 1>>(runs, "split");
   if constexpr (std::is_same_v<T, dev::BF16>)
     add_forward<WideShape<C, T, 2, 1, 2, 1>>(runs, "wgmma tall");
-  else
+  else if constexpr (cuda::kByWgmma<T>)
     add_forward<WideShape<C, T, 1, 2, 1, 2>>(runs, "wgmma");
   add_backward<BackwardShape<C, T, Route::single, 2, 1, 32, 4 * kFew, 1>>(runs, "wide");
   add_backward<BackwardShape<C, T, Route::cluster, 3, 1, 16, 2 * kFew, 1>>(runs, "wide");
@@ -90,6 +90,10 @@ void add_cell(std::vector<Run>& runs) {
 #if !defined(FUSEDRNN_FEW)
   add_type<C, dev::BF16, kOctets>(runs);
   add_type<C, dev::TF32, kOctets>(runs);
+  add_type<C, cuda::TF32x3, kOctets>(runs);
+  add_type<C, cuda::F32, kOctets>(runs);
+#else
+  if constexpr (C::cell_state) add_type<C, cuda::F32, kOctets>(runs);
 #endif
 }
 

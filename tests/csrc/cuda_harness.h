@@ -43,6 +43,17 @@ struct TypeName<dev::TF32> {
   static constexpr double budget = 1e-3;  // h on the edge between two tf32 numbers may go either way
 };
 
+template <>
+struct TypeName<cuda::TF32x3> {
+  static constexpr const char* name = "3xtf32";
+  static constexpr double budget = 1e-6;  // a few roundings of float32, of sums of some dozens
+};
+template <>
+struct TypeName<cuda::F32> {
+  static constexpr const char* name = "f32";
+  static constexpr double budget = 1e-6;
+};
+
 template <class C>
 constexpr Cell cell_of() {
   if constexpr (C::cell_state)

@@ -81,17 +81,18 @@ struct Small {
   static constexpr int chunks(int units, int warps) {
     return (C::gates * units / T::kPer + 4 * warps - 1) / (4 * warps);
   }
-  using Forward = List<Shape<C, T, Route::single, 3, 1, kOctets, 2, 1>, Shape<C, T, Route::single, 2, 2, kOctets, 1, 2>,
-                       Shape<C, T, Route::cluster, 2, 2, kOctets, 1, 1>, Shape<C, T, Route::grid, 1, 3, kOctets, 1, 1>,
-                       WideShape<C, T, 1, 1, 2, 2>>;
+  using Forward = decltype(joined(
+      List<Shape<C, T, Route::single, 3, 1, kOctets, 2, 1>, Shape<C, T, Route::single, 2, 2, kOctets, 1, 2>,
+           Shape<C, T, Route::cluster, 2, 2, kOctets, 1, 1>, Shape<C, T, Route::grid, 1, 3, kOctets, 1, 1>>(),
+      Wide<C, T, 1, 1, 2, 2>()));
   using Backward = List<BackwardShape<C, T, Route::single, 2, 1, 32, chunks(32, 1), 1>,
                         BackwardShape<C, T, Route::cluster, 3, 1, 16, chunks(16, 1), 1>,
                         BackwardShape<C, T, Route::cluster, 2, 2, 32, chunks(32, 1), 2>,
                         BackwardShape<C, T, Route::grid, 3, 1, 16, chunks(48, 3), 1, (chunks(48, 3) + 1) / 2>>;
 };
 template <class C, class T>
-  requires(std::is_same_v<T, F32> || std::is_same_v<T, F64> || C::two_products || !C::state_product ||
-           std::is_same_v<C, cells::Cifg> || std::is_same_v<C, cells::Rnn<true>>)
+  requires(std::is_same_v<T, F64> || C::two_products || !C::state_product || std::is_same_v<C, cells::Cifg> ||
+           (std::is_same_v<C, cells::Rnn<true>> && !std::is_base_of_v<F32, T>))
 struct Small<C, T> {
   using Forward = List<>;
   using Backward = List<>;

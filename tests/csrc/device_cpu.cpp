@@ -322,14 +322,23 @@ struct MmaArgs {
   u32 b[2];
 };
 
+// As a tensor core gives a sum: cut off where it should be rounded (Fasi, Higham, Mikaitis and Pranesh 2021).
+float cut_off(double v) {
+  const auto f = static_cast<float>(v);
+  return std::isfinite(f) && std::fabs(static_cast<double>(f)) > std::fabs(v) ? std::nextafter(f, 0.0f) : f;
+}
+
 // D += A B with A [16][K], B [K][8] gathered from the lanes' registers.
 template <int K>
 void multiply(Warp& w, const float (&A)[16][K], const float (&B)[K][8]) {
   for (int i = 0; i < 16; ++i) {
-    float sum[8] = {};
+    double sum[8] = {};
     for (int k = 0; k < K; ++k)
-      for (int j = 0; j < 8; ++j) sum[j] += A[i][k] * B[k][j];
-    for (int j = 0; j < 8; ++j) of<MmaArgs>(w, i % 8 * 4 + j / 2).d[j % 2 + i / 8 * 2] += sum[j];
+      for (int j = 0; j < 8; ++j) sum[j] += static_cast<double>(A[i][k]) * static_cast<double>(B[k][j]);
+    for (int j = 0; j < 8; ++j) {
+      float& d = of<MmaArgs>(w, i % 8 * 4 + j / 2).d[j % 2 + i / 8 * 2];
+      d = cut_off(static_cast<double>(d) + sum[j]);
+    }
   }
 }
 

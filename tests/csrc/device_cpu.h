@@ -126,6 +126,11 @@ struct TF32 {
 };
 
 inline u32 bits(float v) { return sim::as_word(v); }
+inline float fma(u32 a, u32 b, float c) { return std::fma(sim::as_float(a), sim::as_float(b), c); }
+inline void split_tf32(u32 v, u32& big, u32& small) {
+  big = bits(TF32::operand(sim::as_float(v)));
+  small = bits(sim::as_float(v) - sim::as_float(big));
+}
 inline float ex2(float x) { return sim::flush(std::exp2(sim::flush(x))); }
 inline float rcp(float x) { return sim::flush(1.0f / sim::flush(x)); }
 

@@ -2,9 +2,10 @@
 """The CUDA backend: checked calls on arrays.DeviceArray, for `ops`, `clip` and the PyTorch adapter.
 
 Everything is put on the stream that the arrays' library works on, and nothing waits for it. Workspace and tape are
-arrays of that library. Float32 is multiplied as float32 (route "stepwise" only); with `set_float32("tf32")` or
-FUSEDRNN_CUDA_FLOAT32=tf32 as TF32, ten bits of fraction, on every route. A cost model chooses the route of a call,
-unless `set_route` or FUSEDRNN_CUDA_ROUTE names it. Each call's route is logged, at level DEBUG of "fusedrnn".
+arrays of that library. `set_float32` or FUSEDRNN_CUDA_FLOAT32 says how float32 is multiplied, on every route: "strict"
+(as IEEE has it; unless told otherwise), "3xtf32" (as accurate, faster for more than a few rows) or "tf32" (ten bits of
+fraction). A cost model chooses the route of a call, unless `set_route` or FUSEDRNN_CUDA_ROUTE names it. Each call's
+route is logged, at level DEBUG of "fusedrnn".
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ if _extension is None:
     )
 
 ROUTES = ("single", "cluster", "grid", "stepwise")
-FLOAT32 = ("strict", "tf32")
+FLOAT32 = ("strict", "tf32", "3xtf32")
 
 
 class CudaError(RuntimeError):
@@ -56,7 +57,17 @@ def set_route(name: str | None) -> None:
 
 
 def set_float32(name: str) -> None:
-    """How float32 is multiplied from now on: "strict" or "tf32". Raises ValueError for another name."""
+    """How float32 is multiplied from now on: "strict", "3xtf32" or "tf32". Raises ValueError for another name.
+
+    "strict": IEEE float32, fused multiply-adds or a library's products. "3xtf32": as accurate (2e-6 in 100 steps, like
+    the CPU), but not the same bits, and an infinite number among the operands gives NaN: two TF32 numbers for each one,
+    three products of theirs on the tensor cores (Ootomo and Yokota 2022), where that is faster; time-parallel products
+    are strict. "tf32": ten bits of fraction. In `fusedrnn.torch`, torch.backends.cudnn.allow_tf32 (True unless set)
+    means "tf32"; set it to False for the others.
+
+    >>> set_float32("3xtf32")
+    >>> set_float32("strict")
+    """
     global _float32
     _float32 = _setting("float32", name, FLOAT32)
 
@@ -125,8 +136,9 @@ def _kind(p: Arguments) -> str:
     return str(p.params[0][0].kind)
 
 
-def _settings(p: Arguments, tf32: bool) -> tuple[int, bool]:
-    return (-1 if _route is None else ROUTES.index(_route)), (tf32 or _float32 == "tf32") and _kind(p) == "float32"
+def _settings(tf32: bool) -> tuple[int, int]:
+    """The route and how float32 is multiplied, in numbers."""
+    return (-1 if _route is None else ROUTES.index(_route)), FLOAT32.index("tf32" if tf32 else _float32)
 
 
 def _enough(call: Any, tape: DeviceArray | None) -> None:
@@ -146,13 +158,13 @@ def _took(call: Any, problem: Problem, p: Arguments, which: str) -> None:
 def new_tape(problem: Problem, p: Arguments) -> DeviceArray:
     """Memory for the tape of a call."""
     _place_rows(problem, p.x)
-    call = _call(_extension.Forward, problem, p, Results(), True, *_settings(p, False))
+    call = _call(_extension.Forward, problem, p, Results(), True, *_settings(False))
     return bytes_like(p.x, call.tape_bytes)
 
 
 def forward(problem: Problem, p: Arguments, out: Results, tape: DeviceArray | None, tf32: bool = False) -> None:
     _place_rows(problem, p.x)
-    call = _call(_extension.Forward, problem, p, out, tape is not None, *_settings(p, tf32))
+    call = _call(_extension.Forward, problem, p, out, tape is not None, *_settings(tf32))
     _enough(call, tape)
     memory = bytes_like(p.x, call.workspace_bytes)
     _call(call.run, tape.pointer if tape else 0, memory.pointer, p.x.current_stream())
@@ -160,7 +172,7 @@ def forward(problem: Problem, p: Arguments, out: Results, tape: DeviceArray | No
 
 
 def backward(problem: Problem, p: Arguments, tape: DeviceArray, g: Results, dp: Arguments, tf32: bool = False) -> None:
-    call = _call(_extension.Backward, problem, p, g, dp, *_settings(p, tf32))
+    call = _call(_extension.Backward, problem, p, g, dp, *_settings(tf32))
     _enough(call, tape)
     memory = bytes_like(p.x, call.workspace_bytes)
     _call(call.run, tape.pointer, memory.pointer, p.x.current_stream())
