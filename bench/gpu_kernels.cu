@@ -91,9 +91,7 @@ int args_size() { return static_cast<int>(sizeof(ForwardArgs<BF16>)); }
 // The whole backend (csrc/cuda/cuda.h), for the same script. kind: 0 bytes of the tape, 1 and 2 of the workspaces, 3
 // forward, 4 backward, 5 routes (10 * forward + backward in *bytes). Returns 0, or 1 with the reason in `failure` (512
 // bytes).
-void api_sizes(int64_t* sizes) {
-  sizes[0] = sizeof(Problem), sizes[1] = sizeof(Arguments), sizes[2] = sizeof(Results);
-}
+void api_sizes(int64_t* sizes) { sizes[0] = sizeof(Problem), sizes[1] = sizeof(Arguments), sizes[2] = sizeof(Results); }
 int api(int kind, const Problem* problem, const Arguments* p, const Results* out, const Results* g, const Arguments* dp,
         void* tape, void* workspace, int keep, int float32, int route, int64_t* bytes, void* stream, char* failure) {
   const Settings settings{static_cast<Precision>(float32), route};
