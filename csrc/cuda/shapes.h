@@ -118,11 +118,12 @@ struct Shapes<cells::Lstm, T> {
   template <int... n>
   using G = Shape<cells::Lstm, T, Route::grid, n...>;
   using Forward =
-      decltype(joined(List<S<8, 1, 1, 4, 1>, C<2, 4, 1, 2, 1>,                    // H <= 64; 128, 8 blocks
-                           C<2, 4, 1, 4, 1>, C<2, 4, 1, 4, 2>, C<4, 2, 1, 8, 1>,  // 256, 16 and 8
+      decltype(joined(List<S<8, 1, 1, 4, 1>, C<2, 4, 1, 2, 1>,                                      // H <= 64, 128
+                           C<2, 4, 1, 4, 1>, C<2, 4, 1, 4, 2>, C<4, 2, 1, 8, 1>,                    // 256
                            G<1, 8, 1, 4, 1>, G<1, 8, 1, 4, 2>, G<1, 8, 1, 6, 1>, G<1, 8, 1, 6, 2>,  // 512, 768
-                           G<1, 8, 1, 8, 1>, G<1, 8, 1, 8, 2>>(),                                   // 1024
-                      Wide<cells::Lstm, T, 1, 2, 16, 4>()));                                        // 512
+                           G<1, 8, 1, 8, 1>>(),                                                     // 1024
+                      // 512 and more rows; 1024 and 16 rows, which would spill in TF32
+                      std::conditional_t<kByFma<T>, List<G<1, 8, 1, 8, 2>>, Wide<cells::Lstm, T, 1, 2, 16, 4>>()));
   template <int... n>
   using s = BackwardShape<cells::Lstm, T, Route::single, n...>;
   template <int... n>
@@ -132,8 +133,8 @@ struct Shapes<cells::Lstm, T> {
   // the first, of H <= 64, would spill in float32 by fused multiply-adds: a cluster or a grid does it there
   using Backward = decltype(joined(
       std::conditional_t<kByFma<T>, List<>, List<s<4, 1, 64, 16, 1>>>(),
-      List<c<8, 1, 16, 4, 1>, c<8, 2, 16, 4, 1>, c<8, 2, 32, 8, 1>, g<8, 1, 16, 16, 1>,  // the last: 512
-           g<8, 1, 16, 24, 1, 12>>()));                                                  // 768; 1024 would spill
+      List<c<8, 1, 16, 4, 1>, c<8, 2, 16, 4, 1>, c<8, 2, 32, 8, 1>, g<8, 1, 16, 16, 1, 14>,  // the last: 512
+           g<8, 1, 16, 24, 1, 12>>()));                                                      // 768; 1024 would spill
 };
 
 template <class T>
