@@ -157,6 +157,12 @@ def test_nvcc_compiles_without_spills(tmp_path, arch):
     assert not re.findall(".*serialized.*", report)  # what ptxas says where products of a warpgroup wait for each other
 
 
+def test_the_cost_model_is_told():
+    """bench/gpu_predicted.cpp, which no build of ours holds, against today's cuts."""
+    source = str(CSRC.parent / "bench" / "gpu_predicted.cpp")
+    call([COMPILER, "-std=c++20", "-fsyntax-only", f"-I{CSRC}", f"-I{TESTS}", source], 300)
+
+
 def test_the_report_is_read():
     """An excerpt of `ptxas -v`: bench/cuda_build.py must see who spills, whatever nvcc is here."""
     report = "".join(

@@ -272,7 +272,7 @@ class Backward : public Call {
 
 class Jvp : public Call {
  public:
-  Jvp(py::handle problem, py::handle p, py::handle v, py::handle tout) : Call(problem, p, -1, false) {
+  Jvp(py::handle problem, py::handle p, py::handle v, py::handle tout) : Call(problem, p, -1, 0) {
     v_ = arguments(v, "v.", v_params_);
     tout_ = results(tout, "tout.");
     cuda::Status status;
@@ -301,7 +301,7 @@ class Jvp : public Call {
 class Hvp : public Call {
  public:
   Hvp(py::handle problem, py::handle p, py::handle v, py::handle g, py::handle t, py::handle tdp, py::handle tout)
-      : Call(problem, p, -1, false), g_(results(g, "g.")), t_(results(t, "t.")) {
+      : Call(problem, p, -1, 0), g_(results(g, "g.")), t_(results(t, "t.")) {
     v_ = arguments(v, "v.", v_params_);
     dp_ = arguments(tdp, "tdp.", dp_params_);
     if (!tout.is_none()) tout_ = results(tout, "tout.");

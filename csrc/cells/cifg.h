@@ -23,7 +23,9 @@ struct Cifg {
     k[0] = sigmoid(a[0]);
     k[1] = tanh(a[1]);
     k[2] = sigmoid(a[2]);
-    c = clamp(c_prev + k[0] * (k[1] - c_prev), clip);
+    V keep, add;
+    flow(k, keep, add);
+    c = clamp(keep * c_prev + add, clip);
     h = k[2] * tanh(c);
   }
 

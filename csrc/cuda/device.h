@@ -166,12 +166,14 @@ FUSEDRNN_DEVICE void mma<TF32>(float (&d)[4], const U4& a, u32 b0, u32 b1) {
       : "r"(a.w[0]), "r"(a.w[1]), "r"(a.w[2]), "r"(a.w[3]), "r"(b0), "r"(b1));
 }
 
-// ---- products of a warpgroup, asynchronous: compute capability 9.0 alone
-// --------------------------------------------- A warpgroup is 4 warps from a multiple of 4 on. D (64 x 8N) += A B:
-// warp w of it holds rows 16w .. 16w + 15 of A and D as in `mma` (sums d[j] for columns 8j .. 8j + 7), and B, of the
-// same depth, lies in shared memory, where `operand16` put it, in 8 columns by 16 bytes of depth (128 bytes) at a time;
-// an `operand` says where: the first of these, bytes from one to the next along the depth, and along the columns.
-// Adding n to an operand moves it by 16n bytes.
+// ---- products of a warpgroup, asynchronous: compute capability 9.0 alone -------------------------------------------
+//
+// A warpgroup is 4 warps from a multiple of 4 on. D (64 x 8N) += A B: warp w of it holds rows 16w .. 16w + 15 of A and
+// D as in `mma` (sums d[j] for columns 8j .. 8j + 7), and B, of the same depth, lies in shared memory, where
+// `operand16` put it, in 8 columns by 16 bytes of depth (128 bytes) at a time; an `operand` says where: the first of
+// these, bytes from one to the next along the depth, and along the columns. Adding n to an operand moves it by 16n
+// bytes.
+//
 //   the writers of B: operand16, fence_async, barrier.   A warpgroup: wgmma_fence, wgmma .., wgmma_commit, and
 //   wgmma_wait before it looks at d again; until then A and B stay as they are.
 FUSEDRNN_DEVICE u64 operand(const void* shared, int along_depth, int along_columns) {

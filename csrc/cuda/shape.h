@@ -9,8 +9,8 @@
 // - A block of threads (CTA) has kGroups octet groups, and each group kSplit warps that share the depth (K); their sums
 //   meet in shared memory and each block is finished by one warp.
 // - A *line* is 8 rows by 16 bytes (kPer units): 128 bytes. A lane's 16 bytes (row g, line q of four) feed two
-//   products: the order of the depth inside a product is free as long as both sides agree, and `depth_of` (product.h)
-//   says what it is. So h needs no ldmatrix, and may come straight from global memory.
+//   products: the order of the depth inside a product is free as long as both sides agree, and `depth_of` says what it
+//   is. So h needs no ldmatrix, and may come straight from global memory.
 // - In shared memory the 8 rows of line l stand in the order row ^ (2 * (l % 4)): reads by lanes and writes by blocks
 //   are then both free of bank conflicts.
 #pragma once

@@ -197,7 +197,8 @@ def like(grads: Any, values: Iterator[float]) -> Any:
 
 
 def check_norm(function: str, max_norm: float, norm_type: float) -> None:
-    number(function, "max_norm", max_norm), number(function, "norm_type", norm_type)
+    number(function, "max_norm", max_norm)
+    number(function, "norm_type", norm_type)
     if not max_norm >= 0:
         raise ValueError(f"{function}: max_norm is {max_norm}; expected a number >= 0")
     if not norm_type > 0:

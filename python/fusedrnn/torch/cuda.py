@@ -20,6 +20,7 @@ from torch import Tensor
 from .. import backends
 from ..arrays import DeviceArray
 from ..backends import Problem, Results
+from ..cells import CELLS
 from . import composite, kernels
 from .how import How
 
@@ -116,7 +117,7 @@ def tape_elements(how: How, T: Any, B: Any, H: Any, dtype: torch.dtype) -> Any:
     `layers` takes, each array rounded up to 256 bytes."""
     if not how.tape:
         return 0
-    G = {"lstm": 4, "gru": 3, "gru_reset_before": 3}.get(how.cell, 1)
+    G = CELLS[how.cell].gates
     parts = G + {"lstm": 2, "gru": 2, "gru_reset_before": 2}.get(how.cell, 1)
     pitch, wide, D = (H + 7) // 8 * 8, (how.directions * H + 7) // 8 * 8, how.directions
     own, stored = kernels.computing(dtype).itemsize, dtype.itemsize
