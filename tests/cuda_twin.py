@@ -30,6 +30,7 @@ SOURCES = [
     ROOT / "csrc" / "bindings" / "cuda.cpp",
     TESTS / "cuda_twin.cpp",
     *(TESTS / f"{name}.cpp" for name in ("device_cpu", "device_fiber")),
+    ROOT / "csrc" / "cpu" / "fiber.cpp",
     ROOT / "csrc" / "cuda" / "entry.cpp",
 ]
 

@@ -64,7 +64,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
             folder = tmp_path_factory.mktemp("cuda")
             all_flags = ["-O1", "-g1", *flags]
             with ThreadPoolExecutor(os.cpu_count()) as pool:
-                sources = [TESTS / f"{name}.cpp" for name in [*CELLS, *DEVICE]]
+                sources = [TESTS / f"{name}.cpp" for name in [*CELLS, *DEVICE]] + [CSRC / "cpu" / "fiber.cpp"]
                 objects = list(pool.map(lambda source: compiled(source, folder, all_flags), sources))
             done[flags] = linked(objects, folder, all_flags)
         return done[flags]
@@ -313,7 +313,7 @@ def test_planted_fault_is_noticed(built, tmp_path, fault):
         + "".join(f"void add_{other}(std::vector<Run>&) {{}}\n" for other in ("gru", "rnn", "ctc", "inputs"))
         + "}\n"
     )
-    objects = [built().parent / f"{name}.o" for name in DEVICE]
+    objects = [built().parent / f"{name}.o" for name in [*DEVICE, "fiber"]]
     faulty = compiled(source, tmp_path, ["-O1", "-g1"], tmp_path / "csrc")
     program = linked([faulty, *objects], tmp_path, ["-O1"])
     done = call([str(program), "--quiet", "--seeds", "6"], 300, ok=False)

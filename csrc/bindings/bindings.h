@@ -36,18 +36,34 @@ int threads_now();
 // more.
 inline constexpr double flops_worth_a_release = 1e6;
 
-// The GIL is given up between construction and destruction if `flops` are worth it.
+// The GIL is given up between construction and destruction if `flops` are worth it. Meanwhile signals are heard
+// (Ctrl-C): a call that one of them ends throws cpu::Interrupted, with Python's exception set.
 class Released {
  public:
-  explicit Released(double flops) : state_(flops >= flops_worth_a_release ? PyEval_SaveThread() : nullptr) {}
+  explicit Released(double flops) {
+    if (flops < flops_worth_a_release) return;
+    before_ = cpu::set_signals({hear, this});
+    state_ = PyEval_SaveThread();
+  }
   ~Released() {
-    if (state_) PyEval_RestoreThread(state_);
+    if (!state_) return;
+    PyEval_RestoreThread(state_);
+    cpu::set_signals(before_);
   }
   Released(const Released&) = delete;
   Released& operator=(const Released&) = delete;
 
  private:
-  PyThreadState* state_;
+  static bool hear(void* self) {
+    PyThreadState*& state = static_cast<Released*>(self)->state_;
+    PyEval_RestoreThread(state);
+    const bool arrived = PyErr_CheckSignals() != 0;
+    state = PyEval_SaveThread();
+    return arrived;
+  }
+
+  PyThreadState* state_ = nullptr;
+  cpu::Signals before_;
 };
 
 }  // namespace fusedrnn::bindings

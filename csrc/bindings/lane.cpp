@@ -176,7 +176,7 @@ bool read_state(const Lane& lane, PyObject* state, bool batched, Plain* plain) {
   return true;
 }
 
-// Runs the kernels, without the GIL where there is much work; false with MemoryError set.
+// Runs the kernels, without the GIL where there is much work; false with an exception set.
 template <class Kernels>
 bool run(const Lane& lane, const Plain& plain, double flops, const Kernels& kernels) {
   const int threads = threads_now();
@@ -187,6 +187,8 @@ bool run(const Lane& lane, const Plain& plain, double flops, const Kernels& kern
     kernels(threads);
   } catch (const std::bad_alloc&) {
     PyErr_NoMemory();
+    return false;
+  } catch (const cpu::Interrupted&) {
     return false;
   }
   return true;

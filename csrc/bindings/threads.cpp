@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <atomic>
+#include <exception>
 #include <string>
 
 #include "bindings/bindings.h"
@@ -45,6 +46,12 @@ int threads_now() {
 }
 
 void register_threads(py::module_& module) {
+  py::register_exception_translator([](std::exception_ptr error) {
+    try {
+      std::rethrow_exception(error);
+    } catch (const cpu::Interrupted&) {  // Python's exception is set
+    }
+  });
   module.attr("isas_built") = cpu::isas_built();
   module.attr("isas_found") = cpu::isas_found();
   module.def("isa", [] { return std::string(cpu::isa()); });

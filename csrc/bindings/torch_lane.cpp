@@ -378,6 +378,8 @@ PyObject* torch_forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
     cpu::forward(call.problem, call.p, out, tape, threads);
   } catch (const std::bad_alloc&) {
     return PyErr_NoMemory();
+  } catch (const cpu::Interrupted&) {
+    return nullptr;
   }
   return outputs.take();
 }
@@ -463,6 +465,8 @@ PyObject* torch_backward(PyObject*, PyObject* const* args, Py_ssize_t count) {
     cpu::backward(call.problem, call.p, tape, g, dp, threads);
   } catch (const std::bad_alloc&) {
     return PyErr_NoMemory();
+  } catch (const cpu::Interrupted&) {
+    return nullptr;
   }
   return outputs.take();
 }

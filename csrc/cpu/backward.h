@@ -104,7 +104,7 @@ class Backward {
   }
 
   void run(const Team& team) {
-    Team part;
+    Team part = team;
     const int group = groups_.group_of(team, part);
     for (int l = n_.L - 1; l >= 0; --l) {
       if (l == 0) zero_dx(part, group, groups_.used(team));

@@ -60,4 +60,13 @@ struct Spelling {
 };
 std::vector<std::vector<Spelling>> ctc_beam(const BeamSearch& call, int threads);  // of each row, best first
 
+// What a long call asks now and then: the calling thread, about every tenth of a second, until this is set again. True
+// ends the call: it throws Interrupted, and what it was to write holds anything.
+struct Signals {
+  bool (*arrived)(void* context) = nullptr;
+  void* context = nullptr;
+};
+Signals set_signals(Signals signals);  // gives those set before
+struct Interrupted {};
+
 }  // namespace fusedrnn::cpu

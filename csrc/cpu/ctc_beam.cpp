@@ -12,6 +12,7 @@
 #include <utility>
 
 #include "cpu.h"
+#include "machine.h"
 #include "threads.h"
 
 namespace fusedrnn::cpu {

@@ -2,7 +2,7 @@
 // Chooses the instruction set once, at run time, and hands every call to its table.
 //
 // How csrc/cpu is compiled (-std=c++20 -O3 -fopenmp -fvisibility=hidden for all; OpenMP is needed by threads.cpp only):
-//   once:     dispatch.cpp draw.cpp rows.cpp threads.cpp ctc_beam.cpp
+//   once:     dispatch.cpp draw.cpp rows.cpp threads.cpp fiber.cpp machine.cpp ctc_beam.cpp
 //   per ISA:  forward.cpp backward.cpp stepwise.cpp generate.cpp clip.cpp ctc.cpp hmm.cpp and a file for each of
 //   CMake's CELLS, each with -DFUSEDRNN_ISA=<name>
 //             -ffp-contract=fast -fno-math-errno -fno-trapping-math and
@@ -20,6 +20,7 @@
 
 #include "cpu.h"
 #include "isa.h"
+#include "machine.h"
 #include "rows.h"
 #include "threads.h"
 

@@ -384,12 +384,12 @@ struct Groups {
         barriers(static_cast<Barrier*>(workspace.take(static_cast<size_t>(count) * sizeof(Barrier)))) {
     for (int i = 0; i < count; ++i) barriers[i] = Barrier();
   }
-  // The group of a member of the whole team, and its place there. OpenMP may have given fewer threads than asked for.
+  // The group of a member of the whole team, and its place there. The team may be smaller than was asked for.
   int group_of(const Team& team, Team& part) const {
     const int groups = smaller(count, team.size);
     const int group = team.rank * groups / team.size;
     const int begin = (group * team.size + groups - 1) / groups, end = ((group + 1) * team.size + groups - 1) / groups;
-    part = Team{team.rank - begin, end - begin, &barriers[group]};
+    part = team.part(begin, end, &barriers[group]);
     return group;
   }
   int used(const Team& team) const { return smaller(count, team.size); }

@@ -73,7 +73,7 @@ class Forward {
   }
 
   void run(const Team& team) {
-    Team part;
+    Team part = team;
     const int group = groups_.group_of(team, part);
     const int64_t tasks = sets_.count * n_.D;
     for (int l = 0; l < n_.L; ++l) {

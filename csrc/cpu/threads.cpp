@@ -5,13 +5,347 @@
 #include <pthread.h>
 #include <sys/mman.h>
 
+#include <algorithm>
+#include <atomic>
 #include <cstdlib>
+#include <memory>
 #include <new>
 
 #include "cpu.h"
+#include "fiber.h"
+#include "machine.h"
 
 namespace fusedrnn::cpu {
+
 namespace {
+
+constexpr int64_t kMicrosecond = 1000, kMillisecond = 1000 * kMicrosecond;
+constexpr int64_t kStay = 50 * kMicrosecond;   // a member that waits keeps its thread so long
+constexpr int64_t kSpin = 50 * kMicrosecond;   // the caller that waits does not sleep before
+constexpr int64_t kGrace = 20 * kMicrosecond;  // ... nor run a member that a thread may be on its way to
+constexpr int64_t kIdle = 200 * kMicrosecond;  // nor does a thread without a member
+constexpr int64_t kSleep = 50 * kMillisecond;  // the longest sleep, so that a signal is heard meanwhile
+constexpr int64_t kSignals = 100 * kMillisecond;
+
+// ---- how many threads the machine has for us, from what earlier calls met ------------------------------------------
+
+// Calls tell how long they waited for threads that had no core. Where that is more than a few percent of the time, the
+// next calls use fewer threads: at first for 4 ms, and twice as long each time that trying again shows the machine
+// busy still. Where the system counts more tasks than cores, twice in a row, they do not try at all.
+class Crowd {
+ public:
+  int threads(int wanted) {
+    const int64_t now = nanoseconds();
+    if (now < until_.load(relaxed)) return std::min(wanted, allowed_.load(relaxed));
+    int64_t looked = looked_.load(relaxed);
+    if (now - looked < kMillisecond || !looked_.compare_exchange_strong(looked, now)) return wanted;
+    const int crowding = tasks_without_a_core();
+    const bool again = crowding && crowding_.exchange(crowding, relaxed) && now - looked < 20 * kMillisecond;
+    if (!crowding) crowding_.store(0, relaxed);
+    if (!again) return wanted;
+    limit(std::max(1, wanted - crowding), now, 3 * kMillisecond);
+    return allowed_.load(relaxed);
+  }
+  // `lost` nanoseconds of waiting, which `allowed` threads would not have met.
+  void waited(int64_t lost, int allowed) {
+    const int64_t now = nanoseconds();
+    const int64_t forgiven = (now - debt_since_.exchange(now, relaxed)) / 32;
+    const int64_t debt = std::max<int64_t>(0, debt_.load(relaxed) - forgiven) + lost;
+    debt_.store(debt, relaxed);
+    if (debt < kMillisecond) return;
+    debt_.store(0, relaxed);
+    const int64_t before = pause_.load(relaxed);
+    const bool again = now - until_.load(relaxed) < std::max(4 * before, 40 * kMillisecond);
+    pause_.store(again ? std::min(2 * before, 2000 * kMillisecond) : 4 * kMillisecond, relaxed);
+    limit(std::max(allowed, 1), now, pause_.load(relaxed));
+  }
+
+ private:
+  static constexpr std::memory_order relaxed = std::memory_order_relaxed;
+
+  void limit(int allowed, int64_t now, int64_t pause) {
+    allowed_.store(allowed, relaxed);
+    until_.store(now + pause, relaxed);
+  }
+  std::atomic<int64_t> until_{0}, looked_{0}, pause_{4 * kMillisecond}, debt_{0}, debt_since_{0};
+  std::atomic<int> allowed_{1}, crowding_{0};
+} crowd;
+
+thread_local Signals signals;
+
+// A thread of a call.
+struct Host {
+  Fiber fiber;
+  int64_t put_aside = 0;
+  bool is_caller = false;
+};
+
+struct FullCrew;
+
+}  // namespace
+
+// A member of a call other than the caller's: its stack, and who runs it.
+struct alignas(64) Seat {
+  enum State { free, held, ended };
+  std::atomic<int> state{free};
+  Fiber fiber;
+  FullCrew* crew = nullptr;
+  Host* host = nullptr;  // of the thread that holds it
+  int rank = 0;
+  bool begun = false, done = false;
+  const Barrier* barrier = nullptr;  // what it waits for, once it has begun
+  uint32_t ticket = 0;
+  int size = 0;
+
+  bool is_ready() const { return !begun || barrier->is_complete(ticket, size); }
+};
+
+namespace {
+
+thread_local Seat* starting = nullptr;
+
+// One call. Its members have seats; its threads take the seats that are ready to go on, run them to the next meeting,
+// and keep them as long as nothing else asks for the thread. Nobody owns a member: a thread that the system has put
+// aside holds up the one it was running, no other.
+struct FullCrew : Crew {
+  void (*body)(void*, const Team&) = nullptr;
+  void* argument = nullptr;
+  int ranks = 1, threads = 1;
+  Barrier barrier;
+  std::unique_ptr<Seat[]> seats;
+  int seats_made = 0;
+  Stacks stacks;
+  Host caller;
+  bool in_use = false;
+  bool helps = false;  // the caller runs others' members: after a grace period, until another thread runs one
+  uint32_t bell = 0;   // sleepers sleep on it
+  std::atomic<int> seats_ended{0}, threads_left{0}, surplus{0}, dismissed{0};
+  std::atomic<bool> over{false};
+  std::atomic<int64_t> waiting_since{0}, late{0}, lost{0};
+  int64_t began = 0, looked = 0, asked = 0;
+  int32_t looks = 0;  // meetings between two looks
+  uint64_t mode = 0;
+
+  void begin(int members, void (*function)(void*, const Team&), void* its_argument);
+  void run_caller();
+  void serve(int number);
+  void finish();
+  void leave();
+
+  Seat* find(int number);
+  void run(Seat& seat, Host& host);
+  template <class F>
+  Seat* sleep(int number, int64_t since, const F& is_awaited);
+  template <class F>
+  void caller_waits(const F& is_awaited);
+  void ring();
+  void was_late(Host& host);
+  void ask(int64_t now);
+  bool any_held() const;
+};
+
+FullCrew& of(const Team& team) { return *static_cast<FullCrew*>(team.crew); }
+
+void enter() {
+  Seat& seat = *starting;
+  seat.fiber.arrived();
+  FullCrew& crew = *seat.crew;
+  crew.body(crew.argument, Team{seat.rank, crew.ranks, &crew.barrier, &crew, &seat});
+  seat.done = true;
+  seat.fiber.switch_to(seat.host->fiber, true);
+}
+
+void FullCrew::begin(int members, void (*function)(void*, const Team&), void* its_argument) {
+  body = function;
+  argument = its_argument;
+  ranks = members;
+  threads = 1;
+  until_look = looks = 16;
+  if (!signals.arrived) until_look = 1 << 30;
+  looked = asked = began = nanoseconds();
+  stopped = asleep = 0;
+  away = members - 1;
+  over.store(false, std::memory_order_relaxed);
+  helps = false;
+  if (members == 1) return;
+  barrier = Barrier();
+  seats_ended.store(0, std::memory_order_relaxed);
+  threads_left.store(0, std::memory_order_relaxed);
+  surplus.store(0, std::memory_order_relaxed);
+  dismissed.store(0, std::memory_order_relaxed);
+  late.store(0, std::memory_order_relaxed);
+  lost.store(0, std::memory_order_relaxed);
+  if (members - 1 > seats_made) {
+    seats.reset(new Seat[static_cast<size_t>(members - 1)]);
+    seats_made = members - 1;
+  }
+  stacks.reserve(static_cast<size_t>(members - 1));
+  for (int i = 0; i < members - 1; ++i) {
+    Seat& seat = seats[static_cast<size_t>(i)];
+    seat.crew = this;
+    seat.rank = i + 1;
+    seat.begun = seat.done = false;
+    seat.fiber.create(stacks.stack(static_cast<size_t>(i)), enter);
+    seat.state.store(Seat::free, std::memory_order_relaxed);
+  }
+  caller.fiber.adopt_caller();
+  caller.is_caller = true;
+  caller.put_aside = times_put_aside();
+  mode = float_mode();
+}
+
+// A seat to run, held now; null if there is none. Each thread begins with its own.
+Seat* FullCrew::find(int number) {
+  const int count = ranks - 1;
+  for (int k = 0; k < count; ++k) {
+    Seat& seat = seats[static_cast<size_t>((number + count - 1 + k) % count)];
+    int state = Seat::free;
+    if (seat.state.load(std::memory_order_relaxed) != state ||
+        !seat.state.compare_exchange_strong(state, Seat::held, std::memory_order_acquire))
+      continue;
+    if (seat.is_ready()) return &seat;
+    seat.state.store(Seat::free, std::memory_order_release);
+  }
+  return nullptr;
+}
+
+// Runs a held seat until it waits or ends.
+void FullCrew::run(Seat& seat, Host& host) {
+  seat.host = &host;
+  seat.begun = true;
+  starting = &seat;
+  host.fiber.switch_to(seat.fiber);
+  const bool done = seat.done;
+  seat.state.store(done ? Seat::ended : Seat::free, std::memory_order_seq_cst);
+  if (!done) return;
+  seats_ended.fetch_add(1);
+  ring();
+}
+
+void FullCrew::ring() {
+  if (!__atomic_load_n(&asleep, __ATOMIC_SEQ_CST)) return;
+  __atomic_add_fetch(&bell, 1, __ATOMIC_SEQ_CST);
+  wake_all(&bell);
+}
+
+// Sleeps until something is there to do. What comes after `asleep` has been raised rings.
+template <class F>
+Seat* FullCrew::sleep(int number, int64_t since, const F& is_awaited) {
+  waiting_since.store(since, std::memory_order_relaxed);
+  __atomic_add_fetch(&asleep, 1, __ATOMIC_SEQ_CST);
+  const uint32_t seen = __atomic_load_n(&bell, __ATOMIC_SEQ_CST);
+  Seat* seat = nullptr;
+  if (!is_awaited() && (stopped || !(seat = find(number)))) sleep_on(&bell, seen, kSleep);
+  __atomic_sub_fetch(&asleep, 1, __ATOMIC_SEQ_CST);
+  return seat;
+}
+
+// The calling thread, while its own member cannot go on.
+template <class F>
+void FullCrew::caller_waits(const F& is_awaited) {
+  int64_t since = 0;
+  for (int spins = 1; !is_awaited(); ++spins) {
+    Seat* seat = stopped || !helps ? nullptr : find(0);
+    if (!seat && spins % 16 == 0) {
+      const int64_t now = nanoseconds();
+      if (!since) since = now;
+      helps = helps || now - since > kGrace;
+      if (now - since > kSpin) seat = sleep(0, since, is_awaited);
+      if (!stopped && !over.load(std::memory_order_relaxed)) ask(now);
+    }
+    if (seat) {
+      run(*seat, caller);
+      since = 0;
+      helps = __atomic_load_n(&away, __ATOMIC_RELAXED) > 0;
+    } else {
+      relax();
+    }
+  }
+}
+
+// The thread that comes last to a meeting, while others sleep: was it put aside? Then the machine has not enough cores.
+void FullCrew::was_late(Host& host) {
+  const int64_t times = times_put_aside();
+  if (times == host.put_aside) return;
+  host.put_aside = times;
+  const int64_t now = nanoseconds(), waited = now - waiting_since.load(std::memory_order_relaxed);
+  lost.fetch_add(waited);
+  if (late.fetch_add(waited) + waited < 500 * kMicrosecond + (now - began) / 8) return;
+  late.store(0);
+  if (dismissed.load() + surplus.load() < threads - 1) surplus.fetch_add(1);
+}
+
+// A thread of the call that is not the caller's.
+void FullCrew::serve(int number) {
+  Host host;
+  host.fiber.adopt_caller();
+  host.put_aside = times_put_aside();
+  const uint64_t own_mode = float_mode();
+  set_float_mode(mode);
+  const auto is_over = [&] { return over.load() || __atomic_load_n(&stopped, __ATOMIC_SEQ_CST) != 0; };
+  int64_t since = 0;
+  for (int spins = 1; !is_over(); ++spins) {
+    int count = surplus.load(std::memory_order_relaxed);
+    if (count > 0 && surplus.compare_exchange_strong(count, count - 1)) {
+      dismissed.fetch_add(1);
+      break;
+    }
+    Seat* seat = find(number);
+    if (!seat && spins % 16 == 0) {
+      const int64_t now = nanoseconds();
+      if (!since) since = now;
+      if (now - since > kIdle) seat = sleep(number, now, is_over);
+    }
+    if (!seat) {
+      relax();
+      continue;
+    }
+    __atomic_sub_fetch(&away, 1, __ATOMIC_RELAXED);
+    run(*seat, host);
+    __atomic_add_fetch(&away, 1, __ATOMIC_RELAXED);
+    since = 0;
+  }
+  set_float_mode(own_mode);
+  threads_left.fetch_add(1);
+  ring();
+}
+
+bool FullCrew::any_held() const {
+  for (int i = 0; i < ranks - 1; ++i)
+    if (seats[static_cast<size_t>(i)].state.load() == Seat::held) return true;
+  return false;
+}
+
+// The caller's own member, and what the others have left to do when it has done its part.
+void FullCrew::run_caller() {
+  body(argument, Team{0, ranks, &barrier, this, nullptr});
+  caller_waits([&] { return seats_ended.load() == ranks - 1; });
+}
+
+// Lets the other threads go. One that has no core is waited for here: it still has to leave the region.
+void FullCrew::finish() {
+  over.store(true);
+  ring();
+  const int64_t since = nanoseconds();
+  const int there = threads_left.load() + 1;
+  caller_waits([&] { return threads_left.load() == threads - 1; });
+  const int64_t left_late = nanoseconds() - since;
+  if (left_late > 2 * kSpin) lost.fetch_add(left_late);
+  if (lost.load() > 0) crowd.waited(lost.load(), std::min(threads - 1, std::max(there, threads - dismissed.load())));
+}
+
+void FullCrew::ask(int64_t now) {
+  if (!signals.arrived || now - asked < kSignals) return;
+  asked = now;
+  if (!signals.arrived(signals.context)) return;
+  __atomic_store_n(&stopped, 1, __ATOMIC_SEQ_CST);
+  ring();
+  if (ranks > 1) caller_waits([&] { return !any_held(); });
+  throw Interrupted();
+}
+
+// Kept by each calling thread. A call inside a call (from a signal's handler) makes its own.
+thread_local FullCrew kept_crew;
 
 // OpenMP's threads do not survive fork: a child would wait for them for ever. So the forking thread gives its own back
 // first; parent and child each start new ones at their next call.
@@ -42,19 +376,93 @@ void* allocate(size_t bytes) {
   return data;
 }
 
-}  // namespace
-
-void parallel(int threads, void (*body)(void* argument, const Team& team), void* argument) {
-  if (threads <= 1 || omp_in_parallel()) {
-    body(argument, Team{0, 1, nullptr});
-    return;
-  }
-  Barrier barrier;
-#pragma omp parallel num_threads(threads)
-  body(argument, Team{omp_get_thread_num(), omp_get_num_threads(), &barrier});
+void run_alone(FullCrew& crew, void (*body)(void* argument, const Team& team), void* argument) {
+  crew.begin(1, body, argument);
+  body(argument, Team{0, 1, nullptr, &crew, nullptr});
 }
 
-int processors() { return omp_get_num_procs(); }
+}  // namespace
+
+void Crew::meet(const Team& team, uint32_t ticket) {
+  FullCrew& crew = of(team);
+  const auto is_complete = [&] { return team.barrier->is_complete(ticket, team.size); };
+  Seat* const seat = team.seat;
+  if (!seat) return crew.caller_waits(is_complete);
+  if (!seat->host->is_caller) {
+    int64_t since = 0;
+    for (int spins = 1; !__atomic_load_n(&crew.away, __ATOMIC_RELAXED); ++spins) {
+      if (is_complete()) return;
+      if (__atomic_load_n(&crew.stopped, __ATOMIC_RELAXED) || crew.surplus.load(std::memory_order_relaxed)) break;
+      relax();
+      if (spins % 16) continue;
+      const int64_t now = nanoseconds();
+      if (!since) since = now;
+      if (now - since > kStay) break;
+    }
+  }
+  seat->barrier = team.barrier;
+  seat->ticket = ticket;
+  seat->size = team.size;
+  seat->fiber.switch_to(seat->host->fiber);  // who comes back finds the meeting complete
+}
+
+void Crew::wake(const Team& team) {
+  FullCrew& crew = of(team);
+  crew.was_late(team.seat ? *team.seat->host : crew.caller);
+  crew.ring();
+}
+
+void Crew::look(const Team& team) {
+  FullCrew& crew = of(team);
+  if (team.seat) team.seat->fiber.switch_to(team.seat->host->fiber, true);  // the call is given up
+  const int64_t now = nanoseconds();
+  if (now - crew.looked < 10 * kMillisecond && crew.looks < 1 << 20)
+    crew.looks *= 2;
+  else if (now - crew.looked > 50 * kMillisecond && crew.looks > 1)
+    crew.looks /= 2;
+  crew.looked = now;
+  crew.until_look = signals.arrived ? crew.looks : 1 << 30;
+  crew.ask(now);
+}
+
+void parallel(int threads, void (*body)(void* argument, const Team& team), void* argument) {
+  if (kept_crew.in_use) {
+    FullCrew crew;
+    return run_alone(crew, body, argument);
+  }
+  FullCrew& crew = kept_crew;
+  struct Use {
+    bool& in_use;
+    ~Use() { in_use = false; }
+  } use{crew.in_use};
+  crew.in_use = true;
+  if (threads > 1) threads = omp_in_parallel() ? 1 : crowd.threads(threads);
+  if (threads <= 1) return run_alone(crew, body, argument);
+  crew.begin(threads, body, argument);
+  bool interrupted = false;
+#pragma omp parallel num_threads(std::min(threads, std::max(2, processors())))
+  {
+    if (omp_get_thread_num() > 0) {
+      crew.serve(omp_get_thread_num());
+    } else {
+      crew.threads = omp_get_num_threads();
+      try {
+        crew.run_caller();
+      } catch (const Interrupted&) {
+        interrupted = true;
+      }
+      crew.finish();
+    }
+  }
+  if (interrupted) throw Interrupted();
+}
+
+Signals set_signals(Signals now) {
+  const Signals before = signals;
+  signals = now;
+  return before;
+}
+
 int get_num_threads() { return omp_get_max_threads(); }
 void set_num_threads(int threads) { omp_set_num_threads(threads < 1 ? 1 : threads); }
 
