@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import dropout as draw
 
-from . import composite, cuda, operators
+from . import composite, cuda, exits, onnx_nodes, operators
 from .how import How
 from .kernels import DTYPES
 
@@ -23,7 +23,7 @@ _route = "none: nothing ran yet"
 
 def route() -> str:
     """Which road the last eager call took (in any thread): "fused", "torch.nn: why", "torch.nn.functional: why",
-    or "torch operators: why".
+    "torch operators: why", or "ONNX nodes: torch.onnx.export".
 
     Under torch.compile it tells the road taken while tracing.
 
@@ -82,6 +82,12 @@ def run(
     """All results of a stack, from x (T,B,I) and the rest without an axis E. Dropout: drawn as torch.nn draws it."""
     states = (h0, c0) if settings.states == 2 else (h0,)
     tensors = autocast((x, *states, *weights))
+    if way := exits.exit_of(x):
+        x, states, weights = tensors[0], tuple(tensors[1 : 1 + len(states)]), tensors[1 + len(states) :]
+        set_route(f"{'torch operators' if way == exits.TRACE else 'ONNX nodes'}: {way}")
+        if way == exits.TRACE:
+            return exits.record(settings, x, states, weights, (lengths, reset), dropout)
+        return onnx_nodes.write(settings, x, states, weights, lengths, reset)
     if settings.proj_size:
         settings = settings._replace(recompute=False)  # the engine of projections always keeps all
     if (why := why_not(tensors, settings.proj_size)) == "":

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from . import fast, functional, operators
+from . import exits, fast, functional, operators
 from .how import How
 
 _FEW_STEPS = 8  # of a projection, in which torch.nn's own code is as fast as the kernels or faster
@@ -21,7 +21,7 @@ _FEW_STEPS = 8  # of a projection, in which torch.nn's own code is as fast as th
 _CELLS = {"LSTM": "lstm", "GRU": "gru", "RNN_TANH": "rnn_tanh", "RNN_RELU": "rnn_relu"}
 
 
-class _Layer(nn.RNNBase):
+class _Layer(exits.Scriptable, nn.RNNBase):
     """What RNN, LSTM and GRU share.
 
     Attributes that torch.nn does not have, to be set when wanted: recompute (keep half the tape or less, for a slower
@@ -54,7 +54,6 @@ class _Layer(nn.RNNBase):
         self,
         input: Any,
         hx: Any = None,
-        *,
         lengths: Any = None,
         reset: Any = None,
         return_cells: bool = False,
@@ -105,15 +104,24 @@ class _Layer(nn.RNNBase):
     def _general(
         self, input: Any, hx: Any, lengths: Any, reset: Any, return_cells: bool, recompute: bool | None
     ) -> Any:
-        name = type(self).__name__
+        way, name = exits.exit_of(input), type(self).__name__
+        if way == exits.FX:
+            cells = None if return_cells is False else return_cells
+            return exits.leaf(self, input, hx, lengths=lengths, reset=reset, return_cells=cells, recompute=recompute)
         more = not (lengths is None and reset is None) or return_cells
         bare = not (more or self.clip_cell)  # the results are torch.nn's
         if isinstance(input, PackedSequence):
+            if way == exits.ONNX and torch.compiler.is_compiling():
+                raise ValueError(f"{name}: got a PackedSequence in {way}; expected a padded tensor. Use lengths=.")
+            if way and bare:
+                return self._fall_back(way, input, hx)
             return self._packed(input, hx, lengths, reset, return_cells, recompute)
+        if way == exits.TRACE and bare:
+            return self._fall_back(way, input, hx)
         states = hx if self.mode == "LSTM" and isinstance(hx, tuple | list) else (hx,)
         weights = [getattr(self, name) for name in self._flat_weights_names]
         why = self._why_not(input, states, weights)
-        if bare and not why:
+        if bare and not (why or way):
             why = self._few_steps(input.shape[1 if self.batch_first and input.dim() == 3 else 0])
         if why and not ((not bare or self.clip_grad) and why.startswith("no kernels for")):
             if more:
@@ -306,6 +314,8 @@ def _fast_step(module: Any, cell: str, input: Any, hx: Any) -> Any:
 
 
 def _general_step(module: Any, cell: str, input: Any, hx: Any) -> Any:
+    if way := exits.exit_of(input):
+        return exits.leaf(module, input, hx) if way == exits.FX else _refuse(way)
     states = hx if cell == "lstm" and isinstance(hx, tuple | list) else (hx,)
     weights = [module.weight_ih, module.weight_hh]
     H = module.hidden_size
@@ -340,7 +350,7 @@ def _refuse(why: str) -> None:
     functional.set_route(f"torch.nn: {why}")
 
 
-class RNNCell(nn.RNNCell):
+class RNNCell(exits.Scriptable, nn.RNNCell):
     """torch.nn.RNNCell on the fused kernels.
 
     >>> fusedrnn.torch.RNNCell(3, 4)(torch.ones(2, 3)).shape
@@ -355,7 +365,7 @@ class RNNCell(nn.RNNCell):
         return super().forward(input, hx) if out is None else out
 
 
-class LSTMCell(nn.LSTMCell):
+class LSTMCell(exits.Scriptable, nn.LSTMCell):
     """torch.nn.LSTMCell on the fused kernels.
 
     >>> h, c = fusedrnn.torch.LSTMCell(3, 4)(torch.ones(2, 3))
@@ -369,7 +379,7 @@ class LSTMCell(nn.LSTMCell):
         return super().forward(input, hx) if out is None else out
 
 
-class GRUCell(nn.GRUCell):
+class GRUCell(exits.Scriptable, nn.GRUCell):
     """torch.nn.GRUCell on the fused kernels.
 
     >>> fusedrnn.torch.GRUCell(3, 4)(torch.ones(2, 3)).shape

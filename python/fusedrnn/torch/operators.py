@@ -29,7 +29,7 @@ from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import forward_ad
 
 from ..cells import CELLS
-from . import composite, cuda, how, kernels
+from . import composite, cuda, how, kernels, onnx_nodes
 from .how import How
 
 Tensors = tuple[Tensor | None, ...]
@@ -374,6 +374,9 @@ def _make_operator(name: str, states: int, weights: int) -> Any:
         return outputs
 
     def autograd(keyset: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        if name == "forward" and type(arguments[0]) is not Tensor and onnx_nodes.writing():  # a program is exported
+            settings, lengths, reset, tensors = unpack(arguments)
+            return whole(name, settings, onnx_nodes.written(settings, lengths, reset, tensors), tensors[0])
         differentiated = torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)
         if differentiated or torch._C._is_fwd_grad_enabled():  # whether there are tangents costs more to ask
             return transformed(*arguments)
