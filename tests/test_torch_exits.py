@@ -16,6 +16,7 @@ torch = pytest.importorskip("torch", minversion="2.8")
 from torch import nn  # noqa: E402
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence  # noqa: E402
 from torch.utils import _pytree as pytree  # noqa: E402
+from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 import fusedrnn.torch  # noqa: E402
 from fusedrnn.torch import how  # noqa: E402
@@ -436,6 +437,36 @@ def test_decompositions_refuse_a_dynamic_number_of_steps():
     )
     with pytest.raises(ValueError, match="decompositions: T is dynamic"):
         program.run_decompositions(fusedrnn.torch.decompositions())
+
+
+def flops(module, x, hx=None):
+    with FlopCounterMode(display=False) as counter:
+        y, _ = module(x, hx)
+        forward = counter.get_total_flops()
+        if y.requires_grad:
+            y.sum().backward()
+    return forward, counter.get_total_flops() - forward
+
+
+@pytest.mark.parametrize("options", [{}, STACK])
+@pytest.mark.parametrize("kind", ["GRU", "RNN"])
+def test_flops_are_those_of_torchs_operators(kind, options):
+    theirs, ours = pair(kind, I, H, **options)
+    x = torch.randn(6, 2, I)
+    for wanted in (False, True):
+        hx = states_of(ours, 2).requires_grad_(wanted)
+        counted = [flops(module, x.clone().requires_grad_(wanted), hx) for module in (theirs, ours)]
+        assert counted[0] == counted[1]
+    with torch.no_grad():
+        assert flops(ours, x) == flops(theirs, x) != (0, 0)
+
+
+def test_flops_of_an_lstm():
+    """torch counts none where oneDNN runs its LSTM."""
+    x = torch.randn(6, 2, I, requires_grad=True)
+    products = 2 * 6 * 2 * 4 * H * (I + H)
+    last = 2 * 2 * 4 * H * H  # into the initial state, which wants no gradient
+    assert flops(fusedrnn.torch.LSTM(I, H), x) == (products, 2 * products - last)
 
 
 def test_all_arguments_may_be_positional():

@@ -29,7 +29,7 @@ from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import forward_ad
 
 from ..cells import CELLS
-from . import composite, cuda, how, kernels, onnx_nodes
+from . import composite, cuda, flops, how, kernels, onnx_nodes
 from .how import How
 
 Tensors = tuple[Tensor | None, ...]
@@ -391,6 +391,7 @@ def _make_operator(name: str, states: int, weights: int) -> Any:
     torch.library.register_fake(f"fusedrnn::{full}", fake, lib=_library)
     _library.impl(full, autograd, "Autograd", with_keyset=True)
     _library.impl(full, transformed, "FuncTorchDynamicLayerFrontMode")
+    flops.register(name, overload)
     return overload
 
 
