@@ -868,7 +868,7 @@ def test_learns():
     assert sum(errors[-5:]) < 0.3 * sum(errors[:5])
 
 
-@pytest.mark.parametrize("name", ["", ".functional", ".modules", ".replace", ".tbptt", ".clip"])
+@pytest.mark.parametrize("name", ["", ".functional", ".modules", ".replace", ".tbptt", ".clip", ".exits"])
 def test_examples_in_docstrings(name):
     importlib.import_module("fusedrnn.torch" + name)
     module = sys.modules["fusedrnn.torch" + name]  # not the function `replace`

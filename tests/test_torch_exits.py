@@ -208,6 +208,20 @@ def test_onnx_of_functions():
         same(run(data, (given,)), [y.flip(0), h])
 
 
+def test_onnx_under_autocast_keeps_the_types_of_the_model():
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn = fusedrnn.torch.GRU(I, H)
+
+        def forward(self, x):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return self.rnn(x * 2)
+
+    model, x = Own(), torch.randn(6, 2, I)
+    same(run(export(model, (x,), False), (x,)), model.rnn(x * 2))
+
+
 class Reset(nn.Module):
     def __init__(self, **options):
         super().__init__()

@@ -81,13 +81,12 @@ def run(
 ) -> tuple[Tensor, ...]:
     """All results of a stack, from x (T,B,I) and the rest without an axis E. Dropout: drawn as torch.nn draws it."""
     states = (h0, c0) if settings.states == 2 else (h0,)
-    tensors = autocast((x, *states, *weights))
     if way := exits.exit_of(x):
-        x, states, weights = tensors[0], tuple(tensors[1 : 1 + len(states)]), tensors[1 + len(states) :]
         set_route(f"{'torch operators' if way == exits.TRACE else 'ONNX nodes'}: {way}")
         if way == exits.TRACE:
             return exits.record(settings, x, states, weights, (lengths, reset), dropout)
         return onnx_nodes.write(settings, x, states, weights, lengths, reset)
+    tensors = autocast((x, *states, *weights))
     if settings.proj_size:
         settings = settings._replace(recompute=False)  # the engine of projections always keeps all
     if (why := why_not(tensors, settings.proj_size)) == "":

@@ -49,7 +49,8 @@ def write(
         if given:
             raise ValueError(f"torch.onnx.export: {name} is set; expected none: ONNX's {_op(how)} has no counterpart")
     rows = None if lengths is None else lengths.to(torch.int32)
-    y, D, finals = x, how.directions, []
+    y, *states = (_of_type(t, weights[0].dtype) for t in (x, *states))
+    D, finals = how.directions, []
     for layer in range(how.layers):
         part = slice(layer * D, (layer + 1) * D)
         first = [s if s is None or how.layers == 1 else s[part] for s in states]
@@ -72,6 +73,11 @@ def written(how: How, lengths: Any, reset: Any, p: Sequence[Any]) -> tuple[Tenso
     x, states, weights = one[0], one[1 : 1 + how.states], one[1 + how.states :]
     results = write(how, x, states, weights, None if lengths is None else lengths.squeeze(0), reset)
     return (*(t.unsqueeze(axis) for t, axis in zip(results, how.result_axes, strict=True)), x.new_empty(0))
+
+
+def _of_type(tensor: Any, dtype: torch.dtype) -> Any:
+    """Under autocast types differ; a cast that changes nothing would be a node all the same."""
+    return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)
 
 
 def _op(how: How) -> str:
