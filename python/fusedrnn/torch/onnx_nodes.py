@@ -18,11 +18,8 @@ from torch import Tensor
 from . import composite
 from .how import How, read
 
-_ORDER: dict[str, tuple[int, ...]] = {
-    "LSTM": (0, 3, 1, 2),
-    "GRU": (1, 0, 2),
-    "RNN": (0,),
-}  # iofc, zrh
+# ONNX's gates iofc and zrh, as places among torch's ifgo and rzn.
+_ORDER: dict[str, tuple[int, ...]] = {"LSTM": (0, 3, 1, 2), "GRU": (1, 0, 2), "RNN": (0,)}
 
 
 def writing() -> bool:
@@ -47,7 +44,10 @@ def write(
     }
     for name, given in missing.items():
         if given:
-            raise ValueError(f"torch.onnx.export: {name} is set; expected none: ONNX's {_op(how)} has no counterpart")
+            raise ValueError(
+                f"torch.onnx.export: {name} is set; expected none, because ONNX's {_op(how)} has no counterpart. "
+                "Export a model that does without it."
+            )
     rows = None if lengths is None else lengths.to(torch.int32)
     y, *states = (_of_type(t, weights[0].dtype) for t in (x, *states))
     D, finals = how.directions, []
