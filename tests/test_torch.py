@@ -245,15 +245,6 @@ def test_constructor_errors_are_torchs(kind, arguments, options):
         getattr(fusedrnn.torch, kind)(*arguments, **options)
 
 
-def test_proj_size_runs_torchs_own_code():
-    theirs, ours = pair("LSTM", 3, 5, 2, proj_size=2, bidirectional=True)
-    x = torch.randn(7, 2, 3)
-    same(theirs(x), ours(x))
-    assert fusedrnn.torch.route() == "torch.nn: proj_size"
-    with pytest.raises(ValueError, match="proj_size"):
-        ours(x, lengths=[7, 3])
-
-
 # Packed sequences, lengths, resets, cells.
 
 
@@ -539,9 +530,9 @@ def test_replace_and_restore():
     model.eval()
     y = model.b(model.a(x)[0])
     report = fusedrnn.torch.replace(model)
-    assert report.swapped == ["a", "b.0", "c"]
-    assert set(report.kept) == {"d", "e", "f"}
-    assert "Own" in report.kept["d"] and "parametrized" in report.kept["e"] and "proj_size" in report.kept["f"]
+    assert report.swapped == ["a", "b.0", "c", "f"]
+    assert set(report.kept) == {"d", "e"}
+    assert "Own" in report.kept["d"] and "parametrized" in report.kept["e"]
     assert "swapped a" in str(report)
     assert all(p is q for (_, p), (_, q) in zip(before, model.named_parameters(), strict=True))
     same(y, model.b(model.a(x)[0]))
@@ -877,7 +868,7 @@ def test_learns():
     assert sum(errors[-5:]) < 0.3 * sum(errors[:5])
 
 
-@pytest.mark.parametrize("name", ["", ".functional", ".modules", ".replace", ".tbptt", ".clip"])
+@pytest.mark.parametrize("name", ["", ".functional", ".modules", ".replace", ".tbptt", ".clip", ".exits"])
 def test_examples_in_docstrings(name):
     importlib.import_module("fusedrnn.torch" + name)
     module = sys.modules["fusedrnn.torch" + name]  # not the function `replace`

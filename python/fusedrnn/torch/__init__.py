@@ -11,6 +11,7 @@ or `fusedrnn.torch.replace(model)` for a model that is there already; or `lstm`,
 from . import clip, tbptt
 from .ctc import ctc_loss
 from .cuda import use_cuda_kernels
+from .exits import decompositions
 from .functional import gru, lstm, rnn, route
 from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 from .replace import Report, replace, restore
@@ -25,6 +26,7 @@ __all__ = [
     "Report",
     "clip",
     "ctc_loss",
+    "decompositions",
     "gru",
     "lstm",
     "replace",

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..cells import CELLS
 from .how import How, parts, read
 from .kernels import extent, spread
 
@@ -21,7 +22,7 @@ Tensors = Sequence[Tensor | None]
 _vjp: Any = torch.func.vjp
 
 
-def _cell(how: How, a: Tensor, h: Tensor, c: Any, R: Tensor, b: Tensor | None) -> tuple[Tensor, Any]:
+def _cell(how: How, a: Tensor, h: Tensor, c: Any, R: Tensor, b: Tensor | None, Wr: Any) -> tuple[Tensor, Any]:
     """One step from a = x W^T + bW: h and c."""
 
     def product(h: Tensor, R: Tensor, b: Tensor | None) -> Tensor:
@@ -31,7 +32,8 @@ def _cell(how: How, a: Tensor, h: Tensor, c: Any, R: Tensor, b: Tensor | None) -
     if how.cell == "lstm":
         i, f, g, o = (a + product(h, R, b)).chunk(4, -1)
         c = _clip(torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g), how.clip_cell)
-        return torch.sigmoid(o) * torch.tanh(c), c
+        h = torch.sigmoid(o) * torch.tanh(c)
+        return (h if Wr is None else h @ Wr.transpose(-1, -2)), c
     if how.cell == "gru":
         ar, az, an = a.chunk(3, -1)
         hr, hz, hn = product(h, R, b).chunk(3, -1)
@@ -61,7 +63,8 @@ def forward(how: How, lengths: Tensor | None, reset: Tensor | None, p: Tensors) 
     weights = p[1 + how.states :]
     assert x is not None
     E = extent(p, how.argument_axes)
-    T, B, H = x.shape[0], x.shape[2], weights[1].shape[-1]  # type: ignore[union-attr]
+    T, B, P = x.shape[0], x.shape[2], weights[1].shape[-1]  # type: ignore[union-attr]
+    H = weights[1].shape[-2] // CELLS[how.cell].gates  # type: ignore[union-attr]
     active: Any = [None] * T
     if lengths is not None:
         E = max(E, lengths.shape[0])
@@ -71,7 +74,8 @@ def forward(how: How, lengths: Tensor | None, reset: Tensor | None, p: Tensors) 
         E = max(E, reset.shape[1])
         given = reset.ne(0).to(x.device).unsqueeze(-1)
         boundary = [*(b if a is None else b & a for b, a in zip(given, active, strict=True)), None]
-    zero = torch.zeros((E, B, H), dtype=x.dtype, device=x.device)
+    zero = torch.zeros((E, B, P), dtype=x.dtype, device=x.device)
+    zero_c = torch.zeros((E, B, H), dtype=x.dtype, device=x.device) if how.proj_size else zero
 
     def restarted(t: int, first: Any, state: Any) -> Any:
         return state if boundary[t] is None or state is None else torch.where(boundary[t], first, state)
@@ -79,8 +83,8 @@ def forward(how: How, lengths: Tensor | None, reset: Tensor | None, p: Tensors) 
     def running(t: int, new: Any, old: Any) -> Any:
         return new if active[t] is None or new is None else torch.where(active[t], new, old)
 
-    def initial(state: Tensor | None, n: int) -> Tensor:
-        return zero if state is None else spread(state[n], 0, E)
+    def initial(state: Tensor | None, n: int, absent: Tensor) -> Tensor:
+        return absent if state is None else spread(state[n], 0, E)
 
     y = x
     hns: list[Any] = []
@@ -93,22 +97,24 @@ def forward(how: How, lengths: Tensor | None, reset: Tensor | None, p: Tensors) 
         kept: list[Any] = []
         for d in range(how.directions):
             n = layer * how.directions + d
-            W, R, *bias = weights[n * how.per_layer : (n + 1) * how.per_layer]
-            bW, bR = bias or (None, None)
+            W, R, *more = weights[n * how.per_layer : (n + 1) * how.per_layer]
+            Wr = more.pop() if how.proj_size else None
+            bW, bR = more or (None, None)
             assert W is not None and R is not None
             gates = y @ W.transpose(-1, -2)
             gates = gates if bW is None else gates + bW.unsqueeze(-2)
             backwards = how.reverse or d == 1
-            h, c = initial(h0, n), initial(c0, n) if how.states == 2 else None
-            first_h, first_c = (h, c) if how.reset_to_initial else (zero, zero if c is not None else None)
+            h, c = initial(h0, n, zero), initial(c0, n, zero_c) if how.states == 2 else None
+            first_h, first_c = (h, c) if how.reset_to_initial else (zero, zero_c if c is not None else None)
             row_y: list[Any] = [None] * T
             row_c: list[Any] = [None] * T
             for t in reversed(range(T)) if backwards else range(T):
                 cut = t + 1 if backwards else t  # where a sequence ends, seen from this side
-                h_new, c_new = _cell(how, gates[t], restarted(cut, first_h, h), restarted(cut, first_c, c), R, bR)
+                begin = restarted(cut, first_h, h), restarted(cut, first_c, c)
+                h_new, c_new = _cell(how, gates[t], *begin, R, bR, Wr)
                 h, c = running(t, h_new, h), running(t, c_new, c)
                 row_y[t] = running(t, h, zero)
-                row_c[t] = row_y[t] if c is None else running(t, c, zero)
+                row_c[t] = row_y[t] if c is None else running(t, c, zero_c)
             ys.append(torch.stack(row_y))
             kept.append(torch.stack(row_c))
             hns.append(h)

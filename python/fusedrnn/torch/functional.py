@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import dropout as draw
 
-from . import composite, cuda, operators
+from . import composite, cuda, exits, onnx_nodes, operators
 from .how import How
 from .kernels import DTYPES
 
@@ -23,7 +23,7 @@ _route = "none: nothing ran yet"
 
 def route() -> str:
     """Which road the last eager call took (in any thread): "fused", "torch.nn: why", "torch.nn.functional: why",
-    or "torch operators: why".
+    "torch operators: why", or "ONNX nodes: torch.onnx.export".
 
     Under torch.compile it tells the road taken while tracing.
 
@@ -39,11 +39,11 @@ def set_route(text: str) -> None:
     _route = text
 
 
-def why_not(tensors: Sequence[Tensor | None]) -> str:
+def why_not(tensors: Sequence[Tensor | None], proj_size: int = 0) -> str:
     """Why the kernels cannot take these tensors; "" if they can."""
     first = next(tensor for tensor in tensors if tensor is not None)
     if first.device.type == "cuda":
-        if why := cuda.why_not():
+        if why := cuda.why_not() or (proj_size and "no kernels for proj_size on cuda"):
             return why
     elif first.device.type not in ("cpu", "meta"):
         return f"no kernels for {first.device.type}"
@@ -81,8 +81,15 @@ def run(
 ) -> tuple[Tensor, ...]:
     """All results of a stack, from x (T,B,I) and the rest without an axis E. Dropout: drawn as torch.nn draws it."""
     states = (h0, c0) if settings.states == 2 else (h0,)
+    if way := exits.exit_of(x):
+        set_route(f"{'torch operators' if way == exits.TRACE else 'ONNX nodes'}: {way}")
+        if way == exits.TRACE:
+            return exits.record(settings, x, states, weights, (lengths, reset), dropout)
+        return onnx_nodes.write(settings, x, states, weights, lengths, reset)
     tensors = autocast((x, *states, *weights))
-    if (why := why_not(tensors)) == "":
+    if settings.proj_size:
+        settings = settings._replace(recompute=False)  # the engine of projections always keeps all
+    if (why := why_not(tensors, settings.proj_size)) == "":
         set_route("fused")
         grad = torch.is_grad_enabled() and (
             not torch.compiler.is_exporting()
@@ -166,8 +173,9 @@ def lstm(
 ) -> Any:
     """Run an LSTM: (y, (h, c)), or (y, (h, c), cells) with return_cells. The arguments are those of fusedrnn.lstm.
 
-    params: tensors by torch.nn's names (weight_ih_l0, ...) or in torch.nn's order. dropout acts while `training`, with
-    torch's random numbers.
+    params: tensors by torch.nn's names (weight_ih_l0, ...) or in torch.nn's order; with weight_hr_l0 (P,H), ... h has P
+    units, as with torch.nn's proj_size (recompute then has no effect). dropout acts while `training`, with torch's
+    random numbers.
 
     >>> layer = torch.nn.LSTM(3, 4)
     >>> y, (h, c) = fusedrnn.torch.lstm(torch.ones(5, 2, 3), None, dict(layer.named_parameters()))
@@ -236,23 +244,25 @@ def rnn(
     )
 
 
-def names(num_layers: int, directions: int, bias: bool) -> list[str]:
+def names(num_layers: int, directions: int, bias: bool, projected: bool = False) -> list[str]:
     """torch.nn's parameter names, in its order."""
     kinds = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")[: 4 if bias else 2]
+    kinds += ("weight_hr",) if projected else ()
     ends = ("", "_reverse")[:directions]
     return [f"{kind}_l{layer}{end}" for layer in range(num_layers) for end in ends for kind in kinds]
 
 
 def _flat(name: str, params: Any, num_layers: int, directions: int) -> list[Tensor]:
-    stacks = num_layers * directions
+    stacks, lstm = num_layers * directions, name == "lstm"
     if isinstance(params, Mapping):
-        expected = names(num_layers, directions, "bias_ih_l0" in params)
+        expected = names(num_layers, directions, "bias_ih_l0" in params, lstm and "weight_hr_l0" in params)
         if set(expected) != set(params):
             raise ValueError(f"{name}: params has {', '.join(params)}; expected {', '.join(expected)}")
         return [params[key] for key in expected]
-    if len(params) not in (2 * stacks, 4 * stacks):
+    if len(params) not in [n * stacks for n in ((2, 3, 4, 5) if lstm else (2, 4))]:
+        more = f" (with weight_hr {5 * stacks} or {3 * stacks})" if lstm else ""
         raise ValueError(
-            f"{name}: params has {len(params)} tensors; expected {4 * stacks}, or {2 * stacks} without biases, "
+            f"{name}: params has {len(params)} tensors; expected {4 * stacks}, or {2 * stacks} without biases{more}, "
             f"for num_layers={num_layers} and {directions} direction(s)"
         )
     return list(params)
@@ -285,18 +295,19 @@ def _function(
         raise ValueError(f"{name}: reverse is set; expected one direction with it, but bidirectional is set too")
     if x.dim() not in (2, 3):
         raise ValueError(f"{name}: x has {x.dim()} dimensions; expected 3, or 2 without a batch")
-    bias = len(weights) == 4 * num_layers * directions
+    per_layer = len(weights) // (num_layers * directions)
     settings = How(
         cell,
         num_layers,
         directions,
-        bias,
+        per_layer >= 4,
         reverse,
         reset_to == "initial",
         recompute,
         float(clip_cell or 0),
         float(clip_grad or 0),
         cells=return_cells,
+        proj_size=int(weights[per_layer - 1].shape[0]) if per_layer % 2 else 0,
     )
     if not torch.compiler.is_compiling():
         operators.make_operators(settings.states, settings.weights)
@@ -309,23 +320,25 @@ def _function(
 
 
 def _check(name: str, x: Tensor, h0: Any, c0: Any, weights: Any, settings: How, batch_first: bool) -> None:
-    H = weights[1].shape[-1]
+    P = settings.proj_size
+    source = "weight_hr_l0" if P else "weight_hh_l0"
+    H = weights[settings.per_layer - 1 if P else 1].shape[-1]
     rows = x.shape[0 if batch_first else 1] if x.dim() == 3 else None
     S = settings.layers * settings.directions
-    state = (S, H) if rows is None else (S, rows, H)
-    for what, given in (("h", h0), ("c", c0)):
+    for what, given, units in (("h", h0, P or H), ("c", c0, H)):
+        state = (S, units) if rows is None else (S, rows, units)
         if given is not None and tuple(given.shape) != state:
             raise ValueError(
                 f"{name}: {what} of state has shape {tuple(given.shape)}; expected {state}, from x and params"
             )
     shapes = weight_shapes(settings, x.shape[-1], H)
     for key, weight, shape in zip(
-        names(settings.layers, settings.directions, settings.bias), weights, shapes, strict=True
+        names(settings.layers, settings.directions, settings.bias, P > 0), weights, shapes, strict=True
     ):
         if tuple(weight.shape) != shape:
             raise ValueError(
                 f"{name}: {key} has shape {tuple(weight.shape)}; expected {shape}, with I={x.shape[-1]} from x "
-                f"and H={H} from weight_hh_l0"
+                f"and H={H} from {source}"
             )
 
 

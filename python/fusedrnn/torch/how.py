@@ -4,10 +4,12 @@
 Tensors of a call, everywhere in this package, with an axis E of weight sets (extent 1 or E: broadcast):
 
     p        x (T,E,B,I), h0 (S,E,B,H) or None, c0 likewise (LSTM only), then per layer and direction W (E,G*H,I_l),
-             R (E,G*H,H) and, with bias, bW, bR (E,G*H); S = layers * directions
+             R (E,G*H,H) and, with bias, bW, bR (E,G*H), with a projection Wr (E,P,H); S = layers * directions
     results  y (T,E,B,D*H), hn (S,E,B,H), cn likewise (LSTM only), cells (L,T,E,B,D*H) or None
     tape     (E, n): opaque, belongs to the backend whose number stands in its last element
     lengths  int64 (E,B) or None; reset bool or uint8 (T,E,B) or None
+
+With a projection (LSTM only) h has P units instead of H: in y, hn, h0, R and I_l. c and cells keep H.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from ..cells import CELLS
 
 class How(NamedTuple):
     """The settings of a call. `want` says which gradients are wanted, one digit for each of p; `each`: give them for
-    every weight set, also where the argument is shared by all (else their sum)."""
+    every weight set, also where the argument is shared by all (else their sum). proj_size: P; 0: no projection."""
 
     cell: str
     layers: int = 1
@@ -36,6 +38,7 @@ class How(NamedTuple):
     cells: bool = False
     want: str = ""
     each: bool = False
+    proj_size: int = 0
 
     @property
     def states(self) -> int:
@@ -45,7 +48,7 @@ class How(NamedTuple):
     @property
     def per_layer(self) -> int:
         """Weights of one layer in one direction."""
-        return 4 if self.bias else 2
+        return (4 if self.bias else 2) + (self.proj_size > 0)
 
     @property
     def weights(self) -> int:
@@ -76,7 +79,7 @@ class How(NamedTuple):
         """As operators take it; `read` is the inverse."""
         flags = f"{self.bias:d} {self.reverse:d} {self.reset_to_initial:d} {self.recompute:d}"
         clips = f"{self.clip_cell!r} {self.clip_grad!r}"
-        wants = f"{self.tape:d} {self.cells:d} {self.want or '-'} {self.each:d}"
+        wants = f"{self.tape:d} {self.cells:d} {self.want or '-'} {self.each:d} {self.proj_size}"
         return f"{self.cell} {self.layers} {self.directions} {flags} {clips} {wants}"
 
     def tape_length(self, T: Any, B: Any, H: Any) -> Any:
@@ -87,7 +90,8 @@ class How(NamedTuple):
         per_unit = (1 + cell.cell_state + cell.kept) * T  # h, c, and what the cell keeps
         if self.recompute:
             per_unit = T + (T + 7) // 8 if self.cell == "lstm" else T
-        return self.layers * self.directions * B * H * per_unit + 1
+        spared = T * (H - self.proj_size) if self.proj_size else 0  # h has fewer units
+        return self.layers * self.directions * B * (H * per_unit - spared) + 1
 
 
 @lru_cache(maxsize=4096)
@@ -110,6 +114,7 @@ def read(text: str) -> How:
         rest[9] == "1",
         "" if rest[10] == "-" else rest[10],
         rest[11] == "1",
+        int(rest[12]) if len(rest) > 12 else 0,  # programs exported by earlier versions end before it
     )
 
 

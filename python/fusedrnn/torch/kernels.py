@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..backends import Arguments, Problem, Results
+from ..backends import Arguments, Problem, Results, Variant
 from ..cells import CELLS
 from .how import How
 
 Tensors = Sequence[Tensor | None]
+
+_LSTM = (("Sigmoid", 0.0, 0.0), ("Tanh", 0.0, 0.0), ("Tanh", 0.0, 0.0))  # activations as usual
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -81,7 +83,7 @@ class Call:
             self.E,
             B,
             I,
-            R.shape[-1],
+            R.shape[-2] // CELLS[how.cell].gates,
             how.layers,
             how.directions,
             reverse=how.reverse,
@@ -90,6 +92,7 @@ class Call:
             clip_cell=how.clip_cell,
             clip_grad=how.clip_grad,
             bf16_weights=bf16_weights,
+            variant=Variant(_LSTM, how.proj_size) if how.proj_size else None,
         )
         if lengths is not None:
             self.problem.lengths = _lengths(spread(lengths, 0, self.E).numpy(), T)
@@ -123,8 +126,12 @@ class Call:
     def _pack(self, arrays: list[Any]) -> Arguments:
         states = self.how.states
         per = self.how.per_layer
-        weights = [(*arrays[n : n + per], None, None)[:4] for n in range(1 + states, len(arrays), per)]
-        return Arguments(arrays[0], arrays[1], arrays[2] if states == 2 else None, weights)
+        sets = [arrays[n : n + per] for n in range(1 + states, len(arrays), per)]
+        extras: list[Any] = []
+        if self.how.proj_size:
+            extras = [(each.pop(), None, None, None, None, None) for each in sets]
+        weights = [(*each, None, None)[:4] for each in sets]
+        return Arguments(arrays[0], arrays[1], arrays[2] if states == 2 else None, weights, extras=extras)
 
     def given(self, g: Tensors) -> Results:
         """Cotangents of the results, or tangents of those: each may be None."""
@@ -169,20 +176,22 @@ def _lengths(lengths: np.ndarray, T: int) -> np.ndarray:
 def result_shapes(how: How, problem: Any) -> list[tuple[Any, ...]]:
     """Shapes of all results; `problem` has the sizes."""
     T, E, B, H = problem.T, problem.E, problem.B, problem.H
-    S, DH = how.layers * how.directions, how.directions * H
-    shapes: list[tuple[Any, ...]] = [(T, E, B, DH), *[(S, E, B, H)] * how.states]
-    return [*shapes, (how.layers, T, E, B, DH)] if how.cells else shapes
+    S, D, P = how.layers * how.directions, how.directions, how.proj_size or H
+    shapes: list[tuple[Any, ...]] = [(T, E, B, D * P), (S, E, B, P), (S, E, B, H)][: 1 + how.states]
+    return [*shapes, (how.layers, T, E, B, D * H)] if how.cells else shapes
 
 
 def argument_shapes(how: How, problem: Any) -> list[tuple[Any, ...]]:
     """Shapes of all p with E weight sets."""
     T, E, B, I, H = problem.T, problem.E, problem.B, problem.I, problem.H  # noqa: E741
-    GH = CELLS[how.cell].gates * H
-    shapes: list[tuple[Any, ...]] = [(T, E, B, I), *[(how.layers * how.directions, E, B, H)] * how.states]
+    GH, S, P = CELLS[how.cell].gates * H, how.layers * how.directions, how.proj_size or H
+    shapes: list[tuple[Any, ...]] = [(T, E, B, I), (S, E, B, P), (S, E, B, H)][: 1 + how.states]
     for layer in range(how.layers):
-        inputs = I if layer == 0 else how.directions * H
+        inputs = I if layer == 0 else how.directions * P
         for _ in range(how.directions):
-            shapes += [(E, GH, inputs), (E, GH, H), (E, GH), (E, GH)][: how.per_layer]
+            shapes += [(E, GH, inputs), (E, GH, P)]
+            shapes += [(E, GH), (E, GH)] if how.bias else []
+            shapes += [(E, P, H)] if how.proj_size else []
     return shapes
 
 
@@ -206,7 +215,8 @@ def _run_forward(call: Call, out: Results, tape: Tensor) -> None:
 def forward(how: How, lengths: Any, reset: Any, p: Tensors) -> tuple[Tensor, ...]:
     """The results and the tape (empty unless how.tape)."""
     assert p[0] is not None
-    half = p[0].dtype == torch.bfloat16 and not how.tape and backends.choose() is backends.load("native")
+    plain = not (how.tape or how.proj_size)
+    half = p[0].dtype == torch.bfloat16 and plain and backends.choose() is backends.load("native")
     call = Call(how, p, (), (), lengths, reset, half)
     tensors, out = call.new_results()
     tape = _new_tape(call)
@@ -229,11 +239,19 @@ def backward(how: How, lengths: Any, reset: Any, p: Tensors, tape: Tensor | None
     return call.stored(tensors)
 
 
+def _tangents(how: How) -> Any:
+    """The backend of tangents: those of a projection are the reference's."""
+    if how.proj_size:
+        backends.log.info("tangents of a projection run on the reference")
+        return backends.load("reference")
+    return backends.choose()
+
+
 def jvp(how: How, lengths: Any, reset: Any, p: Tensors, v: Tensors) -> tuple[Tensor, ...]:
     """Tangents of the results along v."""
     call = Call(how, p, v, how.argument_axes, lengths, reset)
     tensors, out = call.new_results()
-    backend: Any = backends.choose()
+    backend = _tangents(how)
     backend.jvp(call.problem, call.p, call.arguments(v), out)
     return call.stored(tensors)
 
@@ -246,6 +264,6 @@ def hvp(
     call = Call(how, p, (*v, *g, *t), axes, lengths, reset)
     tensors, out = call.new_arguments(p)
     more, results = call.new_results() if tout else ([], None)
-    backend: Any = backends.choose()
+    backend = _tangents(how)
     backend.hvp(call.problem, call.p, call.arguments(v), call.given(g), call.given(t), out, results)
     return call.stored([*tensors, *more])

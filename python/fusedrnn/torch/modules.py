@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """torch.nn's recurrent modules on the fused kernels: the same constructors, parameters, outputs and errors.
 
-What the kernels do not cover (another device, proj_size, arguments that are wrong) goes through torch.nn's own code;
+What the kernels do not cover (another device, arguments that are wrong) goes through torch.nn's own code;
 fusedrnn.torch.route() tells. They are no subclasses of nn.RNN, nn.LSTM and nn.GRU, because torch.compile refuses those.
 """
 
@@ -13,18 +13,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from . import fast, functional, operators
+from . import exits, fast, functional, operators
 from .how import How
+
+_FEW_STEPS = 8  # of a projection, in which torch.nn's own code is as fast as the kernels or faster
 
 _CELLS = {"LSTM": "lstm", "GRU": "gru", "RNN_TANH": "rnn_tanh", "RNN_RELU": "rnn_relu"}
 
 
-class _Layer(nn.RNNBase):
+class _Layer(exits.Scriptable, nn.RNNBase):
     """What RNN, LSTM and GRU share.
 
     Attributes that torch.nn does not have, to be set when wanted: recompute (keep half the tape or less, for a slower
-    backward), reset_to ("zero" or "initial": what a reset goes back to), clip_cell (LSTM: limits |c| after every step)
-    and clip_grad (limits |dh|, |dc| at every step of backward), both None = off.
+    backward; no effect with proj_size), reset_to ("zero" or "initial": what a reset goes back to), clip_cell (LSTM:
+    limits |c| after every step) and clip_grad (limits |dh|, |dc| at every step of backward), both None = off.
     """
 
     _torch: Any
@@ -45,13 +47,13 @@ class _Layer(nn.RNNBase):
             self.clip_cell or 0.0,
             self.clip_grad or 0.0,
             cells=cells,
+            proj_size=self.proj_size,
         )
 
     def forward(  # type: ignore[override]
         self,
         input: Any,
         hx: Any = None,
-        *,
         lengths: Any = None,
         reset: Any = None,
         return_cells: bool = False,
@@ -102,44 +104,50 @@ class _Layer(nn.RNNBase):
     def _general(
         self, input: Any, hx: Any, lengths: Any, reset: Any, return_cells: bool, recompute: bool | None
     ) -> Any:
+        way, name = exits.exit_of(input), type(self).__name__
+        if way == exits.FX:
+            cells = None if return_cells is False else return_cells
+            return exits.leaf(self, input, hx, lengths=lengths, reset=reset, return_cells=cells, recompute=recompute)
+        more = not (lengths is None and reset is None) or return_cells
+        bare = not (more or self.clip_cell)  # the results are torch.nn's
         if isinstance(input, PackedSequence):
+            if way == exits.ONNX and torch.compiler.is_compiling():
+                raise ValueError(f"{name}: got a PackedSequence in {way}; expected a padded tensor. Use lengths=.")
+            if way and bare:
+                return self._fall_back(way, input, hx)
             return self._packed(input, hx, lengths, reset, return_cells, recompute)
+        if way == exits.TRACE and bare:
+            return self._fall_back(way, input, hx)
         states = hx if self.mode == "LSTM" and isinstance(hx, tuple | list) else (hx,)
         weights = [getattr(self, name) for name in self._flat_weights_names]
-        more = not (lengths is None and reset is None) or return_cells
         why = self._why_not(input, states, weights)
-        if why and not (more and why.startswith("no kernels for")):
+        if bare and not (why or way):
+            why = self._few_steps(input.shape[1 if self.batch_first and input.dim() == 3 else 0])
+        if why and not ((not bare or self.clip_grad) and why.startswith("no kernels for")):
             if more:
-                raise ValueError(
-                    f"{type(self).__name__}: lengths, reset and return_cells need the fused kernels; not for {why}"
-                )
+                raise ValueError(f"{name}: lengths, reset and return_cells need the fused kernels; not for {why}")
             return self._fall_back(why, input, hx)
         h0, c0 = (*states, None, None)[:2]
         settings = self._settings(recompute, return_cells)
         dropout = self.dropout if self.training else 0.0
-        name = type(self).__name__
         return functional.batched(name, settings, input, h0, c0, weights, self.batch_first, lengths, reset, dropout)
 
     def _why_not(self, input: Tensor, states: Any, weights: list[Tensor], rows: int | None = None) -> str:
         """Why torch.nn's own code must run; "" if the kernels can. Wrong arguments too: torch.nn words the errors.
         rows: of a packed input."""
-        if self.proj_size:
-            return "proj_size"
         if input.dim() not in (2, 3) or input.shape[-1] != self.input_size:
             return "input's shape"
         if 0 in input.shape:
             return "an empty input"
-        S = self.num_layers * (2 if self.bidirectional else 1)
-        expected: tuple[int, ...] = (S, self.hidden_size)
+        S, H = self.num_layers * (2 if self.bidirectional else 1), self.hidden_size
         if input.dim() == 3:
-            expected = (S, input.shape[0 if self.batch_first else 1], self.hidden_size)
-        elif rows is not None:
-            expected = (S, rows, self.hidden_size)
+            rows = input.shape[0 if self.batch_first else 1]
+        expected = [(S, units) if rows is None else (S, rows, units) for units in (self.proj_size or H, H)]
         if states[0] is not None or len(states) != 1:
             if len(states) != (2 if self.mode == "LSTM" else 1):
                 return "hx's type"
-            for state in states:
-                if not isinstance(state, Tensor) or state.shape != expected:
+            for state, size in zip(states, expected, strict=False):
+                if not isinstance(state, Tensor) or state.shape != size:
                     return "hx's shape"
         for weight, shape in zip(
             weights,
@@ -151,7 +159,13 @@ class _Layer(nn.RNNBase):
         given = [input, *(state for state in states if state is not None), *weights]
         if input.dtype != weights[0].dtype and not torch.is_autocast_enabled(input.device.type):
             return "input's dtype"
-        return functional.why_not(functional.autocast(given))
+        return functional.why_not(functional.autocast(given), self.proj_size)
+
+    def _few_steps(self, T: int) -> str:
+        """Why torch.nn's own code should run a call that asks for no more than it can; "" if the kernels should."""
+        if not self.proj_size or self.clip_cell or self.clip_grad or torch.compiler.is_compiling() or T >= _FEW_STEPS:
+            return ""
+        return "" if torch._C._are_functorch_transforms_active() else f"proj_size in fewer than {_FEW_STEPS} steps"
 
     def _fall_back(self, why: str, input: Any, hx: Any) -> Any:
         functional.set_route(f"torch.nn: {why}")
@@ -181,7 +195,8 @@ class _Layer(nn.RNNBase):
             return PackedSequence(y, sizes, order, back), self.permute_hidden(final, back)
         if not self._why_not(data, (None,), weights):
             states = sorted_states
-        if why := self._why_not(data, states, weights, int(sizes[0])):
+        why = self._why_not(data, states, weights, int(sizes[0])) or self._few_steps(len(sizes))
+        if why and not ((self.clip_cell or self.clip_grad) and why.startswith("no kernels for")):
             return self._fall_back(why, input, hx)
         x, rows = torch._VF._pad_packed_sequence(data, sizes, False, 0.0, len(sizes))  # type: ignore[attr-defined]
         h0, c0 = (*states, None, None)[:2]
@@ -299,6 +314,8 @@ def _fast_step(module: Any, cell: str, input: Any, hx: Any) -> Any:
 
 
 def _general_step(module: Any, cell: str, input: Any, hx: Any) -> Any:
+    if way := exits.exit_of(input):
+        return exits.leaf(module, input, hx) if way == exits.FX else _refuse(way)
     states = hx if cell == "lstm" and isinstance(hx, tuple | list) else (hx,)
     weights = [module.weight_ih, module.weight_hh]
     H = module.hidden_size
@@ -333,7 +350,7 @@ def _refuse(why: str) -> None:
     functional.set_route(f"torch.nn: {why}")
 
 
-class RNNCell(nn.RNNCell):
+class RNNCell(exits.Scriptable, nn.RNNCell):
     """torch.nn.RNNCell on the fused kernels.
 
     >>> fusedrnn.torch.RNNCell(3, 4)(torch.ones(2, 3)).shape
@@ -348,7 +365,7 @@ class RNNCell(nn.RNNCell):
         return super().forward(input, hx) if out is None else out
 
 
-class LSTMCell(nn.LSTMCell):
+class LSTMCell(exits.Scriptable, nn.LSTMCell):
     """torch.nn.LSTMCell on the fused kernels.
 
     >>> h, c = fusedrnn.torch.LSTMCell(3, 4)(torch.ones(2, 3))
@@ -362,7 +379,7 @@ class LSTMCell(nn.LSTMCell):
         return super().forward(input, hx) if out is None else out
 
 
-class GRUCell(nn.GRUCell):
+class GRUCell(exits.Scriptable, nn.GRUCell):
     """torch.nn.GRUCell on the fused kernels.
 
     >>> fusedrnn.torch.GRUCell(3, 4)(torch.ones(2, 3)).shape

@@ -28,7 +28,8 @@ from torch._C import _after_autograd_keyset, _AutoDispatchBelowAutograd, _functo
 from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import forward_ad
 
-from . import composite, cuda, how, kernels
+from ..cells import CELLS
+from . import composite, cuda, flops, how, kernels, onnx_nodes
 from .how import How
 
 Tensors = tuple[Tensor | None, ...]
@@ -359,21 +360,13 @@ def _make_operator(name: str, states: int, weights: int) -> Any:
         *tensors, lengths, reset, text = arguments
         return how.read(text), lengths, reset, tuple(tensors)
 
-    def whole(settings: How, outputs: Sequence[Any], like: Tensor) -> tuple[Tensor, ...]:
-        """All that the schema promises: empty tensors for what is not there."""
-        if name in ("backward", "hvp"):
-            outputs = _placed(settings, settings.want, outputs)
-        elif not settings.cells:
-            outputs = (*outputs[: 1 + states], None, *outputs[1 + states :])
-        return tuple(like.new_empty(0) if output is None else output for output in outputs)
-
     def kernel(*arguments: Any) -> tuple[Tensor, ...]:
         settings, lengths, reset, tensors = unpack(arguments)
-        return whole(settings, _run(name, settings, lengths, reset, tensors), tensors[0])
+        return whole(name, settings, _run(name, settings, lengths, reset, tensors), tensors[0])
 
     def fake(*arguments: Any) -> tuple[Tensor, ...]:
         settings, lengths, reset, tensors = unpack(arguments)
-        return whole(settings, _fake(name, settings, lengths, reset, tensors), tensors[0])
+        return whole(name, settings, _fake(name, settings, lengths, reset, tensors), tensors[0])
 
     def below(keyset: Any, *arguments: Any) -> tuple[Tensor, ...]:
         with _AutoDispatchBelowAutograd():
@@ -381,6 +374,9 @@ def _make_operator(name: str, states: int, weights: int) -> Any:
         return outputs
 
     def autograd(keyset: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        if name == "forward" and type(arguments[0]) is not Tensor and onnx_nodes.writing():  # a program is exported
+            settings, lengths, reset, tensors = unpack(arguments)
+            return whole(name, settings, onnx_nodes.written(settings, lengths, reset, tensors), tensors[0])
         differentiated = torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)
         if differentiated or torch._C._is_fwd_grad_enabled():  # whether there are tangents costs more to ask
             return transformed(*arguments)
@@ -388,14 +384,24 @@ def _make_operator(name: str, states: int, weights: int) -> Any:
 
     def transformed(*arguments: Any) -> tuple[Tensor, ...]:
         settings, lengths, reset, tensors = unpack(arguments)
-        return whole(settings, apply(name, settings, lengths, reset, *tensors), tensors[0])
+        return whole(name, settings, apply(name, settings, lengths, reset, *tensors), tensors[0])
 
     _library.impl(full, kernel, "CPU")
     _library.impl(full, kernel, "CUDA")
     torch.library.register_fake(f"fusedrnn::{full}", fake, lib=_library)
     _library.impl(full, autograd, "Autograd", with_keyset=True)
     _library.impl(full, transformed, "FuncTorchDynamicLayerFrontMode")
+    flops.register(name, overload)
     return overload
+
+
+def whole(name: str, settings: How, outputs: Sequence[Any], like: Tensor) -> tuple[Tensor, ...]:
+    """All that an operator's schema promises: empty tensors for what is not there."""
+    if name in ("backward", "hvp"):
+        outputs = _placed(settings, settings.want, outputs)
+    elif not settings.cells:
+        outputs = (*outputs[: 1 + settings.states], None, *outputs[1 + settings.states :])
+    return tuple(like.new_empty(0) if output is None else output for output in outputs)
 
 
 def _present(name: str, settings: How, outputs: Sequence[Any]) -> tuple[Any, ...]:
@@ -423,7 +429,7 @@ def _fake(name: str, settings: How, lengths: Any, reset: Any, tensors: Sequence[
     p = tensors[: settings.arguments]
     x, R = p[0], p[settings.states + 2]
     T, _, B, I = x.shape  # noqa: E741
-    sizes = kernels.Sizes(T, E, B, I, R.shape[-1])
+    sizes = kernels.Sizes(T, E, B, I, R.shape[-2] // CELLS[settings.cell].gates)
     if name in ("forward", "jvp"):
         outputs = [x.new_empty(shape) for shape in kernels.result_shapes(settings, sizes)]
         if name == "forward":
@@ -453,6 +459,6 @@ def call(settings: How, lengths: Any, reset: Any, p: Sequence[Any]) -> tuple[Any
 
 
 # Those of usual sizes at once, so that an exported program can be loaded before any module is made.
-for _states in (1, 2):
-    for _weights in (2, 4, 6, 8, 10, 12, 16, 20):
+for _states, _counts in ((1, (2, 4, 6, 8, 10, 12, 16, 20)), (2, (2, 3, 4, 5, 6, 8, 10, 12, 16, 20))):
+    for _weights in _counts:
         make_operators(_states, _weights)

@@ -62,9 +62,6 @@ def _swap(model: nn.Module, classes: dict[type, type]) -> Report:
             module.__class__ = to
             if isinstance(module, modules._Layer):
                 module._prepare()
-                if module.proj_size:
-                    report.kept[name] = "proj_size: swapped, but torch.nn's own code runs"
-                    continue
             report.swapped.append(name)
         elif any(isinstance(module, each) for each in classes):
             kind = type(module)
