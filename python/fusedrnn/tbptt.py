@@ -148,7 +148,7 @@ def chunks(
     """
     k2 = k1 if k2 is None else k2
     for name, k in (("k1", k1), ("k2", k2)):
-        if not isinstance(k, int | np.integer) or k < 1:
+        if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
             raise ValueError(f"tbptt: {name} is {k!r}; expected a number of steps >= 1")
     if layer.bidirectional:
         raise ValueError(
