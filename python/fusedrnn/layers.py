@@ -14,6 +14,13 @@ from .cells import CELLS
 
 _Array = np.ndarray
 
+# Why there is no tape, and what to do: what stands in the tape's place.
+_AGAIN = "Call layer.train(), then layer(x), then layer.backward(dy)."
+_NOT_CALLED = f"there was no layer(x) since it was made or copied (step keeps no tape). {_AGAIN}"
+_IN_EVAL = f"the last call ran in eval mode. {_AGAIN}"
+_RAISED = "the last call raised {}. Call layer(x) again, with what it asks for, then layer.backward(dy)."
+_LOADED = f"load_state_dict changed the parameters after the last call. {_AGAIN}"
+
 
 class Recorded(NamedTuple):
     """What a plain training call leaves for backward: what the lane takes, in its order."""
@@ -42,7 +49,7 @@ class _Layer:
 
     _op: str  # the function in ops
     _cell: str
-    _tape: ops.Tape | Recorded | None = None
+    _tape: ops.Tape | Recorded | str = _NOT_CALLED
 
     def __init__(
         self,
@@ -104,7 +111,7 @@ class _Layer:
 
     def _forget(self) -> None:
         """Drop what is neither copied nor pickled: the tape, and the short way into the kernels."""
-        self._tape = None
+        self._tape = _NOT_CALLED
         self._lane: Any = None
         self._lane_for: Any = _Layer  # the settings that the lane was made for; nothing equals a class
 
@@ -145,13 +152,13 @@ class _Layer:
         plain = lengths is None and reset is None and not return_cells and context is None
         lane = self._find_lane() if plain else None
         if not self.training:
-            self._tape = None
+            self._tape = _IN_EVAL
             if lane is not None:
                 result = lane.forward(x, state, self.parameters)
                 if result is not None:
                     return result
         # The new tape takes over the old one's memory; a call that fails leaves the old one whole.
-        tape = self.__dict__.pop("_tape", None)
+        tape = self.__dict__.pop("_tape", _NOT_CALLED)
         recorded = type(tape) is Recorded
         try:
             if lane is not None and self.training and not self.dropout:
@@ -164,8 +171,13 @@ class _Layer:
                     return y, last
             seed = self._mask_seed()
             options = {"lengths": lengths, "reset": reset, "return_cells": return_cells, "context": context}
-            options |= {"seed": seed or 0, "training": self.training, "reuse": None if recorded else tape}
-            *result, tape = self._run(x, state, **options)
+            options |= {"seed": seed or 0, "training": self.training, "reuse": tape if type(tape) is ops.Tape else None}
+            *result, new = self._run(x, state, **options)
+            tape = new or tape
+        except Exception as error:
+            if self.training and isinstance(tape, str):
+                tape = _RAISED.format(type(error).__name__)
+            raise
         finally:
             self._tape = tape
         self.draws += seed is not None
@@ -199,19 +211,19 @@ class _Layer:
     def backward(self, dy: _Array | None = None, dstate: Any = None, dcells: _Array | None = None) -> dict[str, Any]:
         """Gradients of the last training call: a dict with "x", "state" and one entry per parameter.
 
-        dy, dstate, dcells: gradients of what that call returned; None: zero.
-        Raises RuntimeError when there was none, ValueError or TypeError for arrays that do not fit.
+        dy, dstate, dcells: gradients of what that call returned; None: zero. x, state and the parameters must still
+        hold what they held then; a parameter that was replaced by another array counts as it was.
+        May be called again, until the next call. Raises RuntimeError that says why there is no tape; ValueError or
+        TypeError for arrays that do not fit.
 
         >>> layer = fusedrnn.GRU(3, 4, seed=0)
         >>> y, h = layer(np.ones((5, 2, 3), np.float32))
         >>> layer.backward(np.ones_like(y))["weight_hh_l0"].shape
         (12, 4)
         """
-        if self._tape is None:
-            why = "there was no call since it was made or copied" if self.training else "the last call ran in eval mode"
-            fix = "Call layer.train(), then layer(x), then layer.backward(dy)."
-            raise RuntimeError(f"{type(self).__name__}.backward: no tape, because {why}. {fix}")
         tape = self._tape
+        if isinstance(tape, str):
+            raise RuntimeError(f"{type(self).__name__}.backward: no tape, because {tape}")
         result: dict[str, Any] | None = None
         if isinstance(tape, Recorded):
             if dcells is None:
@@ -320,6 +332,8 @@ class _Layer:
                 check.fail(op, name, f"has dtype {new[name].dtype}", f"one that {array.dtype} can hold", fix, TypeError)
         for name, array in self.parameters.items():
             array[...] = new[name]
+        if not isinstance(self._tape, str):
+            self._tape = _LOADED
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k not in ("_tape", "_lane", "_lane_for")}
