@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import arrays, backends, check, config, ops
+from . import arrays, backends, check, config, exchange, ops
 from . import params as parameters
 from .cells import CELLS
 
@@ -295,43 +295,32 @@ class _Layer:
         self.dtype = np.dtype(first.dtype) if device is None else device.dtype
         return self
 
-    def state_dict(self) -> dict[str, _Array]:
-        """Copies of all parameters, under torch.nn's names.
+    def state_dict(self, *, prefix: str = "") -> dict[str, _Array]:
+        """Copies of all parameters, under torch.nn's names with the prefix before them.
 
-        >>> {name: a.shape for name, a in fusedrnn.RNN(3, 4, bias=False).state_dict().items()}
-        {'weight_ih_l0': (4, 3), 'weight_hh_l0': (4, 4)}
+        >>> {name: a.shape for name, a in fusedrnn.RNN(3, 4, bias=False).state_dict(prefix="rnn.").items()}
+        {'rnn.weight_ih_l0': (4, 3), 'rnn.weight_hh_l0': (4, 4)}
         """
-        return {name: array.copy() for name, array in self.parameters.items()}
+        prefix = check.text(f"{type(self).__name__}.state_dict", "prefix", prefix)
+        return {prefix + name: array.copy() for name, array in self.parameters.items()}
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Copy parameters in, from arrays or what NumPy can read (torch tensors on a CPU), cast to the layer's dtype.
+    def load_state_dict(self, state_dict: Mapping[str, Any], *, prefix: str = "") -> None:
+        """Copy parameters in, from arrays, torch tensors or what NumPy can read, rounded to the layer's dtype.
 
-        Raises ValueError for missing or unknown names and wrong shapes, before anything is written.
+        Only names that begin with `prefix` count, without it. A layer of one direction also takes the names of torch's
+        cells (weight_ih for weight_ih_l0). Tensors may require gradients, be on any device and of any float type; NaN
+        and infinities are loaded as they are, as torch.nn does; uint16 stands for bfloat16 bits.
+        Raises ValueError for missing or unknown names, wrong shapes, and finite numbers that the dtype cannot hold;
+        TypeError for what holds no real numbers; both before anything is written.
 
         >>> a, b = fusedrnn.LSTM(3, 4), fusedrnn.LSTM(3, 4)
         >>> b.load_state_dict(a.state_dict())
+        >>> checkpoint = a.state_dict(prefix="encoder.rnn.") | {"head.bias": np.zeros(2)}
+        >>> b.load_state_dict(checkpoint, prefix="encoder.rnn.")
         """
-        op = f"{type(self).__name__}.load_state_dict"
-        if not isinstance(state_dict, Mapping):
-            check.fail(op, "state_dict", f"is {arrays.kind(state_dict)}", "a dict of arrays by name", error=TypeError)
-        new = {name: np.asarray(value) for name, value in state_dict.items()}
-        lost, unknown = self.parameters.keys() - new.keys(), new.keys() - self.parameters.keys()
-        if lost or unknown:
-            got = "; ".join(
-                f"{what} {', '.join(sorted(which))}" for what, which in (("lacks", lost), ("has", unknown)) if which
-            )
-            check.fail(op, "state_dict", got, f"exactly {', '.join(self.parameters)}")
+        new = exchange.read(f"{type(self).__name__}.load_state_dict", state_dict, self.parameters, prefix)
         for name, array in self.parameters.items():
-            if new[name].shape != array.shape:
-                fix = "The layer was made with other sizes."
-                check.fail(op, name, f"has shape {new[name].shape}", f"{array.shape}", fix)
-            if new[name].dtype == np.uint16 != array.dtype:
-                new[name] = parameters.widen(new[name])
-            if not np.can_cast(new[name].dtype, array.dtype, "same_kind"):
-                fix = "A layer with bfloat16 weights takes what fusedrnn.params.to_bfloat16 makes."
-                check.fail(op, name, f"has dtype {new[name].dtype}", f"one that {array.dtype} can hold", fix, TypeError)
-        for name, array in self.parameters.items():
-            array[...] = new[name]
+            exchange.write(array, new[name])
         if not isinstance(self._tape, str):
             self._tape = _LOADED
 
