@@ -21,6 +21,7 @@ import numpy as np
 from .errors import fail
 
 LARGEST_TEXT = 1 << 28  # bytes
+MOST = 2**63  # of an integer
 STRANGE = 0.1  # the share of a text that may be no UTF-8: an old encoding's accents
 
 
@@ -104,3 +105,22 @@ def document(op: str, path: str | Path, fix: str = "") -> dict[str, Any]:
     if not isinstance(found, dict):
         fail(op, str(path), f"holds a JSON {type(found).__name__}", "a JSON object", fix)
     return found
+
+
+# Values of a file.
+
+
+def whole(value: Any, low: int = 0, high: int = MOST) -> bool:
+    """Whether it is an integer from low to high."""
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+
+def real(value: Any) -> bool:
+    """Whether it is a finite number."""
+    return whole(value, -MOST) or isinstance(value, float) and math.isfinite(value)
+
+
+def short(value: Any) -> str:
+    """The value for an error: a file may hold a million of them."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

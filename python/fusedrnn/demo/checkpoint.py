@@ -10,8 +10,9 @@ import numpy as np
 
 from .. import files
 from ..errors import fail
+from ..files import short, whole
 from .model import shapes
-from .options import Options, Progress, short, whole
+from .options import Options, Progress
 from .text import Text
 
 META = {"options", "progress", "text", "rng", "adam"}

@@ -5,13 +5,13 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..files import MOST, real, short, whole
 from .model import CELLS, shapes
 from .text import LARGEST_VOCABULARY
 
 BITS = 1 / math.log(2)  # nats to bits
 LARGEST_MODEL = 10**9  # weights; Adam keeps two more numbers for each
 MOST_LAYERS = 1000
-MOST = 2**63
 
 
 @dataclass
@@ -99,21 +99,5 @@ class Progress:
         return isinstance(pair, list | tuple) and len(pair) == 2 and whole(pair[0], 0, self.step) and real(pair[1])
 
 
-def whole(value: Any, low: int = 0, high: int = MOST) -> bool:
-    """Whether it is an integer from low to high."""
-    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
-
-
-def real(value: Any) -> bool:
-    """Whether it is a finite number."""
-    return whole(value, -MOST) or isinstance(value, float) and math.isfinite(value)
-
-
 def between(low: int, high: int) -> str:
     return f"an integer >= {low}" if high >= MOST else f"an integer from {low} to {high}"
-
-
-def short(value: Any) -> str:
-    """The value for an error: a checkpoint may hold a million of them."""
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
