@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Truncated backpropagation through time against a loop over single steps in torch, and against whole sequences."""
 
+import copy
 import doctest
 import tracemalloc
 
@@ -339,11 +340,22 @@ def test_backward_once_and_in_time():
     x, _ = make_data(20)
     walk = tbptt.chunks(layer, x, k1=5)
     first = next(walk)
-    with pytest.raises(ValueError, match=r"dy has shape \(4, 4, 5\); expected \(5, 4, 5\)"):
-        next(walk).backward(np.zeros((4, B, H)))
+    chunk = next(walk)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"dy has shape \(4, 4, 5\); expected \(5, 4, 5\)"):
+            chunk.backward(np.zeros((4, B, H)))
+    chunk.backward(chunk.y)
     with pytest.raises(RuntimeError, match="after the next chunk was taken"):
         first.backward(first.y)
+    for between in (lambda: layer(x[:5]), lambda: layer.load_state_dict(layer.state_dict())):
+        chunk = next(tbptt.chunks(layer, x, k1=5))
+        copy.copy(layer)(x)
+        between()
+        with pytest.raises(RuntimeError, match="the layer was called, .* Let copy.copy"):
+            chunk.backward(chunk.y)
+    walk = tbptt.chunks(layer, x, k1=5)
     chunk = next(walk)
+    copy.copy(layer).eval()(x)
     chunk.backward(chunk.y)
     with pytest.raises(RuntimeError, match="called twice"):
         chunk.backward(chunk.y)
