@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import fusedrnn
-from fusedrnn import params
+from fusedrnn import exchange, params
 
 torch = pytest.importorskip("torch")
 
@@ -261,6 +261,48 @@ def test_a_layer_that_cannot_be_written_to():
     layer.parameters["bias_hh_l0"] = [0.0] * 16
     with pytest.raises(TypeError, match="bias_hh_l0 of the layer is a list; expected an array"):
         layer.load_state_dict(weights)
+
+
+class OnDevice:
+    """An array as CuPy has them: NumPy sees it through `get` and `set` only."""
+
+    def __init__(self, values: np.ndarray) -> None:
+        self._values = values.copy()
+        self.shape, self.dtype = values.shape, values.dtype
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        data = (self._values.ctypes.data, False)
+        return {"shape": self.shape, "typestr": self.dtype.str, "data": data, "version": 3, "stream": 1}
+
+    def get(self) -> np.ndarray:
+        return self._values.copy()
+
+    def set(self, values: np.ndarray) -> None:
+        assert values.dtype == self.dtype and values.shape == self.shape
+        self._values[...] = values
+
+    def copy(self) -> OnDevice:
+        return OnDevice(self._values)
+
+
+def test_weights_on_a_device_are_loaded_from_the_host_and_from_there():
+    layer, weights = layer_and_weights()
+    layer.to(OnDevice)
+    arrays = dict(layer.parameters)
+    layer.load_state_dict({name: torch.from_numpy(a).double() for name, a in weights.items()})
+    for name, array in layer.parameters.items():
+        assert array is arrays[name]
+        np.testing.assert_array_equal(array.get(), weights[name])
+    other = fusedrnn.LSTM(3, 4)
+    other.load_state_dict(layer.state_dict(prefix="a."), prefix="a.")
+    np.testing.assert_array_equal(other.parameters[W], weights[W])
+    tensor = torch.zeros(3, dtype=torch.bfloat16, requires_grad=True)  # stands for one on a device
+    exchange.write(tensor, np.float32([1, 2, 3]))
+    assert tensor.tolist() == exchange.copied(tensor).tolist() == [1, 2, 3]
+    with pytest.raises(ValueError, match="bias_hh_l0 holds 1e"):
+        layer.load_state_dict(weights | {"bias_hh_l0": np.full(16, 1e40)})
+    np.testing.assert_array_equal(layer.parameters[W].get(), weights[W])
 
 
 def test_weights_that_bfloat16_cannot_hold():

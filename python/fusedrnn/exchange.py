@@ -39,6 +39,11 @@ def read(op: str, state_dict: Any, wanted: Mapping[str, Any], prefix: Any = "") 
     return {name: a.copy() if any(np.may_share_memory(a, b) for b in here) else a for name, a in new.items()}
 
 
+def copied(array: Any) -> Any:
+    """A copy where the array is."""
+    return array.copy() if hasattr(array, "copy") else array.clone()  # torch's
+
+
 def write(target: Any, new: np.ndarray) -> None:
     """Copy what `read` made into the layer's array, on the host or on a device."""
     torch = sys.modules.get("torch")

@@ -302,7 +302,7 @@ class _Layer:
         {'rnn.weight_ih_l0': (4, 3), 'rnn.weight_hh_l0': (4, 4)}
         """
         prefix = check.text(f"{type(self).__name__}.state_dict", "prefix", prefix)
-        return {prefix + name: array.copy() for name, array in self.parameters.items()}
+        return {prefix + name: exchange.copied(array) for name, array in self.parameters.items()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *, prefix: str = "") -> None:
         """Copy parameters in, from arrays, torch tensors or what NumPy can read, rounded to the layer's dtype.
