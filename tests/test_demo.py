@@ -20,6 +20,7 @@ import pytest
 import threadpoolctl
 
 import fusedrnn
+from fusedrnn import files
 from fusedrnn.__main__ import main
 from fusedrnn.demo.adam import Adam
 from fusedrnn.demo.model import CharacterModel, shapes
@@ -455,6 +456,13 @@ def promise(path: Path, shape: tuple[int, ...]) -> None:
     np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": shape})
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("meta.npy", header.getvalue())
+
+
+def test_arrays_are_read_by_name_and_up_to_a_size(tmp_path):
+    np.savez(tmp_path / "a.npz", small=np.zeros(3), large=np.zeros(10**5))
+    assert list(files.arrays("demo", tmp_path / "a.npz", only=("small",), largest=1000)) == ["small"]
+    with pytest.raises(ValueError, match=r"is damaged \(its arrays have 800,\d+ bytes, more than 1,000\)"):
+        files.arrays("demo", tmp_path / "a.npz", largest=1000)
 
 
 def test_an_accent_of_an_old_encoding_is_one_strange_character(tmp_path):

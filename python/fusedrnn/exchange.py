@@ -41,7 +41,7 @@ def read(op: str, state_dict: Any, wanted: Mapping[str, Any], prefix: Any = "") 
 
 def copied(array: Any) -> Any:
     """A copy where the array is."""
-    return array.copy() if hasattr(array, "copy") else array.clone()  # torch's
+    return array.copy() if hasattr(array, "copy") else array.detach().clone()  # torch's
 
 
 def write(target: Any, new: np.ndarray) -> None:

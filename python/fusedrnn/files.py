@@ -13,6 +13,7 @@ import math
 import os
 import stat
 import zipfile
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +56,12 @@ def text(op: str, path: str | Path, fix: str = "", largest: int = LARGEST_TEXT) 
     return found.replace("\r\n", "\n").replace("\r", "\n")  # as text files are read everywhere
 
 
-def arrays(op: str, path: str | Path, fix: str = "") -> dict[str, np.ndarray]:
+def arrays(
+    op: str, path: str | Path, fix: str = "", *, only: Container[str] | None = None, largest: int = LARGEST_TEXT
+) -> dict[str, np.ndarray]:
     """What numpy.savez wrote: arrays by name, of numbers or characters, in memory of their own. Pickles are not read.
+
+    only: names to read, None for all; largest: the bytes that these may have together.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -67,15 +72,18 @@ def arrays(op: str, path: str | Path, fix: str = "") -> dict[str, np.ndarray]:
     count = size(op, path, fix)
     try:
         with zipfile.ZipFile(path) as archive:
-            members = archive.infolist()
-            names = [member.filename.removesuffix(".npy") for member in members]
-            if len(set(names)) < len(names):
+            every = [(member.filename.removesuffix(".npy"), member) for member in archive.infolist()]
+            if len(dict(every)) < len(every):
                 raise ValueError("it holds two arrays of one name")
+            chosen = {name: member for name, member in every if only is None or name in only}
+            members = chosen.values()
             if any(member.compress_type != zipfile.ZIP_STORED for member in members):
                 raise ValueError("its arrays are compressed, as numpy.savez does not")
-            if sum(member.file_size for member in members) > count:
+            if (total := sum(member.file_size for member in members)) > count:
                 raise ValueError("its arrays are larger than the file")
-            return {name: _array(archive.read(member)) for name, member in zip(names, members, strict=True)}
+            if total > largest:
+                raise ValueError(f"its arrays have {total:,} bytes, more than {largest:,}")
+            return {name: _array(archive.read(member)) for name, member in chosen.items()}
     except Exception as error:  # zipfile raises many kinds for what it cannot understand
         why = str(error).partition("\n")[0].rstrip(".") or type(error).__name__
         fail(op, str(path), f"is damaged ({why})", "a file of arrays as numpy.savez writes it", fix)

@@ -2,6 +2,7 @@
 """A checkpoint's file, read whole and checked before a model is made of it: names, shapes, types, sizes, numbers."""
 
 import json
+import math
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,7 +21,7 @@ MISSING = "--resume needs the checkpoint of an earlier run in --out."
 
 
 class Checkpoint:
-    """What `Trainer.save` wrote. `check` must be called with the text before `arrays` and `states` are used.
+    """What `Trainer.save` wrote. `check`, with the text, reads `arrays` and `states`.
 
     options, progress   as they were
     rng                 the state of the random numbers
@@ -30,8 +31,8 @@ class Checkpoint:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.arrays = files.arrays("demo", path, MISSING if not path.exists() else "")
-        meta = self._meta(self.arrays.pop("meta", None))
+        fix = MISSING if not path.exists() else ""
+        meta = self._meta(files.arrays("demo", path, fix, only=("meta",)).get("meta"))
         self.options: Options = self._made(Options, meta["options"])
         self.progress: Progress = self._made(Progress, meta["progress"])
         self.digest, self.rng, adam = meta["text"], meta["rng"], meta["adam"]
@@ -63,6 +64,10 @@ class Checkpoint:
         count = (2 if options.cell == "lstm" else 1) if self.progress.step else 0
         of_state = [f"state/{n}" for n in range(count)]
         wanted |= dict.fromkeys(of_state, (options.layers, options.batch, options.hidden))
+        # Read now that it is known how large they may be. With each array comes a header; with all of them, meta.
+        largest = sum(4 * math.prod(shape) + 256 for shape in wanted.values()) + files.LARGEST_TEXT
+        self.arrays = files.arrays("demo", self.path, largest=largest)
+        del self.arrays["meta"]
         for name in [*wanted, *self.arrays]:
             if name not in self.arrays or name not in wanted:
                 self.refuse(f"it {'has no' if name in wanted else 'has'} {short(name)}")
