@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -204,6 +205,83 @@ def test_readme_block(tmp_path: Path) -> None:
     readme.write_text("nothing here")
     with pytest.raises(ValueError, match="speed:begin"):
         plot.fill(readme, "block")
+
+
+def damage(data: dict[str, Any], place: tuple[Any, ...], value: Any) -> None:
+    for key in place[:-1]:
+        data = data[key]
+    if value is KeyError:
+        del data[place[-1]]
+    else:
+        data[place[-1]] = value
+
+
+WRONG = {
+    "number": (True, [], {}, "x", -1, 0, math.nan, math.inf, 10**400),
+    "text": (None, 3, [], {}),
+    "object": (None, [], "x", 3),
+    "list": (None, {}, "x", 3, [None], [[]]),
+    "whole number": (None, 1.5, KeyError),
+    "needed": (KeyError,),
+}
+PLACES = {
+    "number": ["records 1 limit", "records 1 results torch median", "limits 1 flops", "limits 1 bandwidth 16384"],
+    "text": [
+        "machine cpu",
+        "date",
+        "versions torch",
+        "settings clock",
+        "records 1 name",
+        "records 1 results jax failed",
+    ],
+    "object": ["machine", "versions", "limits", "limits 1", "records 0", "records 1 results torch", "overhead"],
+    "list": ["machine simd", "records"],
+    "whole number": ["machine cores", "records 1 threads", "records 1 B", "records 0 H"],
+    "needed": ["date", "records", "limits 1 flops", "records 1 pass", "records 0 results torch q1", "overhead imports"],
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_a_file_of_wrong_values_is_refused_before_anything_is_drawn(tmp_path: Path, capsys: Any, kind: str) -> None:
+    path = tmp_path / "bench.json"
+    imports = {"fusedrnn": 0.1, "first layer": 0.1, "numpy": 0.1}
+    for place in PLACES[kind]:
+        for value in WRONG[kind]:
+            data = document() | {"overhead": {"calls": {}, "tapes": {}, "imports": imports}}
+            keys = [int(key) if key in "01" and place.startswith("records") else key for key in place.split()]
+            damage(data, tuple(keys), value)
+            path.write_text(json.dumps(data))
+            with pytest.raises(SystemExit) as left:
+                plot.main([str(path)])
+            said = capsys.readouterr().err
+            assert left.value.code == 2 and said.count("\n") == 1 and "is not whole (" in said, (place, value, said)
+            assert [file.name for file in tmp_path.iterdir()] == ["bench.json"]
+
+
+def test_files_that_are_no_results(tmp_path: Path, capsys: Any) -> None:
+    path, readme = tmp_path / "bench.json", tmp_path / "README.md"
+    whole = json.dumps(document())
+    readme.write_text(f"{plot.END} {plot.BEGIN}")  # the wrong way round
+    for content, words in (
+        (whole[:-20].encode(), "is no JSON"),
+        (b"", "is no JSON"),
+        (b"[]", "holds a JSON list; expected a JSON object"),
+        (b"[" * 10**5, "is no JSON"),
+        (b"\0" * 100, "is no text"),
+        (whole.replace('"records": [', '"records": [], "others": [').encode(), "records is empty"),
+        (whole.replace('"16384"', '"many"').encode(), "bandwidth has the key 'many'"),
+        (whole.encode(), "README.md has no <!-- speed:begin -->"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(SystemExit) as left:
+            plot.main([str(path), "--readme", str(readme)])
+        said = capsys.readouterr().err
+        assert left.value.code == 2 and words in said and said.count("\n") == 1, said
+    for missing, words in ((tmp_path / "nowhere.json", "is not there"), (tmp_path, "is a directory")):
+        with pytest.raises(SystemExit):
+            plot.main([str(missing)])
+        assert words in capsys.readouterr().err
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["README.md", "bench.json"]
 
 
 # Workloads and limits.

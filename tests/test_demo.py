@@ -2,13 +2,17 @@
 """The demo: its optimizer, loss and training against torch's, resuming, Ctrl-C, and what it prints."""
 
 import importlib.util
+import io
 import json
+import math
 import os
+import pickle
 import re
 import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +20,13 @@ import pytest
 import threadpoolctl
 
 import fusedrnn
+from fusedrnn import files
 from fusedrnn.__main__ import main
 from fusedrnn.demo.adam import Adam
-from fusedrnn.demo.model import CharacterModel
+from fusedrnn.demo.model import CharacterModel, shapes
+from fusedrnn.demo.options import Options
 from fusedrnn.demo.text import OTHER, Text, read, rows
-from fusedrnn.demo.train import Options, Trainer
+from fusedrnn.demo.train import Trainer
 
 torch = pytest.importorskip("torch")
 
@@ -230,6 +236,245 @@ def test_what_cannot_be_done_is_said(tmp_path, capsys):
     assert "--hidden is 32, but the checkpoint was made with 16" in said("--resume", "--hidden", 32, "--out", out)
     (tmp_path / "some.txt").write_text("hgfedcba " * 200)
     assert "the text is not the one" in said("--resume", "--out", out)
+
+
+def small_checkpoint(folder: Path, cell: str = "gru") -> tuple[Path, Trainer]:
+    """A checkpoint after 5 of 9 updates, and the trainer that wrote it."""
+    (folder / "text.txt").write_text("hello world, how are you?\n" * 50)
+    sizes = dict(hidden=3, layers=1, batch=4, chunk=8, seconds=None, steps=9)
+    options = Options(text=str(folder / "text.txt"), cell=cell, **sizes)
+    trainer = Trainer(options, Text(read(options.text)))
+    for _ in trainer.steps():
+        if trainer.progress.step == 5:
+            break
+    trainer.save(folder / "checkpoint.npz")
+    return folder / "checkpoint.npz", trainer
+
+
+def everything(trainer: Trainer) -> list:
+    arrays = (trainer.model.parameters, trainer.adam.m, trainer.adam.v)
+    state = trainer.state if trainer.state_is_pair else (trainer.state,)
+    plain = [trainer.options, trainer.progress, trainer.adam.count, trainer.rng.bit_generator.state]
+    return [*plain, *(a.tobytes() for kind in arrays for a in kind.values()), *(s.tobytes() for s in state)]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_a_damaged_checkpoint_is_refused_or_the_same(tmp_path, cell):
+    """Bits flipped, bytes lost, beginnings, ends: wherever it happens."""
+    path, trainer = small_checkpoint(tmp_path, cell)
+    good, expected = path.read_bytes(), everything(trainer)
+    rng = np.random.default_rng(0)
+    directory = good.index(b"PK\x01\x02")  # the list of the arrays, at the end
+    damaged = [good[:at] for at in [0, 1, 30, directory, len(good) - 1, *rng.integers(len(good), size=60)]]
+    for at in [*rng.integers(len(good), size=250), *rng.integers(directory, len(good), size=250)]:
+        damaged.append(good[:at] + bytes([good[at] ^ (1 << rng.integers(8))]) + good[at + 1 :])
+    for _ in range(60):
+        a, b = sorted(rng.integers(len(good), size=2))
+        damaged += [good[:a] + good[b:], good[:a] + good[a:b][::-1] + good[b:]]
+    refused = 0
+    for content in damaged:
+        path.write_bytes(content)
+        try:
+            assert everything(Trainer.load(path, read)) == expected
+        except ValueError as error:
+            assert str(error).startswith("demo: ") and str(path) in str(error)
+            refused += 1
+    assert 400 < refused < len(damaged)  # a date in the directory may be any
+
+
+def rewritten(path: Path, change) -> None:
+    """The checkpoint with its contents changed: a whole file of wrong values."""
+    with np.load(path) as file:
+        arrays = dict(file)
+    meta = json.loads(str(arrays.pop("meta")))
+    meta, arrays = change(meta, arrays) or (meta, arrays)
+    if meta is not None:
+        arrays["meta"] = np.array(meta if isinstance(meta, str) else json.dumps(meta))
+    np.savez(path, **arrays)
+
+
+WRONG = [None, True, -1, 1.5, 10**7, 10**300, math.nan, math.inf, "x", "", [], [1], {}, {"a": 1}]
+
+
+def test_wrong_values_in_a_checkpoint_are_refused_or_harmless(tmp_path, capsys):
+    path, trainer = small_checkpoint(tmp_path)
+    good = path.read_bytes()
+    places = [(key,) for key in ("options", "progress", "text", "rng", "adam")]
+    places += [
+        (key, name) for key in ("options", "progress", "rng") for name in json.loads(str(np.load(path)["meta"]))[key]
+    ]
+    places += [("rng", "state", "state"), ("rng", "state", "inc"), ("progress", "losses", 0)]
+    harmless = {"chunk", "rate", "clip", "seed", "characters", "seconds", "shift", "position", "text", "backend"}
+    harmless |= {"state", "inc", "uinteger", "has_uint32", 0}  # numbers that might have been these
+    for place in places:
+        for value in WRONG:
+
+            def change(meta, arrays, place=place, value=value):
+                at = meta
+                for key in place[:-1]:
+                    at = at[key]
+                at[place[-1]] = value
+
+            if (place[-1], value) in (("seconds", None), ("backend", None), ("held_out", [])):
+                continue  # as it is
+            path.write_bytes(good)
+            rewritten(path, change)
+            begun = time.monotonic()
+            try:
+                Trainer.load(path, read)
+            except ValueError as error:
+                assert str(error).startswith("demo: ") and len(str(error)) < 600, (place, value, error)
+            else:
+                assert place[-1] in harmless, (place, value)
+            assert time.monotonic() - begun < 2, (place, value)
+
+
+def cut(meta, arrays):
+    arrays["p/output.weight"] = arrays["p/output.weight"][:1]  # would be broadcast
+
+
+def other_cell(meta, arrays):
+    meta["options"]["cell"] = "lstm"
+
+
+def not_a_number(meta, arrays):
+    arrays["p/layer.weight_hh_l0"][1, 2] = np.nan
+
+
+def below_zero(meta, arrays):
+    arrays["v/output.bias"][0] = -1e-9
+
+
+def doubles(meta, arrays):
+    arrays["m/output.bias"] = arrays["m/output.bias"].astype(np.float64)
+
+
+def objects(meta, arrays):
+    arrays["m/output.bias"] = np.array([{"a": 1}], object)  # a pickle
+
+
+def one_more(meta, arrays):
+    arrays["p/more"] = np.zeros(3, np.float32)
+
+
+def one_less(meta, arrays):
+    del arrays["state/0"]
+
+
+def no_meta(meta, arrays):
+    return None, arrays
+
+
+def deep_meta(meta, arrays):
+    return "[" * 10**5, arrays
+
+
+def other_rows(meta, arrays):
+    meta["options"]["batch"] = 5
+
+
+def divergent(meta, arrays):
+    for array in arrays.values():
+        array[...] = 3e38
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (cut, r"p/output.weight is float32 \(1, 3\); expected float32 \(\d+, 3\)"),
+        (other_cell, r"is damaged \(it has no 'state/1'\)"),
+        (not_a_number, "p/layer.weight_hh_l0 has numbers that no training gives"),
+        (below_zero, "v/output.bias has numbers that no training gives"),
+        (doubles, "m/output.bias is float64"),
+        (objects, "an array has dtype object"),
+        (one_more, "it has 'p/more'"),
+        (one_less, "it has no 'state/0'"),
+        (no_meta, "it has no meta"),
+        (deep_meta, "recursion"),
+        (other_rows, r"state/0 is float32 \(1, 4, 3\); expected float32 \(1, 5, 3\)"),
+        (divergent, "training has left the finite numbers"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_resuming_from_wrong_arrays_ends_with_a_sentence(tmp_path, capsys, change, words):
+    path, _ = small_checkpoint(tmp_path)
+    rewritten(path, change)
+    with pytest.raises(SystemExit) as left:
+        main(["demo", "--resume", "--out", str(tmp_path)])
+    said = capsys.readouterr().err
+    assert left.value.code == 2 and re.search(words, said) and said.startswith("demo: "), said
+    assert said.count("\n") == 1
+
+
+def test_files_that_are_no_checkpoint_or_text(tmp_path, capsys):
+    def said(*arguments) -> str:
+        begun = time.monotonic()
+        with pytest.raises(SystemExit) as left:
+            main(["demo", *SIZES, "--steps", "1", *map(str, arguments)])
+        assert left.value.code == 2 and time.monotonic() - begun < 5
+        found = capsys.readouterr().err
+        assert found.startswith("demo: ") and found.count("\n") == 1
+        return found
+
+    checkpoint, text = tmp_path / "checkpoint.npz", tmp_path / "text"
+    resume = ("--resume", "--out", tmp_path)
+    checkpoint.mkdir()
+    assert "is a directory; expected a file" in said(*resume)
+    checkpoint.rmdir()
+    for write, words in (
+        (lambda: checkpoint.write_bytes(b""), "is damaged (File is not a zip file)"),
+        (lambda: np.save(checkpoint.open("wb"), np.zeros(3)), "File is not a zip file"),
+        (lambda: checkpoint.write_bytes(pickle.dumps([1])), "File is not a zip file"),
+        (lambda: np.savez_compressed(checkpoint, meta=np.zeros(10**7)), "its arrays are compressed"),
+        (lambda: promise(checkpoint, (10**12,)), "an array's header and its length do not fit"),
+        (lambda: promise(checkpoint, (-1, 0)), "an array's header and its length do not fit"),
+        (lambda: checkpoint.symlink_to(checkpoint), "cannot be opened"),
+    ):
+        checkpoint.unlink(missing_ok=True)
+        write()
+        assert words in said(*resume), words
+    assert "is a directory" in said("--text", tmp_path, "--out", tmp_path / "out")
+    assert "is no regular file" in said("--text", os.devnull, "--out", tmp_path / "out")
+    with open(text, "wb") as file:
+        file.truncate(10**12)  # takes no room
+    assert "has 1,000,000,000,000 bytes" in said("--text", text, "--out", tmp_path / "out")
+    text.write_bytes(np.random.default_rng(0).bytes(5000))
+    assert "is no text (holds zero bytes)" in said("--text", text, "--out", tmp_path / "out")
+    text.write_bytes(np.random.default_rng(0).bytes(5000).replace(b"\0", b"\xff"))
+    assert "is no text (is no UTF-8)" in said("--text", text, "--out", tmp_path / "out")
+    assert "weights at most" in said("--hidden", 10**7, "--out", tmp_path / "out")
+    assert "layers is 1000000; expected an integer from 1 to 1000" in said("--layers", 10**6, "--out", tmp_path / "out")
+    assert "seed is -1" in said("--seed", -1, "--out", tmp_path / "out")
+    assert "cannot be written" in said("--out", text)
+    assert not (tmp_path / "out").exists()
+
+
+def promise(path: Path, shape: tuple[int, ...]) -> None:
+    """A small file with an array whose header tells of another."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": shape})
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("meta.npy", header.getvalue())
+
+
+def test_arrays_are_read_by_name_and_up_to_a_size(tmp_path):
+    np.savez(tmp_path / "a.npz", small=np.zeros(3), large=np.zeros(10**5))
+    assert list(files.arrays("demo", tmp_path / "a.npz", only=("small",), largest=1000)) == ["small"]
+    with pytest.raises(ValueError, match=r"is damaged \(its arrays have 800,\d+ bytes, more than 1,000\)"):
+        files.arrays("demo", tmp_path / "a.npz", largest=1000)
+
+
+def test_an_accent_of_an_old_encoding_is_one_strange_character(tmp_path):
+    (tmp_path / "old.txt").write_bytes("Ein schöner Text.\r\n".encode("latin-1") * 100)
+    text = read(str(tmp_path / "old.txt"))
+    assert text.startswith("Ein sch\ufffdner Text.\nEin")
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
+def test_the_shapes_of_a_model_are_known_without_it(cell):
+    made = CharacterModel(37, cell, 5, 2, seed=0).parameters
+    assert shapes(37, cell, 5, 2) == {name: array.shape for name, array in made.items()}
 
 
 def test_the_text_has_no_paragraph_twice(text):

@@ -93,22 +93,6 @@ def test_weights_from_torch(kind, extra):
     close.check("y", layer(x)[0], theirs(torch.from_numpy(x))[0].detach().numpy(), 2e-6)
 
 
-def test_wrong_state_dict_changes_nothing():
-    layer = make("LSTM")
-    before, other = layer.state_dict(), make("LSTM", seed=1).state_dict()
-    for wrong, words in (
-        ({k: v for k, v in other.items() if k != "bias_hh_l0"}, "lacks bias_hh_l0"),
-        (other | {"weight_ih_l1": other["weight_ih_l0"]}, "has weight_ih_l1"),
-        (other | {"bias_hh_l0": np.zeros(3)}, r"bias_hh_l0 has shape \(3,\); expected \(24,\)"),
-    ):
-        with pytest.raises(ValueError, match=words):
-            layer.load_state_dict(wrong)
-    for name, array in layer.state_dict().items():
-        np.testing.assert_array_equal(array, before[name])
-    layer.load_state_dict(other)
-    np.testing.assert_array_equal(layer.parameters["bias_hh_l0"], other["bias_hh_l0"])
-
-
 def test_parameters_are_live(backend):
     """Changed in place or replaced, they count at the next call."""
     layer, x = make("GRU"), new(5, 3, 4)
@@ -229,15 +213,39 @@ def test_wrong_calls_in_eval_mode(backend):
     assert layer(x[:, :0])[0].shape == (5, 0, 6)
 
 
-def test_backward_needs_a_training_call():
-    layer, x = make("RNN"), new(5, 3, 4)
-    with pytest.raises(RuntimeError, match=r"RNN.backward: no tape, because there was no call since"):
-        layer.backward(x)
-    y, _ = layer(x)
-    layer.backward(y)
-    layer.eval()(x)
-    with pytest.raises(RuntimeError, match=r"no tape, because the last call ran in eval mode. Call layer.train"):
-        layer.backward(y)
+def test_backward_says_why_there_is_no_tape(backend):
+    """Each way of having none, in training and in eval mode, by the short way into the kernels and by the long one."""
+
+    def why(layer: Any) -> str:
+        with pytest.raises(RuntimeError, match=r"RNN.backward: no tape, because ") as error:
+            layer.backward(y)
+        return str(error.value)
+
+    x = new(5, 3, 4)
+    for long in ({}, {"return_cells": True}):
+        for mode in (True, False):
+            layer = make("RNN").train(mode)
+            y, state = layer.step(x[0])
+            assert "there was no layer(x) since it was made" in why(layer)
+            assert "there was no layer(x) since it was made" in why(copy.copy(layer))
+            with pytest.raises(ValueError, match="weight_ih_l0 has shape"):
+                layer(x[..., :2], **long)
+            assert ("the last call raised ValueError" if mode else "the last call ran in eval mode") in why(layer)
+            y, *_ = layer.eval()(x, **long)
+            assert "the last call ran in eval mode. Call layer.train(), then layer(x)" in why(layer)
+            assert "the last call ran in eval mode" in why(layer.train())
+        y, *_ = layer(x, **long)
+        want = layer.backward(y)
+        layer.step(x[0])
+        with pytest.raises(ValueError, match="weight_ih_l0 has shape"):
+            layer(x[..., :2])  # a call that fails leaves the old tape whole
+        layer.parameters["weight_hh_l0"] = np.zeros((6, 6))  # replaced: the gradient is of the array that was there
+        for mode in (True, False):
+            got = layer.train(mode).backward(y)
+            for name in want:
+                same(name, got[name], want[name])
+        layer.load_state_dict(layer.state_dict())
+        assert "load_state_dict changed the parameters after the last call" in why(layer)
 
 
 @pytest.mark.parametrize(("kind", "extra"), LAYERS)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Truncated backpropagation through time against a loop over single steps in torch, and against whole sequences."""
 
+import copy
 import doctest
 import tracemalloc
 
@@ -11,6 +12,7 @@ import fusedrnn
 from fusedrnn import tbptt
 
 torch = pytest.importorskip("torch")
+import fusedrnn.torch  # noqa: E402
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -338,11 +340,22 @@ def test_backward_once_and_in_time():
     x, _ = make_data(20)
     walk = tbptt.chunks(layer, x, k1=5)
     first = next(walk)
-    with pytest.raises(ValueError, match=r"dy has shape \(4, 4, 5\); expected \(5, 4, 5\)"):
-        next(walk).backward(np.zeros((4, B, H)))
+    chunk = next(walk)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"dy has shape \(4, 4, 5\); expected \(5, 4, 5\)"):
+            chunk.backward(np.zeros((4, B, H)))
+    chunk.backward(chunk.y)
     with pytest.raises(RuntimeError, match="after the next chunk was taken"):
         first.backward(first.y)
+    for between in (lambda: layer(x[:5]), lambda: layer.load_state_dict(layer.state_dict())):
+        chunk = next(tbptt.chunks(layer, x, k1=5))
+        copy.copy(layer)(x)
+        between()
+        with pytest.raises(RuntimeError, match="the layer was called, .* Let copy.copy"):
+            chunk.backward(chunk.y)
+    walk = tbptt.chunks(layer, x, k1=5)
     chunk = next(walk)
+    copy.copy(layer).eval()(x)
     chunk.backward(chunk.y)
     with pytest.raises(RuntimeError, match="called twice"):
         chunk.backward(chunk.y)
@@ -370,6 +383,89 @@ def test_other_bad_arguments():
         tbptt.chunks(make_layer("LSTM", bidirectional=True), np.zeros((10, B, I)), k1=5)
     with pytest.raises(ValueError, match=r"expected \(x, reset\) pairs"):
         tbptt.chunks(make_layer("LSTM"), [np.zeros((10, B, I))], k1=5, reset=np.zeros((10, B)))
+
+
+def torch_twin(layer):
+    """fusedrnn.torch's module with the layer's weights."""
+    twin = getattr(fusedrnn.torch, type(layer).__name__)(
+        I, H, layer.num_layers, batch_first=layer.batch_first, dtype=torch.float64
+    )
+    twin.load_state_dict({name: torch.from_numpy(array.copy()) for name, array in layer.parameters.items()})
+    return twin
+
+
+def assert_twins_walk_alike(layer, x, k1, k2, *, lengths, theirs, state=None, reset=None):
+    """The same chunks and gradients (of weights, x and the initial state) from NumPy and from torch."""
+    twin = torch_twin(layer)
+    tx = torch.from_numpy(x.copy()).requires_grad_()
+    tstate = None if state is None else torch.from_numpy(state.copy()).requires_grad_()
+    ours = tbptt.chunks(layer, x, k1=k1, k2=k2, lengths=lengths, state=state, reset=reset)
+    axis = 1 if layer.batch_first and x.ndim == 3 else 0
+    walk = fusedrnn.torch.tbptt.chunks(twin, tx, k1=k1, k2=k2, lengths=theirs, state=tstate, reset=reset)
+    for a, b in zip(ours, walk, strict=True):
+        assert (a.window, a.start, a.stop, a.update) == (b.window, b.start, b.stop, b.update)
+        np.testing.assert_allclose(a.y, b.y.detach().numpy(), rtol=1e-12, atol=1e-14)
+        grads = a.backward(np.cos(a.y))
+        b.y.sin().sum().backward()
+        window = tx.grad.narrow(axis, a.window, a.stop - a.window)
+        np.testing.assert_allclose(grads["x"], window.numpy(), rtol=1e-10, atol=1e-14)
+        window.zero_()
+        assert not tx.grad.any()
+        if state is not None and a.window == 0:
+            np.testing.assert_allclose(grads["state"], tstate.grad.numpy(), rtol=1e-10, atol=1e-14)
+            tstate.grad = None
+        if a.update:
+            for name, p in twin.named_parameters():
+                np.testing.assert_allclose(grads[name], p.grad.numpy(), rtol=1e-10, atol=1e-14, err_msg=name)
+            twin.zero_grad()
+
+
+@pytest.mark.parametrize("lengths", [None, [11, 11], [3, 5], [5, 0], [0, 0]])
+@pytest.mark.parametrize("T", [0, 1, 2, 11])
+def test_torch_takes_the_same_chunks_for_every_k1_and_k2(T, lengths):
+    layer = fusedrnn.RNN(I, H, dtype=np.float64, seed=1)
+    x = np.random.default_rng(0).standard_normal((T, 2, I))
+    lengths = None if lengths is None else np.minimum(lengths, T)
+    for k1 in (1, 2, 3, 4, 12):
+        for k2 in (None, 1, 2, 4, 5, 9, 12):
+            assert_twins_walk_alike(
+                layer, x, k1, k2, lengths=lengths, theirs=None if lengths is None else lengths.tolist()
+            )
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("rows", [None, 1, 3])
+@pytest.mark.parametrize("cell", CELLS)
+def test_torch_takes_the_same_chunks_however_the_data_lie(cell, rows, batch_first):
+    layer = make_layer(cell, batch_first=batch_first)
+    rng = np.random.default_rng(rows)
+    x = rng.standard_normal((11, I) if rows is None else (rows, 11, I) if batch_first else (11, rows, I))
+    reset = rng.random(x.shape[:-1]) < 0.2
+    lengths = np.array(5) if rows is None else np.array([3, 5, 1])[-rows:]
+    state = None if cell == "LSTM" else rng.standard_normal((L, H) if rows is None else (L, rows, H))
+    forms = [lengths.tolist(), torch.from_numpy(lengths), lengths.astype(np.int32)]
+    for theirs in [*forms, torch.tensor([5])] if rows is None else forms:
+        for k1, k2 in ((4, 5), (4, 4), (4, 3), (2, 40)):
+            assert_twins_walk_alike(layer, x, k1, k2, lengths=lengths, theirs=theirs, state=state, reset=reset)
+
+
+@pytest.mark.parametrize(
+    ("x", "options", "error", "words"),
+    [
+        ((10, 2, I), {"k1": True}, ValueError, "k1 is True; expected a number of steps"),
+        ((10, 2, I), {"k1": 3, "lengths": [3, 11]}, ValueError, r"lengths lie in \[3, 11\]; expected 0 <= lengths"),
+        ((10, 2, I), {"k1": 3, "lengths": [-1, 4]}, ValueError, r"lengths lie in \[-1, 4\]; expected 0 <= lengths"),
+        ((10, 2, I), {"k1": 3, "lengths": [4]}, ValueError, r"lengths has shape \(1,\); expected \(2,\)"),
+        ((10, 2, I), {"k1": 3, "lengths": [4.0, 1.0]}, TypeError, "lengths has dtype torch.float32; expected integers"),
+        ((10, 2, I), {"k1": 3, "reset": np.zeros((2, 10))}, ValueError, r"reset has shape \(2, 10\); expected"),
+        ((10, 2, I, 1), {"k1": 3}, ValueError, r"x has shape \(10, 2, 3, 1\); expected \(T,B,I\)"),
+        (None, {"k1": 3}, TypeError, "x is a ndarray; expected a tensor"),
+    ],
+)
+def test_torch_refuses_bad_arguments_at_once(x, options, error, words):
+    x = np.zeros((10, 2, I)) if x is None else torch.zeros(x, dtype=torch.float64)
+    with pytest.raises(error, match=words):
+        fusedrnn.torch.tbptt.chunks(torch_twin(make_layer("GRU")), x, **options)
 
 
 def test_the_documented_example_runs():

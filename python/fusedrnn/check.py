@@ -24,6 +24,7 @@ from .errors import fail as fail
 from .errors import flag as flag
 from .errors import integer as integer
 from .errors import number as number
+from .errors import text as text
 from .errors import word as word
 
 _FLOATS = (np.dtype(np.float32), np.dtype(np.float64))

@@ -22,12 +22,14 @@ from .errors import number
 __all__ = ["clip_each_norm_", "clip_grad_norm_", "clip_grad_value_"]
 
 BLOCK = 16384  # elements of float64 that stay in the first caches between conversion and sum
+NORMAL = float(np.finfo(np.float32).tiny)  # float32 factors below lose bits
 
 
-def clip_grad_norm_(grads: Any, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> Any:
+def clip_grad_norm_(grads: Any, max_norm: float, norm_type: float | str = 2.0, error_if_nonfinite: bool = False) -> Any:
     """Scale all gradients together so that their common norm is at most `max_norm`; returns the norm before.
 
-    `norm_type` is any p > 0 or inf. With `error_if_nonfinite` an infinite or NaN norm raises and nothing is changed.
+    `norm_type` is any p > 0, inf or "inf". With `error_if_nonfinite` an infinite or NaN norm raises and nothing is
+    changed.
 
     >>> grads = {"weight": np.array([3.0, 0.0]), "bias": np.array([4.0])}
     >>> fusedrnn.clip.clip_grad_norm_(grads, 1.0)
@@ -36,7 +38,7 @@ def clip_grad_norm_(grads: Any, max_norm: float, norm_type: float = 2.0, error_i
     array([0.8])
     """
     arrays = [array for _, array in leaves("clip_grad_norm_", grads)]
-    check_norm("clip_grad_norm_", max_norm, norm_type)
+    norm_type = check_norm("clip_grad_norm_", max_norm, norm_type)
     if on_cuda("clip_grad_norm_", arrays):
         return device_norm("clip_grad_norm_", "all gradients together", arrays, max_norm, norm_type, error_if_nonfinite)
     total = norm_of(arrays, norm_type)
@@ -46,7 +48,7 @@ def clip_grad_norm_(grads: Any, max_norm: float, norm_type: float = 2.0, error_i
     return total
 
 
-def clip_each_norm_(grads: Any, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> Any:
+def clip_each_norm_(grads: Any, max_norm: float, norm_type: float | str = 2.0, error_if_nonfinite: bool = False) -> Any:
     """Scale every array by itself so that its own norm is at most `max_norm`; returns the norms, nested as `grads`.
 
     >>> grads = {"weight": np.array([3.0, 4.0]), "bias": np.array([0.5])}
@@ -54,7 +56,7 @@ def clip_each_norm_(grads: Any, max_norm: float, norm_type: float = 2.0, error_i
     {'weight': 5.0, 'bias': 0.5}
     """
     pairs = list(leaves("clip_each_norm_", grads))
-    check_norm("clip_each_norm_", max_norm, norm_type)
+    norm_type = check_norm("clip_each_norm_", max_norm, norm_type)
     if on_cuda("clip_each_norm_", [array for _, array in pairs]):
         if error_if_nonfinite:  # all are looked at before one is changed
             for name, array in pairs:
@@ -117,14 +119,29 @@ def device_norm(
 def norm_of(arrays: Sequence[np.ndarray], norm_type: float) -> float:
     native = getattr(backends.choose(), "global_norm", None)
     if native and norm_type in (1, 2, np.inf):  # the norms that are written in C++
-        return float(native(arrays, float(norm_type)))
-    if norm_type == np.inf:
-        largest = 0.0
-        for array in arrays:
-            if array.size:
-                # not np.abs(array).max(): that would copy the whole array. NaN passes through both.
-                largest = float(np.maximum(largest, np.maximum(array.max(), -array.min())))
-        return largest
+        norm = float(native(arrays, float(norm_type)))
+    elif norm_type == np.inf:
+        norm = largest_size(arrays)
+    else:
+        norm = norm_of_powers(arrays, norm_type, 1.0)
+    if norm_type in (1, np.inf) or 0 < norm < np.inf or np.isnan(norm):
+        return norm
+    # Powers may have left float64's range, up or down, where the norm itself does not.
+    largest = norm_of(arrays, np.inf)
+    return norm_of_powers(arrays, norm_type, largest) if 0 < largest < np.inf else largest
+
+
+def largest_size(arrays: Sequence[np.ndarray]) -> float:
+    largest = 0.0
+    for array in arrays:
+        if array.size:
+            # not np.abs(array).max(): that would copy the whole array. NaN passes through both.
+            largest = float(np.maximum(largest, np.maximum(array.max(), -array.min())))
+    return largest
+
+
+def norm_of_powers(arrays: Sequence[np.ndarray], p: float, unit: float) -> float:
+    """(sum |a|^p)^(1/p), summed up in that unit."""
     total = 0.0
     for array in arrays:
         # nditer hands out 1-D float64 blocks of any strided array without copying more than one block at a time
@@ -137,21 +154,30 @@ def norm_of(arrays: Sequence[np.ndarray], norm_type: float) -> float:
         )
         block: Any
         for block in blocks:
-            with np.errstate(over="ignore", invalid="ignore"):
-                total += float(block @ block) if norm_type == 2 else float((np.abs(block) ** norm_type).sum())
+            with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+                scaled = block if unit == 1 else block / unit
+                total += float(scaled @ scaled) if p == 2 else float((np.abs(scaled) ** p).sum())
     with np.errstate(over="ignore"):
-        return float(np.sqrt(total)) if norm_type == 2 else float(np.power(total, 1.0 / norm_type))
+        return unit * float(np.sqrt(total) if p == 2 else np.power(total, 1.0 / p))
 
 
 def scale(arrays: Sequence[np.ndarray], norm: float, max_norm: float) -> None:
     factor = max_norm / (norm + 1e-6)  # 1e-6 as torch.nn.utils has it
     if factor >= 1:
         return
+    narrow = any(array.dtype == np.float32 for array in arrays)
+    while narrow and 0 < factor < NORMAL:  # the power of two changes no digit, but where the result is 0 anyway
+        multiply(arrays, 2.0**-64)
+        factor *= 2.0**64
+    multiply(arrays, factor)
+
+
+def multiply(arrays: Sequence[np.ndarray], factor: float) -> None:
     native = getattr(backends.choose(), "scale_", None)
     if native:
         native(arrays, factor)
         return
-    with np.errstate(invalid="ignore"):  # a NaN norm gives NaN gradients, an infinite one 0 * inf: as torch.nn.utils
+    with np.errstate(invalid="ignore", under="ignore"):  # a NaN norm gives NaN, an infinite one 0 * inf: as torch does
         for array in arrays:
             np.multiply(array, array.dtype.type(factor), out=array)
 
@@ -182,6 +208,11 @@ def leaves(function: str, grads: Any, name: str = "grads") -> Iterator[tuple[str
         raise ValueError(f"{function}: {name} is read-only; clipping works in place, pass a writeable array")
     elif not grads.flags.aligned:
         raise ValueError(f"{function}: {name} is not aligned; expected whole elements in memory, such as {name}.copy()")
+    elif grads.size and any(not step and size > 1 for step, size in zip(grads.strides, grads.shape, strict=True)):
+        raise ValueError(
+            f"{function}: {name} has elements that share memory; expected one place for each, because clipping works "
+            "in place: pass a copy"
+        )
     else:
         yield name, grads
 
@@ -196,13 +227,15 @@ def like(grads: Any, values: Iterator[float]) -> Any:
     return next(values)
 
 
-def check_norm(function: str, max_norm: float, norm_type: float) -> None:
+def check_norm(function: str, max_norm: float, norm_type: float | str) -> float:
+    """norm_type as a number."""
     number(function, "max_norm", max_norm)
-    number(function, "norm_type", norm_type)
+    norm_type = np.inf if norm_type == "inf" else number(function, "norm_type", norm_type)
     if not max_norm >= 0:
         raise ValueError(f"{function}: max_norm is {max_norm}; expected a number >= 0")
     if not norm_type > 0:
         raise ValueError(f"{function}: norm_type is {norm_type}; expected a number > 0, or inf")
+    return norm_type
 
 
 def refuse_nonfinite(function: str, what: str, norm: float) -> None:

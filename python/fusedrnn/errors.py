@@ -39,6 +39,13 @@ def flag(op: str, name: str, value: Any) -> bool:
     fail(op, name, f"is {value!r}", "True or False", error=TypeError)
 
 
+def text(op: str, name: str, value: Any) -> str:
+    """The value, if it is a string."""
+    if not isinstance(value, str):
+        fail(op, name, f"is {value!r}", "a string", error=TypeError)
+    return value
+
+
 def word(op: str, name: str, value: Any, *words: str) -> str:
     """The value, if it is one of these words."""
     if isinstance(value, str) and value in words:

@@ -8,11 +8,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import arrays, backends, check, config, ops
+from . import arrays, backends, check, config, exchange, ops
 from . import params as parameters
 from .cells import CELLS
 
 _Array = np.ndarray
+
+# Why there is no tape, and what to do: what stands in the tape's place.
+_AGAIN = "Call layer.train(), then layer(x), then layer.backward(dy)."
+_NOT_CALLED = f"there was no layer(x) since it was made or copied (step keeps no tape). {_AGAIN}"
+_IN_EVAL = f"the last call ran in eval mode. {_AGAIN}"
+_RAISED = "the last call raised {}. Call layer(x) again, with what it asks for, then layer.backward(dy)."
+_LOADED = f"load_state_dict changed the parameters after the last call. {_AGAIN}"
 
 
 class Recorded(NamedTuple):
@@ -42,7 +49,7 @@ class _Layer:
 
     _op: str  # the function in ops
     _cell: str
-    _tape: ops.Tape | Recorded | None = None
+    _tape: ops.Tape | Recorded | str = _NOT_CALLED
 
     def __init__(
         self,
@@ -104,7 +111,7 @@ class _Layer:
 
     def _forget(self) -> None:
         """Drop what is neither copied nor pickled: the tape, and the short way into the kernels."""
-        self._tape = None
+        self._tape = _NOT_CALLED
         self._lane: Any = None
         self._lane_for: Any = _Layer  # the settings that the lane was made for; nothing equals a class
 
@@ -145,13 +152,13 @@ class _Layer:
         plain = lengths is None and reset is None and not return_cells and context is None
         lane = self._find_lane() if plain else None
         if not self.training:
-            self._tape = None
+            self._tape = _IN_EVAL
             if lane is not None:
                 result = lane.forward(x, state, self.parameters)
                 if result is not None:
                     return result
         # The new tape takes over the old one's memory; a call that fails leaves the old one whole.
-        tape = self.__dict__.pop("_tape", None)
+        tape = self.__dict__.pop("_tape", _NOT_CALLED)
         recorded = type(tape) is Recorded
         try:
             if lane is not None and self.training and not self.dropout:
@@ -164,8 +171,13 @@ class _Layer:
                     return y, last
             seed = self._mask_seed()
             options = {"lengths": lengths, "reset": reset, "return_cells": return_cells, "context": context}
-            options |= {"seed": seed or 0, "training": self.training, "reuse": None if recorded else tape}
-            *result, tape = self._run(x, state, **options)
+            options |= {"seed": seed or 0, "training": self.training, "reuse": tape if type(tape) is ops.Tape else None}
+            *result, new = self._run(x, state, **options)
+            tape = new or tape
+        except Exception as error:
+            if self.training and isinstance(tape, str):
+                tape = _RAISED.format(type(error).__name__)
+            raise
         finally:
             self._tape = tape
         self.draws += seed is not None
@@ -199,19 +211,19 @@ class _Layer:
     def backward(self, dy: _Array | None = None, dstate: Any = None, dcells: _Array | None = None) -> dict[str, Any]:
         """Gradients of the last training call: a dict with "x", "state" and one entry per parameter.
 
-        dy, dstate, dcells: gradients of what that call returned; None: zero.
-        Raises RuntimeError when there was none, ValueError or TypeError for arrays that do not fit.
+        dy, dstate, dcells: gradients of what that call returned; None: zero. x, state and the parameters must still
+        hold what they held then; a parameter that was replaced by another array counts as it was.
+        May be called again, until the next call. Raises RuntimeError that says why there is no tape; ValueError or
+        TypeError for arrays that do not fit.
 
         >>> layer = fusedrnn.GRU(3, 4, seed=0)
         >>> y, h = layer(np.ones((5, 2, 3), np.float32))
         >>> layer.backward(np.ones_like(y))["weight_hh_l0"].shape
         (12, 4)
         """
-        if self._tape is None:
-            why = "there was no call since it was made or copied" if self.training else "the last call ran in eval mode"
-            fix = "Call layer.train(), then layer(x), then layer.backward(dy)."
-            raise RuntimeError(f"{type(self).__name__}.backward: no tape, because {why}. {fix}")
         tape = self._tape
+        if isinstance(tape, str):
+            raise RuntimeError(f"{type(self).__name__}.backward: no tape, because {tape}")
         result: dict[str, Any] | None = None
         if isinstance(tape, Recorded):
             if dcells is None:
@@ -283,43 +295,34 @@ class _Layer:
         self.dtype = np.dtype(first.dtype) if device is None else device.dtype
         return self
 
-    def state_dict(self) -> dict[str, _Array]:
-        """Copies of all parameters, under torch.nn's names.
+    def state_dict(self, *, prefix: str = "") -> dict[str, _Array]:
+        """Copies of all parameters, under torch.nn's names with the prefix before them.
 
-        >>> {name: a.shape for name, a in fusedrnn.RNN(3, 4, bias=False).state_dict().items()}
-        {'weight_ih_l0': (4, 3), 'weight_hh_l0': (4, 4)}
+        >>> {name: a.shape for name, a in fusedrnn.RNN(3, 4, bias=False).state_dict(prefix="rnn.").items()}
+        {'rnn.weight_ih_l0': (4, 3), 'rnn.weight_hh_l0': (4, 4)}
         """
-        return {name: array.copy() for name, array in self.parameters.items()}
+        prefix = check.text(f"{type(self).__name__}.state_dict", "prefix", prefix)
+        return {prefix + name: exchange.copied(array) for name, array in self.parameters.items()}
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Copy parameters in, from arrays or what NumPy can read (torch tensors on a CPU), cast to the layer's dtype.
+    def load_state_dict(self, state_dict: Mapping[str, Any], *, prefix: str = "") -> None:
+        """Copy parameters in, from arrays, torch tensors or what NumPy can read, rounded to the layer's dtype.
 
-        Raises ValueError for missing or unknown names and wrong shapes, before anything is written.
+        Only names that begin with `prefix` count, without it. A layer of one direction also takes the names of torch's
+        cells (weight_ih for weight_ih_l0). Tensors may require gradients, be on any device and of any float type; NaN
+        and infinities are loaded as they are, as torch.nn does; uint16 stands for bfloat16 bits.
+        Raises ValueError for missing or unknown names, wrong shapes, and finite numbers that the dtype cannot hold;
+        TypeError for what holds no real numbers; both before anything is written.
 
         >>> a, b = fusedrnn.LSTM(3, 4), fusedrnn.LSTM(3, 4)
         >>> b.load_state_dict(a.state_dict())
+        >>> checkpoint = a.state_dict(prefix="encoder.rnn.") | {"head.bias": np.zeros(2)}
+        >>> b.load_state_dict(checkpoint, prefix="encoder.rnn.")
         """
-        op = f"{type(self).__name__}.load_state_dict"
-        if not isinstance(state_dict, Mapping):
-            check.fail(op, "state_dict", f"is {arrays.kind(state_dict)}", "a dict of arrays by name", error=TypeError)
-        new = {name: np.asarray(value) for name, value in state_dict.items()}
-        lost, unknown = self.parameters.keys() - new.keys(), new.keys() - self.parameters.keys()
-        if lost or unknown:
-            got = "; ".join(
-                f"{what} {', '.join(sorted(which))}" for what, which in (("lacks", lost), ("has", unknown)) if which
-            )
-            check.fail(op, "state_dict", got, f"exactly {', '.join(self.parameters)}")
+        new = exchange.read(f"{type(self).__name__}.load_state_dict", state_dict, self.parameters, prefix)
         for name, array in self.parameters.items():
-            if new[name].shape != array.shape:
-                fix = "The layer was made with other sizes."
-                check.fail(op, name, f"has shape {new[name].shape}", f"{array.shape}", fix)
-            if new[name].dtype == np.uint16 != array.dtype:
-                new[name] = parameters.widen(new[name])
-            if not np.can_cast(new[name].dtype, array.dtype, "same_kind"):
-                fix = "A layer with bfloat16 weights takes what fusedrnn.params.to_bfloat16 makes."
-                check.fail(op, name, f"has dtype {new[name].dtype}", f"one that {array.dtype} can hold", fix, TypeError)
-        for name, array in self.parameters.items():
-            array[...] = new[name]
+            exchange.write(array, new[name])
+        if not isinstance(self._tape, str):
+            self._tape = _LOADED
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k not in ("_tape", "_lane", "_lane_for")}

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from .arrays import kind as kind_of
 from .cells import CELLS
 from .cells.cell import Cell
 from .errors import fail, flag, integer
@@ -154,6 +155,7 @@ def init(
 def to_bfloat16(params: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Parameters for inference with half the bytes: float32 weights rounded to bfloat16 (nearest, ties to even), biases
     as they are. NumPy has no such type, so the weights' bits come as uint16; `fusedrnn.lstm` and the like take them.
+    Raises TypeError for weights that are no float arrays, ValueError for float64 ones beyond float32.
 
     One row at a time is limited by reading the weights, so it gets faster; y changes by about 3e-4.
 
@@ -162,10 +164,26 @@ def to_bfloat16(params: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     (dtype('uint16'), dtype('float32'))
     >>> y, state, _ = fusedrnn.lstm(np.ones((5, 2, 3), np.float32), None, params)
     """
-    for name, array in _arrays("params.to_bfloat16", params).items():
-        if name.startswith("weight") and array.dtype not in (np.float32, np.float64):
-            fail("params.to_bfloat16", name, f"has dtype {array.dtype}", "float32 weights", error=TypeError)
-    return {name: _bfloat16(a) if name.startswith("weight") else a for name, a in params.items()}
+    result = dict(_arrays("params.to_bfloat16", params))
+    for name, array in params.items():
+        if name.startswith("weight"):
+            if not isinstance(array, np.ndarray):
+                fail("params.to_bfloat16", name, f"is {kind_of(array)}", "a NumPy array", error=TypeError)
+            if array.dtype not in (np.float32, np.float64):
+                fail("params.to_bfloat16", name, f"has dtype {array.dtype}", "float32 weights", error=TypeError)
+            result[name] = bfloat16_bits(rounded("params.to_bfloat16", name, array, np.dtype(np.float32)))
+    return result
+
+
+def rounded(op: str, name: str, array: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
+    """The array in that dtype. NaN and infinities stay; a finite number that would become infinite is an error."""
+    with np.errstate(over="ignore", under="ignore"):
+        result = array.astype(dtype, copy=False)
+    if dtype.kind == "f" and result is not array and (lost := np.isinf(result) & np.isfinite(array)).any():
+        got = f"holds {array[lost].flat[0]:.6g}" + (f" and {lost.sum() - 1} more such" if lost.sum() > 1 else "")
+        expected = f"numbers that {dtype} can hold, at most {float(np.finfo(dtype).max):.6g}"
+        fail(op, name, got, expected, "It would become infinite: look at what made it, or keep dtype=numpy.float64.")
+    return result
 
 
 def _arrays(op: str, params: Any) -> Mapping[str, np.ndarray]:
@@ -178,7 +196,8 @@ def _arrays(op: str, params: Any) -> Mapping[str, np.ndarray]:
     return params
 
 
-def _bfloat16(a: np.ndarray) -> np.ndarray:
+def bfloat16_bits(a: np.ndarray) -> np.ndarray:
+    """Rounded to bfloat16 (nearest, ties to even), as uint16."""
     bits = np.ascontiguousarray(a, np.float32).view(np.uint32)
     rounded = ((bits.astype(np.uint64) + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
     return np.where(np.isnan(a), np.uint16(0x7FC0), rounded)

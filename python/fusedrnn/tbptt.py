@@ -61,7 +61,7 @@ class Chunk:
         # A layer keeps the tape of its last call only, so the steps before `split` run on a shallow copy, which
         # shares the weights and has a tape of its own. `split` is where the next window begins.
         state = walk.state
-        self.runs: list[tuple[Any, int, int]] = []
+        self.runs: list[tuple[Any, Any, int, int]] = []  # layer, its tape, first and last step
         outputs = []
         for begin, end in ((self.window, split), (split, stop)):
             if begin < end:
@@ -70,7 +70,7 @@ class Chunk:
                 options = {"lengths": lengths, "reset": walk.steps.reset(begin, end), "context": walk.context}
                 y, state = layer(walk.steps.x(begin, end), state, **options)
                 walk.layer.draws = layer.draws  # the next run draws another dropout mask
-                self.runs.append((layer, begin, end))
+                self.runs.append((layer, layer._tape, begin, end))
                 if end > self.start:
                     outputs.append(cut(y, axis, max(self.start - begin, 0), end - begin))
             if end == split:
@@ -81,7 +81,7 @@ class Chunk:
 
     def backward(self, dy: np.ndarray | None, dstate: Any = None) -> dict[str, Any]:
         """Gradients as `layer.backward` returns them, from dy (shaped as `y`) and dstate (shaped as `state`)."""
-        walk, self.walk = self.walk, None
+        walk = self.walk
         if walk is None:
             raise RuntimeError(
                 "tbptt: backward was called twice, or after the next chunk was taken; "
@@ -92,8 +92,15 @@ class Chunk:
                 f"tbptt: dy has shape {np.shape(dy)}; expected {self.y.shape}, the shape of this chunk's y "
                 f"(steps {self.start}..{self.stop})"
             )
+        if any(layer._tape is not tape for layer, tape, _, _ in self.runs):
+            raise RuntimeError(
+                "tbptt: the layer was called, or given other parameters by load_state_dict, since this chunk was run; "
+                "expected backward before that, because a layer keeps the tape of its last call only. "
+                "Let copy.copy(layer) run what comes between"
+            )
+        self.walk = None
         sums, dxs = walk.sums, []
-        for layer, begin, end in reversed(self.runs):
+        for layer, _, begin, end in reversed(self.runs):
             grads = layer.backward(self.padded(dy, begin, end, walk.steps.axis), dstate)
             dstate = grads["state"]
             if "x" in grads:
@@ -148,7 +155,7 @@ def chunks(
     """
     k2 = k1 if k2 is None else k2
     for name, k in (("k1", k1), ("k2", k2)):
-        if not isinstance(k, int | np.integer) or k < 1:
+        if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
             raise ValueError(f"tbptt: {name} is {k!r}; expected a number of steps >= 1")
     if layer.bidirectional:
         raise ValueError(

@@ -7,12 +7,13 @@ Draws speed.png beside the file, writes README.md there with every figure, and f
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from pathlib import Path
 from typing import Any
 
+from .. import files
 from . import report
+from .document import read
 from .rivals import OURS
 from .workloads import BOTH
 
@@ -68,16 +69,22 @@ def _panel(axis: Any, sizes: list[str], found: list[report.Line]) -> None:
     axis.set_axisbelow(True)
 
 
-def fill(readme: Path, block: str) -> None:
-    """Put the block between the marks of a README."""
-    text = readme.read_text()
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
+def around(readme: Path) -> tuple[str, str]:
+    """What stands before and behind the marks of a README."""
+    text = files.text("bench", readme)
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end or text.count(BEGIN) + text.count(END) != 2:
         raise ValueError(
             f"bench: {readme} has no {BEGIN} and {END} on lines of their own. Add both where the table goes"
         )
-    before, _, rest = text.partition(BEGIN)
-    after = rest.partition(END)[2]
-    readme.write_text(f"{before}{BEGIN}\n{block}\n{END}{after}")
+    return before, after
+
+
+def fill(readme: Path, block: str) -> None:
+    """Put the block between the marks of a README."""
+    before, after = around(readme)
+    readme.write_text(f"{before}{BEGIN}\n{block}\n{END}{after}", encoding="utf-8")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -86,10 +93,15 @@ def main(arguments: list[str] | None = None) -> int:
     p.add_argument("json", type=Path)
     p.add_argument("--readme", type=Path, help="also fill the block between the speed marks of this file")
     options = p.parse_args(arguments)
-    document = json.loads(options.json.read_text())
+    try:
+        document = read(options.json)
+        if options.readme:
+            around(options.readme)
+    except ValueError as error:
+        p.exit(2, f"{error}\n")
     folder = options.json.parent
     picture(document, folder / "speed.png")
-    (folder / "README.md").write_text(report.page(document))
+    (folder / "README.md").write_text(report.page(document), encoding="utf-8")
     print(f"{folder}/speed.png and {folder}/README.md written")
     if options.readme:
         seen_from = os.path.relpath(folder, options.readme.parent)

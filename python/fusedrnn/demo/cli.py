@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from .. import get_num_threads
+from .. import backends, get_num_threads
 from .display import Display, picture
+from .options import BITS, Options
 from .text import Text, read
-from .train import BITS, Options, Trainer
+from .train import Trainer
 
 CHECKPOINT_SECONDS = 15.0
 INTERRUPTED = 130  # exit status of a program ended by Ctrl-C
@@ -63,13 +64,20 @@ def main(arguments: list[str] | None = None) -> int:
             refuse_changes(trainer.options, given)
         else:
             options = Options(**given)
+            if problem := options.problem():
+                raise ValueError(f"demo: {problem}.")
             trainer = Trainer(options, Text(read(options.text)))
+        backends.choose(trainer.options.backend)
         out.mkdir(parents=True, exist_ok=True)
-    except FileNotFoundError as error:
-        p.exit(2, f"demo: {error.filename} is not there; --resume needs the checkpoint of an earlier run in --out\n")
-    except (ValueError, OSError) as error:
+        return run(trainer, checkpoint)
+    except (ValueError, ImportError) as error:
         p.exit(2, f"{error}\n")
-    return run(trainer, checkpoint)
+    except FloatingPointError as error:
+        p.exit(2, f"demo: training has left the finite numbers: {error}\n")
+    except MemoryError:
+        p.exit(2, "demo: there is not enough memory for this model and text; expected smaller ones.\n")
+    except OSError as error:
+        p.exit(2, f"demo: {error.filename or out} cannot be written or read ({error.strerror or error}).\n")
 
 
 def refuse_changes(options: Options, given: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .train import BITS, Progress
+from .options import BITS, Progress
 
 PLAIN_SECONDS = 5.0  # between two plain lines
 

@@ -8,7 +8,16 @@ import numpy as np
 import fusedrnn
 
 EMBEDDING = 64
+Shapes = dict[str, tuple[int, ...]]
 CELLS = {"lstm": fusedrnn.LSTM, "gru": fusedrnn.GRU, "rnn": fusedrnn.RNN}
+
+
+def shapes(characters: int, cell: str, hidden: int, layers: int) -> Shapes:
+    """The shape of every parameter of a `CharacterModel`, without making one."""
+    found: Shapes = {"embedding.weight": (characters, EMBEDDING)}
+    found |= {"output.weight": (characters, hidden), "output.bias": (characters,)}
+    of_layers = fusedrnn.params.shapes("rnn_tanh" if cell == "rnn" else cell, EMBEDDING, hidden, layers)
+    return found | {f"layer.{name}": shape for name, shape in of_layers.items()}
 
 
 class CharacterModel:

@@ -4,9 +4,10 @@
 import hashlib
 from collections import Counter
 from collections.abc import Iterable
-from pathlib import Path
 
 import numpy as np
+
+from .. import files
 
 HELD_OUT = 0.05  # the end of the text, never trained on
 LARGEST_VOCABULARY = 256
@@ -24,7 +25,7 @@ def read(path: str | None) -> str:
             for paragraph in topic.split("\n\n"):
                 paragraphs.setdefault(" ".join(paragraph.split()), paragraph.rstrip())
         return "\n\n".join(paragraph for key, paragraph in paragraphs.items() if key)
-    text = Path(path).read_text(encoding="utf-8", errors="replace")
+    text = files.text("demo", path)
     if len(text) < 1000:
         raise ValueError(f"demo: {path} has {len(text)} characters; expected at least 1000 to learn from")
     return text

@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,42 +15,10 @@ import numpy as np
 from .. import tbptt
 from ..clip import clip_grad_norm_
 from .adam import Adam
+from .checkpoint import Checkpoint
 from .model import CharacterModel
+from .options import BITS, Options, Progress
 from .text import Text, rows
-
-BITS = 1 / math.log(2)  # nats to bits
-
-
-@dataclass
-class Options:
-    """All that decides what is computed. The command line sets a few of these; a checkpoint keeps them all."""
-
-    text: str | None = None
-    cell: str = "lstm"
-    hidden: int = 256
-    layers: int = 2
-    batch: int = 16
-    chunk: int = 64
-    rate: float = 3e-3
-    clip: float = 1.0
-    seconds: float | None = 100.0
-    steps: int | None = None
-    seed: int = 0
-    backend: str | None = None
-
-
-@dataclass
-class Progress:
-    """Where the run is. Plain numbers, kept in the checkpoint beside the arrays."""
-
-    step: int = 0
-    total: int | None = None  # steps in all; with `seconds` known after the first few
-    position: int = 0  # steps walked along the rows in this epoch
-    shift: int = 0  # where in the text this epoch's rows begin
-    seconds: float = 0.0  # spent training, over all sittings
-    characters: int = 0
-    losses: list[float] = field(default_factory=list)  # training loss in nats, one a step
-    held_out: list[tuple[int, float]] = field(default_factory=list)  # (step, bits per character)
 
 
 class Trainer:
@@ -169,25 +137,20 @@ class Trainer:
 
     @classmethod
     def load(cls, path: Path, read_text: Any) -> "Trainer":
-        """The trainer that `save` wrote. `read_text` gives the text for the saved path."""
-        with np.load(path, allow_pickle=False) as file:
-            meta = json.loads(str(file["meta"]))
-            options = Options(**meta["options"])
-            text = Text(read_text(options.text))
-            if text.digest != meta["text"]:
-                raise ValueError(
-                    f"demo: the text is not the one that {path} was trained on (sha256 {text.digest[:12]}, expected "
-                    f"{meta['text'][:12]}); resume with the same file and Python, or begin anew without --resume"
-                )
-            trainer = cls(options, text)
-            for kind, arrays in (("p", trainer.model.parameters), ("m", trainer.adam.m), ("v", trainer.adam.v)):
-                for name, array in arrays.items():
-                    array[...] = file[f"{kind}/{name}"]
-            if "state/0" in file:
-                pair = trainer.state_is_pair
-                trainer.state = (file["state/0"], file["state/1"]) if pair else file["state/0"]
-        trainer.adam.count = meta["adam"]
-        trainer.rng.bit_generator.state = meta["rng"]
-        trainer.progress = Progress(**meta["progress"])
-        trainer.progress.held_out = [(int(step), bits) for step, bits in trainer.progress.held_out]
+        """The trainer that `save` wrote. `read_text` gives the text for the saved path.
+
+        Raises ValueError for a file that is not whole, and for another text, before a model is made.
+        """
+        saved = Checkpoint(path)
+        text = Text(read_text(saved.options.text))
+        saved.check(text)
+        trainer = cls(saved.options, text)
+        for kind, arrays in (("p", trainer.model.parameters), ("m", trainer.adam.m), ("v", trainer.adam.v)):
+            for name, array in arrays.items():
+                array[...] = saved.arrays[f"{kind}/{name}"]
+        if saved.states:
+            trainer.state = saved.states if trainer.state_is_pair else saved.states[0]
+        trainer.progress = saved.progress
+        trainer.adam.count = saved.progress.step
+        trainer.rng.bit_generator.state = saved.rng
         return trainer

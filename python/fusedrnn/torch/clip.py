@@ -1,8 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""torch.nn.utils' gradient clipping in one pass of the native kernels, with float64 sums."""
+"""torch.nn.utils' gradient clipping in one pass of the native kernels, with float64 sums.
+
+Signatures and results are torch's. What is no plain float32 or float64 tensor on a CPU goes to torch's own functions;
+so do norms of order 0 and below. `foreach` chooses between two ways of torch's, and counts only there. A norm has
+torch's dtype, the widest of the gradients'; but float64 where float32 cannot hold it (torch's is inf then, and the
+clipped gradients are 0).
+"""
 
 from __future__ import annotations
 
+import types
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,45 +20,140 @@ from torch import Tensor
 from .. import clip
 
 
-def _gradients(parameters: Tensor | Iterable[Tensor]) -> tuple[list[Tensor], bool]:
-    """The gradients, and whether NumPy can see all of them."""
-    given = [parameters] if isinstance(parameters, Tensor) else parameters
-    gradients = [p.grad for p in given if p.grad is not None]
+def _listed(tensors: Tensor | Iterable[Tensor]) -> list[Tensor]:
+    return [tensors] if isinstance(tensors, Tensor) else list(tensors)
+
+
+def _arrays(tensors: list[Tensor]) -> Any:
+    """The tensors as NumPy sees them; None where it cannot."""
     plain = all(
-        type(g) is Tensor
-        and g.device.type == "cpu"
-        and g.dtype in (torch.float32, torch.float64)
-        and g.layout == torch.strided
-        for g in gradients
+        type(t) is Tensor
+        and t.device.type == "cpu"
+        and t.dtype in (torch.float32, torch.float64)
+        and t.layout == torch.strided
+        for t in tensors
     )
-    return gradients, plain
+    return [t.detach().numpy() for t in tensors] if plain else None
+
+
+def _gradients(parameters: list[Tensor]) -> list[Tensor]:
+    return [p.grad for p in parameters if p.grad is not None]
+
+
+def _written(tensors: list[Tensor]) -> None:
+    """Tell autograd, as every in-place operation does."""
+    torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])
+
+
+def _norm(function: str, arrays: Any, norm_type: float, error_if_nonfinite: bool) -> float:
+    norm = clip.norm_of(arrays, norm_type)
+    if error_if_nonfinite:
+        try:
+            clip.refuse_nonfinite(function, "all gradients together", norm)
+        except FloatingPointError as error:
+            raise RuntimeError(str(error)) from None  # torch's type
+    return norm
+
+
+def _tensor(norm: float, tensors: list[Tensor]) -> Tensor:
+    if not tensors:
+        return torch.tensor(0.0)
+    wide = any(t.dtype == torch.float64 for t in tensors) or torch.finfo(torch.float32).max < norm < float("inf")
+    return torch.tensor(norm, dtype=torch.float64 if wide else torch.float32, device="cpu")
 
 
 def clip_grad_norm_(
-    parameters: Tensor | Iterable[Tensor], max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False
+    parameters: Tensor | Iterable[Tensor],
+    max_norm: float,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
 ) -> Tensor:
-    """As torch.nn.utils.clip_grad_norm_, which it calls for gradients that are not plain CPU tensors.
+    """Scale the gradients so that their common norm is at most max_norm; the norm before. As torch.nn.utils has it.
+
+    Raises RuntimeError for a norm that is not finite, with error_if_nonfinite; ValueError for max_norm < 0 or NaN.
+    Nothing is changed then.
 
     >>> w = torch.ones(4, requires_grad=True)
     >>> (3 * w).sum().backward()
     >>> fusedrnn.torch.clip.clip_grad_norm_(w, 1.0)
     tensor(6.)
     """
-    gradients, plain = _gradients(parameters := [parameters] if isinstance(parameters, Tensor) else list(parameters))
-    if not plain or not gradients:
-        return torch.nn.utils.clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite)
-    try:
-        norm = clip.clip_grad_norm_([g.detach().numpy() for g in gradients], max_norm, norm_type, error_if_nonfinite)
-    except FloatingPointError as error:
-        raise RuntimeError(str(error)) from None  # torch's type
-    return torch.tensor(norm, dtype=gradients[0].dtype)
+    generator = isinstance(parameters, types.GeneratorType)
+    parameters = _listed(parameters)
+    if generator and not parameters:
+        warnings.warn("clip_grad_norm_: parameters is an empty generator; nothing is clipped.", stacklevel=2)
+    max_norm, norm_type = float(max_norm), float(norm_type)
+    gradients = _gradients(parameters)
+    arrays = _arrays(gradients)
+    if arrays is None or norm_type <= 0:
+        return torch.nn.utils.clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite, foreach)
+    clip.check_norm("clip_grad_norm_", max_norm, norm_type)
+    arrays = [array for _, array in clip.leaves("clip_grad_norm_", arrays)]  # all are checked before one is changed
+    norm = _norm("clip_grad_norm_", arrays, norm_type, error_if_nonfinite)
+    clip.scale(arrays, norm, max_norm)
+    _written(gradients)
+    return _tensor(norm, gradients)
 
 
-def clip_grad_value_(parameters: Tensor | Iterable[Tensor], clip_value: float) -> None:
-    """As torch.nn.utils.clip_grad_value_, which it calls for gradients that are not plain CPU tensors."""
-    gradients, plain = _gradients(parameters := [parameters] if isinstance(parameters, Tensor) else list(parameters))
-    if not plain:
-        torch.nn.utils.clip_grad_value_(parameters, clip_value)
+def get_total_norm(
+    tensors: Tensor | Iterable[Tensor],
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+) -> Tensor:
+    """The common norm of tensors, as torch.nn.utils.get_total_norm.
+
+    >>> fusedrnn.torch.clip.get_total_norm([torch.tensor([3.0]), torch.tensor([4.0])])
+    tensor(5.)
+    """
+    tensors, norm_type = _listed(tensors), float(norm_type)
+    arrays = _arrays(tensors)
+    if arrays is None or norm_type <= 0:
+        return torch.nn.utils.get_total_norm(tensors, norm_type, error_if_nonfinite, foreach)
+    clip.check_norm("get_total_norm", 0.0, norm_type)
+    return _tensor(_norm("get_total_norm", arrays, norm_type, error_if_nonfinite), tensors)
+
+
+def clip_grads_with_norm_(
+    parameters: Tensor | Iterable[Tensor], max_norm: float, total_norm: Tensor, foreach: bool | None = None
+) -> None:
+    """Scale the gradients, whose norm is known, as torch.nn.utils.clip_grads_with_norm_.
+
+    >>> w = torch.ones(4, requires_grad=True)
+    >>> (3 * w).sum().backward()
+    >>> fusedrnn.torch.clip.clip_grads_with_norm_(w, 1.0, torch.tensor(6.0))
+    >>> w.grad
+    tensor([0.5000, 0.5000, 0.5000, 0.5000])
+    """
+    parameters, max_norm = _listed(parameters), float(max_norm)
+    gradients = _gradients(parameters)
+    arrays = _arrays(gradients)
+    if arrays is None:
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, total_norm, foreach)
         return
-    views: Any = [g.detach().numpy() for g in gradients]
-    clip.clip_grad_value_(views, float(clip_value))
+    clip.check_norm("clip_grads_with_norm_", max_norm, 2.0)
+    arrays = [array for _, array in clip.leaves("clip_grads_with_norm_", arrays)]
+    clip.scale(arrays, float(total_norm), max_norm)
+    _written(gradients)
+
+
+def clip_grad_value_(parameters: Tensor | Iterable[Tensor], clip_value: float, foreach: bool | None = None) -> None:
+    """Clamp the gradients to [-clip_value, clip_value], as torch.nn.utils.clip_grad_value_.
+
+    Raises ValueError for clip_value < 0 or NaN, before anything is changed.
+
+    >>> w = torch.ones(2, requires_grad=True)
+    >>> (3 * w).sum().backward()
+    >>> fusedrnn.torch.clip.clip_grad_value_(w, 0.5)
+    >>> w.grad
+    tensor([0.5000, 0.5000])
+    """
+    parameters, clip_value = _listed(parameters), float(clip_value)
+    gradients = _gradients(parameters)
+    arrays = _arrays(gradients)
+    if arrays is None:
+        torch.nn.utils.clip_grad_value_(parameters, clip_value, foreach)
+        return
+    clip.clip_grad_value_(arrays, clip_value)
+    _written(gradients)
