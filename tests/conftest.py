@@ -120,6 +120,14 @@ def backend(request: Any) -> Iterator[str]:
     config.backend = before
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _all_threads() -> None:
+    """Tests want all the threads that they ask for, however busy the machine is."""
+    native = backends.load("native")
+    if native:
+        native.ignore_crowd(True)
+
+
 @pytest.fixture(autouse=True)
 def _doctest_names(doctest_namespace: dict[str, Any]) -> None:
     doctest_namespace["fusedrnn"] = fusedrnn

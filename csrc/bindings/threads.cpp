@@ -57,6 +57,7 @@ void register_threads(py::module_& module) {
   module.def("isa", [] { return std::string(cpu::isa()); });
   module.def("set_isa", &set_isa, py::arg("name"));
   module.def("get_num_threads", &threads_now);
+  module.def("ignore_crowd", &cpu::ignore_crowd, py::arg("ignored"));
   module.def("set_num_threads", &set_num_threads, py::arg("n"));
 }
 

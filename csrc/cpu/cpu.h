@@ -30,6 +30,8 @@ double work(const Problem& problem);
 // OpenMP's own setting for the calling thread (omp_get_max_threads): OMP_NUM_THREADS and threadpoolctl act on it.
 int get_num_threads();
 void set_num_threads(int threads);
+// Whether calls use all their threads on a busy machine, too (tests do: there are more members to go wrong).
+void ignore_crowd(bool ignored);
 
 // Instruction sets, weakest first: "baseline", "avx2", "avx512" or "baseline", "neon". The best one found is used
 // unless FUSEDRNN_ISA names another or set_isa does. set_isa is false, and changes nothing, where the name is not in

@@ -157,7 +157,7 @@ void Fiber::switch_to(Fiber& next, bool for_good) {
   (void)for_good;
 #endif
 #if defined(__SANITIZE_THREAD__)
-  __tsan_switch_to_fiber(next.tsan_, __tsan_switch_to_fiber_no_sync);
+  __tsan_switch_to_fiber(next.tsan_, orders_ ? 0 : __tsan_switch_to_fiber_no_sync);
 #endif
 #if defined(FUSEDRNN_OWN_SWITCH)
   fusedrnn_switch(&sp_, next.sp_);

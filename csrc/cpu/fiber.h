@@ -53,6 +53,9 @@ class Fiber {
   void arrived();
   void* tsan() const { return tsan_; }  // ThreadSanitizer's name for it
 
+ protected:
+  bool orders_ = true;  // whether ThreadSanitizer takes a switch for an order between the two, as between calls
+
  private:
   void landed();
   void* sp_ = nullptr;

@@ -34,7 +34,10 @@ constexpr int64_t kSignals = 100 * kMillisecond;
 // busy still. Where the system counts more tasks than cores, twice in a row, they do not try at all.
 class Crowd {
  public:
+  std::atomic<bool> ignored{false};
+
   int threads(int wanted) {
+    if (ignored.load(relaxed)) return wanted;
     const int64_t now = nanoseconds();
     if (now < until_.load(relaxed)) return std::min(wanted, allowed_.load(relaxed));
     int64_t looked = looked_.load(relaxed);
@@ -272,7 +275,7 @@ void FullCrew::was_late(Host& host) {
   lost.fetch_add(waited);
   if (late.fetch_add(waited) + waited < 500 * kMicrosecond + (now - began) / 8) return;
   late.store(0);
-  if (dismissed.load() + surplus.load() < threads - 1) surplus.fetch_add(1);
+  if (!crowd.ignored.load() && dismissed.load() + surplus.load() < threads - 1) surplus.fetch_add(1);
 }
 
 // A thread of the call that is not the caller's.
@@ -462,6 +465,8 @@ Signals set_signals(Signals now) {
   signals = now;
   return before;
 }
+
+void ignore_crowd(bool ignored) { crowd.ignored = ignored; }
 
 int get_num_threads() { return omp_get_max_threads(); }
 void set_num_threads(int threads) { omp_set_num_threads(threads < 1 ? 1 : threads); }

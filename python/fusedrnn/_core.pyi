@@ -30,6 +30,7 @@ isas_found: list[str]  # those of isas_built that this machine can run
 def isa() -> str: ...
 def set_isa(name: str) -> None: ...  # ValueError where it is not in isas_found; not while another thread computes
 def get_num_threads() -> int: ...  # of a call made now from this Python thread: OpenMP's own setting
+def ignore_crowd(ignored: bool) -> None: ...  # whether calls use all threads on a busy machine, too: for tests
 def set_num_threads(n: int) -> None: ...  # for all Python threads; threadpoolctl's later limits win
 
 cuda: Any  # the CUDA backend, csrc/bindings/cuda.cpp, for backends/cuda.py; None in a build without it

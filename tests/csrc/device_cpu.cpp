@@ -9,6 +9,7 @@
 #include <bit>
 #include <cstdlib>
 #include <deque>
+#include <memory>
 #include <unordered_map>
 #include <unordered_set>
 #include <vector>

@@ -11,6 +11,7 @@ using fusedrnn::Stacks;
 // A task, or (default-constructed) the OS thread that runs them.
 class Fiber : public fusedrnn::Fiber {
  public:
+  Fiber() { orders_ = false; }  // what orders two tasks is the kernel's own affair
   ~Fiber();
   void arrived();  // the first thing an entry function does
 
