@@ -192,6 +192,91 @@ def test_nan_stays_in_its_row(on):
         np.testing.assert_array_equal(dlog_probs[:, b], clean[1][:, b])
 
 
+# Where row 1 of `spoilt` can be hit: its first, middle and last step, or behind it; at the blank, labels, or another
+PLACES = list(itertools.product((0, 2, 3, 4, 5), range(4)))
+
+
+def spoilt(t, c, value, dtype):
+    """Log-probabilities (6,3,4) with one bad number in row 1, and the same without it; the rest of ctc_loss's
+    arguments: rows have 6, 4, 5 steps and spell 1, 2."""
+    clean = Case(6, 3, 4, 2, dtype=dtype, seed=11).log_probs
+    bad = clean.copy()
+    bad[t, 1, c] = value
+    return bad, clean, ([[1, 2]] * 3, [6, 4, 5], [2, 2, 2])
+
+
+def same_but(got, expected, b=None):
+    """Equal bits, but for row b."""
+    rows = [row for row in range(expected.shape[-1]) if row != b]
+    np.testing.assert_array_equal(got[..., rows], expected[..., rows])
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("value", [np.nan, np.inf, 2e37])
+def test_what_is_no_log_probability_is_seen_in_its_row_alone(on, value, dtype):
+    for t, c in PLACES:
+        bad, clean, given = spoilt(t, c, value, dtype)
+        inside, row = t < 4, 1 if t < 4 else None
+        loss, gradient = fusedrnn.ctc_loss_backward(bad, *given, zero_infinity=True)
+        right = fusedrnn.ctc_loss_backward(clean, *given)
+        lost = inside and c != 3  # class 3 is in no word
+        np.testing.assert_array_equal(np.isnan(loss), [False, lost, False])
+        np.testing.assert_array_equal(loss, fusedrnn.ctc_loss(bad, *given))
+        same_but(loss, right[0], row)
+        same_but(gradient.swapaxes(1, 2), right[1].swapaxes(1, 2), row)
+        if lost:
+            assert np.isnan(gradient[:4, 1]).all() and not gradient[4:, 1].any()
+        elif inside:  # the gradient reads what the loss does not
+            np.testing.assert_array_equal(np.argwhere(np.isnan(gradient)), [[t, 1, c]])
+        one = fusedrnn.ctc_loss_backward(bad[:, 1], [1, 2], 4, 2)
+        np.testing.assert_array_equal(one[0], loss[1])
+        np.testing.assert_array_equal(one[1], gradient[:, 1])
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("value", [np.nan, np.inf, 2e37])
+def test_decoders_find_no_path_where_a_row_has_no_log_probability(on, value, dtype):
+    for t, c in PLACES:
+        bad, clean, (_, lengths, _) = spoilt(t, c, value, dtype)
+        for top in (1, 3):
+            got, right = (fusedrnn.ctc_beam(x, lengths, beam_width=2, top=top) for x in (bad, clean))
+            if t < 4:
+                ((labels, log_prob),) = got[1] if top > 1 else [got[1]]
+                assert labels.size == 0 and math.isnan(log_prob)
+                got[1] = right[1]
+            assert repr(got) == repr(right)
+        if t < 4:
+            for x, steps, at in ((bad, lengths, rf"log_probs\[{t}, 1\]"), (bad[:, 1], 4, rf"log_probs\[{t}\]")):
+                with pytest.raises(ValueError, match=rf"ctc_greedy: {at} has .*step {t} of row"):
+                    fusedrnn.ctc_greedy(x, steps)
+        else:
+            assert repr(fusedrnn.ctc_greedy(bad, lengths)) == repr(fusedrnn.ctc_greedy(clean, lengths))
+
+
+@pytest.mark.parametrize("value", [-np.inf, np.finfo(np.float32).min])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_step_where_nothing_is_possible(on, value, dtype):
+    bad, clean, given = spoilt(2, slice(None), value, dtype)
+    loss, gradient = fusedrnn.ctc_loss_backward(bad, *given)
+    np.testing.assert_array_equal(np.isposinf(loss), [False, True, False])
+    assert np.isnan(gradient[:4, 1]).all() and np.isfinite(gradient[:, ::2]).all()
+    rows = fusedrnn.ctc_beam(bad, given[1])
+    assert rows[1][0].size == 0 and rows[1][1] == -np.inf
+    assert repr(rows[::2]) == repr(fusedrnn.ctc_beam(clean, given[1])[::2])
+    with pytest.raises(ValueError, match=r"log_probs\[2, 1\] has .*step 2 of row 1"):
+        fusedrnn.ctc_greedy(bad, given[1])
+    bad[3, 1, 0] = np.nan  # nothing is possible already, but NaN wins
+    assert np.isnan(fusedrnn.ctc_loss(bad, *given, zero_infinity=True)[1])
+    assert np.isnan(fusedrnn.ctc_beam(bad, given[1])[1][1])
+
+
+def test_numbers_above_one_have_the_gradient_of_their_exponential(on):
+    log_probs = np.zeros((1, 1, 3), np.float32)
+    log_probs[0, 0, 2] = 100  # exp(100) is no float32
+    gradient = fusedrnn.ctc_loss_backward(log_probs, [[1]], [1], [1])[1]
+    np.testing.assert_array_equal(gradient, [[[1, 0, np.inf]]])
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_every_way_to_pass_the_same(on, dtype):
     case = Case(21, 4, 7, 5, blank=3, dtype=dtype)

@@ -9,6 +9,17 @@ labels whose places in time are not known.
 
 log_probs is (T,B,C), what log_softmax over C classes gives; one class is the blank. Nothing is kept between the two
 calls: the second gives the loss as well, so a training loop needs only that one.
+
+NaN, inf and -inf mean the same in all functions here and in `fusedrnn.hmm`:
+
+    -inf        impossible, as is all from -1e37 down. A row where no path is left has probability 0: its loss is inf,
+                its log-probability -inf, and it has no path.
+    NaN, inf    no log-probability, as is all from 1e37 up. A row that reads one has NaN for its loss, its gradient and
+                its log-probability, and it has no path. Nothing hides it: neither zero_infinity nor a better path.
+
+A row reads its own steps, not those past its length; ctc_loss reads the blank and the row's labels there, all others
+read all classes or states. No other row changes. "No path" is -1 at every step, or no labels. ctc_greedy, which has no
+number to tell it by, raises ValueError that names step and row.
 """
 
 from __future__ import annotations
@@ -18,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from . import arrays, backends, check
+from . import arrays, backends, check, lattice
 
 __all__ = ["ctc_beam", "ctc_greedy", "ctc_loss", "ctc_loss_backward"]
 
@@ -43,8 +54,9 @@ def ctc_loss(
     zero_infinity   0 instead of inf where the labels do not fit into the steps (a blank must part two equal labels)
 
     Returns (B,) in the dtype of log_probs, or () for one row. As torch.nn.functional.ctc_loss with reduction="none".
-    Sums do not underflow, and rounding errors do not grow with the size of the loss. A log-probability below -1e37
-    counts as -inf. Raises TypeError or ValueError for wrong types, shapes, lengths and classes.
+    Sums do not underflow, and rounding errors do not grow with the size of the loss. NaN where the blank or a label of
+    the row has NaN or inf (see the module's rule). Raises TypeError or ValueError for wrong types, shapes, lengths and
+    classes.
 
     >>> log_probs = np.log(np.full((3, 1, 2), 0.5))           # 3 steps, 2 classes: blank and 1
     >>> float(np.exp(-fusedrnn.ctc_loss(log_probs, [[1]], [3], [1])[0]).round(6))  # 6 of 8 paths spell [1]
@@ -73,7 +85,8 @@ def ctc_loss_backward(
     dlog_probs[t,b,c] = dloss[b] * (exp(log_probs[t,b,c]) - share), where the share is that of the paths that are at
     class c at step t (equation 16). This is torch's gradient: it takes log_probs to come from log_softmax, and is at
     the same time the gradient with respect to what went into log_softmax. Past input_lengths it is 0. Where the labels
-    do not fit it is NaN, or 0 with zero_infinity.
+    do not fit it is NaN, or 0 with zero_infinity. Where the loss is NaN all of the row's gradient is NaN. NaN or inf at
+    another class gives NaN at that place alone (see the module's rule).
 
     >>> log_probs = np.log(np.full((2, 1, 2), 0.5))
     >>> loss, dlog_probs = fusedrnn.ctc_loss_backward(log_probs, [[1]], [2], [1])  # paths 11, 01, 10
@@ -95,16 +108,27 @@ def ctc_greedy(log_probs: np.ndarray, input_lengths: Any = None, blank: int = 0)
     """What the most probable class of each step spells, for each row: repeats made one, blanks left out.
 
     log_probs (T,B,C), or (T,C) for one row, as ctc_loss takes them (scores of any scale will do); input_lengths: None
-    for T. Of equal classes the lowest. Returns one int64 array of labels for each row.
+    for T. Of equal classes the lowest. Returns one int64 array of labels for each row. Raises ValueError where a step
+    of a row has NaN or inf, or no class above -1e37 (see the module's rule).
 
     >>> path = np.array([1, 1, 0, 1, 2, 2])
     >>> fusedrnn.ctc_greedy(np.log(np.eye(3)[path] + 0.1))
     [array([1, 1, 2])]
     """
     op = "ctc_greedy"
-    log_probs, lengths, blank = _decoded(op, log_probs, input_lengths, blank)
+    log_probs, lengths, blank, single = _decoded(op, log_probs, input_lengths, blank)
     T, B, _ = log_probs.shape
     path = log_probs.argmax(2) if T else np.empty((0, B), np.int64)
+    best = np.take_along_axis(log_probs, path[:, :, None], 2)[:, :, 0]  # NaN is argmax's largest
+    sound = (best > -lattice.LARGEST) & (best < lattice.LARGEST)
+    lost = ~sound & (np.arange(T)[:, None] < lengths)
+    if lost.any():
+        b, t = np.argwhere(lost.T)[0]
+        at = f"log_probs[{t}]" if single else f"log_probs[{t}, {b}]"
+        fix = f"Mask or mend step {t} of row {b}; steps past input_lengths are not read."
+        check.fail(
+            op, at, f"has the largest number {best[t, b]}", "a log-probability: finite, for one class at least", fix
+        )
     kept = path != blank
     kept[1:] &= path[1:] != path[:-1]
     return [path[:n, b][kept[:n, b]] for b, n in enumerate(lengths)]
@@ -122,14 +146,15 @@ def ctc_beam(
 
     Returns, for each row, (labels, log_probability): an int64 array and the logarithm of the sum over the paths that
     stayed in the beam, at most -ctc_loss. With top > 1, for each row a list of up to `top` such pairs, best first. A
-    row where nothing is possible has (empty, -inf), or an empty list.
+    row where nothing is possible has (empty, -inf), or an empty list; one that has NaN or inf has (empty, NaN), or a
+    list of that (see the module's rule).
 
     >>> log_probs = np.log([[0.6, 0.4], [0.6, 0.4]])  # blank, blank is the best path; but 11, 01, 10 all spell [1]
     >>> fusedrnn.ctc_greedy(log_probs)[0], fusedrnn.ctc_beam(log_probs)[0][0]
     (array([], dtype=int64), array([1]))
     """
     op = "ctc_beam"
-    log_probs, lengths, blank = _decoded(op, log_probs, input_lengths, blank)
+    log_probs, lengths, blank, _ = _decoded(op, log_probs, input_lengths, blank)
     beam_width = check.integer(op, "beam_width", beam_width, 1, 1 << 24)
     top = check.integer(op, "top", top, 1)
     rows = backends.choose().ctc_beam(log_probs, lengths, blank, beam_width, top)
@@ -139,13 +164,13 @@ def ctc_beam(
     return [row[0] if row else (np.empty(0, np.int64), -np.inf) for row in found]
 
 
-def _decoded(op: str, log_probs: Any, input_lengths: Any, blank: Any) -> tuple[np.ndarray, np.ndarray, int]:
+def _decoded(op: str, log_probs: Any, input_lengths: Any, blank: Any) -> tuple[np.ndarray, np.ndarray, int, bool]:
     log_probs, single = scores_of(op, "log_probs", log_probs, "(T, B, C)")
     T, B, C = log_probs.shape
     blank = blank_of(op, blank, C)
     if input_lengths is None:
-        return log_probs, np.full(B, T, np.int64), blank
-    return log_probs, lengths_of(op, "input_lengths", input_lengths, B, T, "T", single), blank
+        return log_probs, np.full(B, T, np.int64), blank, single
+    return log_probs, lengths_of(op, "input_lengths", input_lengths, B, T, "T", single), blank, single
 
 
 @dataclass(slots=True)
