@@ -18,7 +18,7 @@ namespace fusedrnn::cpu {
 namespace {
 
 constexpr double kNone = -std::numeric_limits<double>::infinity();
-constexpr double kLargest = 1e37;  // as wide.h's: from here on, as NaN, it is no score; below the negative it is -inf
+constexpr double kLargest = 1e37f;  // as wide.h's: from here on, as NaN, it is no score; below the negative it is -inf
 
 double log_add(double a, double b) {
   if (a < b) std::swap(a, b);

@@ -13,7 +13,7 @@ namespace fusedrnn::cpu::FUSEDRNN_ISA {
 namespace {
 
 constexpr double kNothing = -1e38;  // in float32's range; sums of a few stay finite
-constexpr double kLargest = 1e37;   // scores from here on are no scores, as NaN is; those below -1e37 are -inf
+constexpr double kLargest = 1e37f;  // scores from here on are no scores, as NaN is; those below -1e37 are -inf
 constexpr int kRenewal = 16;  // steps after which m must be brought back to [1, 2): each multiplies it by 0.7..4.3
 
 template <class S>

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-LARGEST = 1e37  # numbers from here on are no scores
+LARGEST = float(np.float32(1e37))  # numbers from here on are no scores, in float32 and float64
 
 
 def exact(scores: Any) -> Any:
@@ -90,6 +90,47 @@ def ctc(
         with np.errstate(over="ignore"):  # float32 has inf for it
             dlog_probs[:T, b] = grad
         dlog_probs[T:, b] = 0.0
+
+
+def align_row(log_probs: Any, labels: Any, blank: int, states: Any) -> float:
+    """The log-probability of the best path of one row: log_probs (T,C) float64, labels (S,). Writes states (T,), where
+    the path is at each step. As ctc_row, with the largest in place of the sum. The first of equal ways is taken: to
+    stay, from the state before, from two before; and of equal ends the label."""
+    T, n = len(log_probs), 2 * len(labels) + 1
+    classes = np.full(n, blank)
+    classes[1::2] = labels
+    ways = np.full((3, n), -np.inf)
+    jumps = np.zeros(n, bool)  # whether a path may come from two states before
+    jumps[3::2] = classes[3::2] != classes[1:-2:2]
+    came, best = np.zeros((T, n), np.int8), np.full(n, -np.inf)
+    best[0] = 0.0
+    for t in range(T):
+        ways[0], ways[1, 1:] = best, best[:-1]
+        ways[2, 2:] = np.where(jumps[2:], best[:-2], -np.inf)
+        came[t] = ways.argmax(0)
+        best = ways.max(0) + log_probs[t][classes]
+    state = n - 1 if n == 1 or best[n - 1] > best[n - 2] else n - 2
+    total = best[state]
+    for t in range(T - 1, -1, -1):
+        states[t] = state
+        state -= came[t, state]
+    return float(total)
+
+
+def ctc_align(
+    row: Any, log_probs: Any, labels: Any, first: Any, label_counts: Any, lengths: Any, blank: int,
+    states: Any, log_probability: Any,
+) -> None:  # fmt: skip
+    """All rows through `row`, which is align_row or its compiled form; arguments as _core.ctc_align takes them."""
+    for b, T in enumerate(lengths):
+        mine = labels[first[b] : first[b] + label_counts[b]]
+        path, scores = np.full(len(states), -1), exact(log_probs[:T, b])
+        unsound = np.isnan(scores[:, np.append(mine, blank)]).any()
+        value = np.nan if unsound else row(scores, mine, blank, path[:T])
+        if not value > -np.inf:
+            path[:] = -1
+        states[:, b] = path
+        log_probability[b] = value
 
 
 def beam_row(log_probs: Any, blank: int, width: int, top: int) -> list[tuple[list[int], float]]:
