@@ -683,7 +683,7 @@ def test_every_way_to_pass_what_is_aligned(on):
     assert empty.log_probability.tolist() == [0, -np.inf] and empty.path.shape == (0, 2)
 
 
-def test_a_long_recording_is_aligned(kernels):
+def test_a_long_recording_is_aligned(on):
     # most steps have one likely class: the path is known
     rng = np.random.default_rng(0)
     labels = rng.integers(1, 40, 700)

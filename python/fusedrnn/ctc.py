@@ -249,8 +249,10 @@ def ctc_align(
 def _places(call: Call, states: np.ndarray, log_probability: np.ndarray) -> tuple[np.ndarray, ...]:
     """An alignment's path, starts, stops and scores, from the state at each step."""
     B, S = len(call.lengths), call.most
-    b, t = np.nonzero((states.T > 0) & (states.T % 2 == 1))  # steps at labels, row by row
-    j = states[t, b] // 2
+    rows = states.T.copy()
+    at_label = (rows > 0) & (rows & 1 == 1)
+    b, t = np.nonzero(at_label)
+    j = rows[at_label] >> 1
     label = call.labels[call.first[b] + j]
     path = np.where(states < 0, -1, call.blank)
     path[t, b] = label

@@ -113,7 +113,7 @@ def align_row(log_probs: Any, labels: Any, blank: int, states: Any) -> float:
     total = best[state]
     for t in range(T - 1, -1, -1):
         states[t] = state
-        state -= came[t, state]
+        state -= int(came[t, state])
     return float(total)
 
 
