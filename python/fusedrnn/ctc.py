@@ -18,9 +18,10 @@ NaN, inf and -inf mean the same in all functions here and in `fusedrnn.hmm`:
     NaN, inf    no log-probability, as is all from 1e37 up. A row that reads one has NaN for its loss, its gradient and
                 its log-probability, and it has no path. Nothing hides it: neither zero_infinity nor a better path.
 
-A row reads its own steps, not those past its length; ctc_loss reads the blank and the row's labels there, all others
-read all classes or states. No other row changes. "No path" is -1 at every step, or no labels. ctc_greedy, which has no
-number to tell it by, raises ValueError that names step and row.
+A row reads its own steps, not those past its length; ctc_loss and ctc_align read the blank and the row's labels there,
+all others read all classes or states. No other row changes. "No path" is -1 at every step, or no labels. ctc_greedy,
+which has no number to tell it by, raises ValueError that names step and row. On a CUDA device NaN and inf are seen only
+where a path leads on from them.
 """
 
 from __future__ import annotations
