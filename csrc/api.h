@@ -154,6 +154,8 @@ struct Ctc {
   void* loss = nullptr;                   // (B) contiguous
   const void* dloss = nullptr;            // (B) contiguous; null = 1
   Array<3> dlog_probs;                    // (T,B,C), contiguous in C; null: not wanted
+  int64_t* states = nullptr;              // (T,B) contiguous, with it the best path is wanted and no loss:
+  void* log_probability = nullptr;        // (B) contiguous; see ctc_align.cpp
 };
 
 // A hidden Markov model over given scores: logarithms, any size, -inf allowed. With `paths` the best path, else the

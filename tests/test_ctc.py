@@ -192,6 +192,91 @@ def test_nan_stays_in_its_row(on):
         np.testing.assert_array_equal(dlog_probs[:, b], clean[1][:, b])
 
 
+# Where row 1 of `spoilt` can be hit: its first, middle and last step, or behind it; at the blank, labels, or another
+PLACES = list(itertools.product((0, 2, 3, 4, 5), range(4)))
+
+
+def spoilt(t, c, value, dtype):
+    """Log-probabilities (6,3,4) with one bad number in row 1, and the same without it; the rest of ctc_loss's
+    arguments: rows have 6, 4, 5 steps and spell 1, 2."""
+    clean = Case(6, 3, 4, 2, dtype=dtype, seed=11).log_probs
+    bad = clean.copy()
+    bad[t, 1, c] = value
+    return bad, clean, ([[1, 2]] * 3, [6, 4, 5], [2, 2, 2])
+
+
+def same_but(got, expected, b=None):
+    """Equal bits, but for row b."""
+    rows = [row for row in range(expected.shape[-1]) if row != b]
+    np.testing.assert_array_equal(got[..., rows], expected[..., rows])
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("value", [np.nan, np.inf, 2e37])
+def test_what_is_no_log_probability_is_seen_in_its_row_alone(on, value, dtype):
+    for t, c in PLACES:
+        bad, clean, given = spoilt(t, c, value, dtype)
+        inside, row = t < 4, 1 if t < 4 else None
+        loss, gradient = fusedrnn.ctc_loss_backward(bad, *given, zero_infinity=True)
+        right = fusedrnn.ctc_loss_backward(clean, *given)
+        lost = inside and c != 3  # class 3 is in no word
+        np.testing.assert_array_equal(np.isnan(loss), [False, lost, False])
+        np.testing.assert_array_equal(loss, fusedrnn.ctc_loss(bad, *given))
+        same_but(loss, right[0], row)
+        same_but(gradient.swapaxes(1, 2), right[1].swapaxes(1, 2), row)
+        if lost:
+            assert np.isnan(gradient[:4, 1]).all() and not gradient[4:, 1].any()
+        elif inside:  # the gradient reads what the loss does not
+            np.testing.assert_array_equal(np.argwhere(np.isnan(gradient)), [[t, 1, c]])
+        one = fusedrnn.ctc_loss_backward(bad[:, 1], [1, 2], 4, 2)
+        np.testing.assert_array_equal(one[0], loss[1])
+        np.testing.assert_array_equal(one[1], gradient[:, 1])
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("value", [np.nan, np.inf, 2e37])
+def test_decoders_find_no_path_where_a_row_has_no_log_probability(on, value, dtype):
+    for t, c in PLACES:
+        bad, clean, (_, lengths, _) = spoilt(t, c, value, dtype)
+        for top in (1, 3):
+            got, right = (fusedrnn.ctc_beam(x, lengths, beam_width=2, top=top) for x in (bad, clean))
+            if t < 4:
+                ((labels, log_prob),) = got[1] if top > 1 else [got[1]]
+                assert labels.size == 0 and math.isnan(log_prob)
+                got[1] = right[1]
+            assert repr(got) == repr(right)
+        if t < 4:
+            for x, steps, at in ((bad, lengths, rf"log_probs\[{t}, 1\]"), (bad[:, 1], 4, rf"log_probs\[{t}\]")):
+                with pytest.raises(ValueError, match=rf"ctc_greedy: {at} has .*step {t} of row"):
+                    fusedrnn.ctc_greedy(x, steps)
+        else:
+            assert repr(fusedrnn.ctc_greedy(bad, lengths)) == repr(fusedrnn.ctc_greedy(clean, lengths))
+
+
+@pytest.mark.parametrize("value", [-np.inf, np.finfo(np.float32).min])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_step_where_nothing_is_possible(on, value, dtype):
+    bad, clean, given = spoilt(2, slice(None), value, dtype)
+    loss, gradient = fusedrnn.ctc_loss_backward(bad, *given)
+    np.testing.assert_array_equal(np.isposinf(loss), [False, True, False])
+    assert np.isnan(gradient[:4, 1]).all() and np.isfinite(gradient[:, ::2]).all()
+    rows = fusedrnn.ctc_beam(bad, given[1])
+    assert rows[1][0].size == 0 and rows[1][1] == -np.inf
+    assert repr(rows[::2]) == repr(fusedrnn.ctc_beam(clean, given[1])[::2])
+    with pytest.raises(ValueError, match=r"log_probs\[2, 1\] has .*step 2 of row 1"):
+        fusedrnn.ctc_greedy(bad, given[1])
+    bad[3, 1, 0] = np.nan  # nothing is possible already, but NaN wins
+    assert np.isnan(fusedrnn.ctc_loss(bad, *given, zero_infinity=True)[1])
+    assert np.isnan(fusedrnn.ctc_beam(bad, given[1])[1][1])
+
+
+def test_numbers_above_one_have_the_gradient_of_their_exponential(on):
+    log_probs = np.zeros((1, 1, 3), np.float32)
+    log_probs[0, 0, 2] = 100  # exp(100) is no float32
+    gradient = fusedrnn.ctc_loss_backward(log_probs, [[1]], [1], [1])[1]
+    np.testing.assert_array_equal(gradient, [[[1, 0, np.inf]]])
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_every_way_to_pass_the_same(on, dtype):
     case = Case(21, 4, 7, 5, blank=3, dtype=dtype)
@@ -431,6 +516,255 @@ def test_the_extensions_beam_trusts_nobody():
     assert len(core.ctc_beam(**good)) == 2
 
 
+# ---- alignment -----------------------------------------------------------------------------------------------------
+
+
+def all_paths(labels, T):
+    """Every way through the states blank 0, label 0, blank 1, ... in T steps, state by state."""
+    end = 2 * len(labels)
+    paths = [(s,) for s in (0, 1) if s <= end]
+    for _ in range(T - 1):
+        paths = [
+            (*path, s)
+            for path in paths
+            for s in range(path[-1], min(path[-1] + 2, end) + 1)
+            if s < path[-1] + 2 or (s % 2 == 1 and labels[s // 2] != labels[s // 2 - 1])
+        ]
+    return [path for path in paths if path[-1] >= end - 1]
+
+
+def best_of_all(log_probs, labels, blank):
+    """The best path and its log-probability, by the definition: of equal ones the label at the end, and from there back
+    the state that is farther on."""
+    T, end = len(log_probs), 2 * len(labels)
+    found = []
+    for path in all_paths(labels, T):
+        classes = [labels[s // 2] if s % 2 else blank for s in path]
+        total = sum(log_probs[t, c] for t, c in enumerate(classes))
+        found.append((total, (path[-1] % 2, *path[::-1]) if end else path, classes))
+    return max(found, default=(-math.inf, (), [-1] * T))
+
+
+@pytest.mark.parametrize("blank", [0, 2])
+@pytest.mark.parametrize("tied", [False, True])
+def test_alignment_is_the_best_of_all_paths(on, blank, tied):
+    rng = np.random.default_rng(blank)
+    a, b = (c for c in range(3) if c != blank)
+    for labels in ([], [a], [a, b], [b, b], [a, b, a], [a, a, b], [b, b, b], [a, b, a, b]):
+        for T in (1, 2, 4, 7):
+            log_probs = Case(T, 1, 3, 1, seed=T).log_probs[:, 0]
+            if tied:
+                log_probs = -rng.integers(0, 3, log_probs.shape).astype(np.float64)  # exact sums
+            total, _, path = best_of_all(log_probs, labels, blank)
+            got = fusedrnn.ctc_align(log_probs, np.array(labels, int), T, len(labels), blank)
+            assert got.path.tolist() == path, (labels, T)
+            assert float(got.log_probability) == pytest.approx(total, rel=1e-13), (labels, T)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_alignment_equals_the_reference_to_the_bit(judged, dtype):
+    before = config.backend
+    try:
+        for seed, (T, B, C, S, blank) in enumerate(SIZES):
+            case = Case(T, B, C, S, blank, dtype, seed, few=seed % 2 == 1)
+            if seed % 3 == 2:
+                case.log_probs = np.round(case.log_probs)  # ties
+            wide = np.full((B, T * 2, C * 3), np.nan, dtype)
+            wide[:, ::2, ::-3] = case.log_probs.transpose(1, 0, 2)
+            given = wide[:, ::2, ::-3].transpose(1, 0, 2), *case.arguments[1:], blank
+            results = []
+            for backend in (judged.__name__.rpartition(".")[2], "reference"):
+                fusedrnn.set_backend(backend)
+                results.append(fusedrnn.ctc_align(*given))
+            for name in ("path", "starts", "stops", "scores", "log_probability"):
+                got, expected = (getattr(result, name) for result in results)
+                np.testing.assert_array_equal(got, expected, err_msg=f"{name} of {T, B, C, S, blank}")
+                assert got.dtype == (np.int64 if name in ("path", "starts", "stops") else dtype)
+    finally:
+        config.backend = before
+
+
+def test_alignment_tells_of_its_path(on):
+    case = Case(50, 5, 6, 9, blank=3, few=True, seed=2, sharp=3)
+    case.input_lengths = np.array([50, 30, 0, 40, 17])
+    case.target_lengths = np.array([9, 0, 0, 5, 9])
+    case.targets[4] = [0, 0, 1, 1, 0, 0, 1, 1, 0]  # fits into 9 + 4 steps
+    found = fusedrnn.ctc_align(*case.arguments, blank=3)
+    loss = fusedrnn.ctc_loss(*case.arguments, blank=3)
+    assert found.starts.shape == found.stops.shape == found.scores.shape == case.targets.shape
+    for b, (T, S) in enumerate(zip(case.input_lengths, case.target_lengths, strict=True)):
+        path, labels, spans = found.path[:, b], case.targets[b, :S].tolist(), found.spans()[b]
+        assert collapse(path[:T].tolist(), 3) == tuple(labels) and (path[T:] == -1).all()
+        scores = case.log_probs[np.arange(T), b, path[:T]]
+        assert found.log_probability[b] == pytest.approx(scores.sum(), rel=1e-13)
+        assert found.log_probability[b] <= -loss[b]
+        assert [span.label for span in spans] == labels
+        end = 0
+        for s, (label, start, stop, score) in enumerate(spans):
+            assert end <= start < stop and (path[start:stop] == label).all() and (path[end:start] == 3).all()
+            assert (start, stop, score) == (found.starts[b, s], found.stops[b, s], found.scores[b, s])
+            assert score == pytest.approx(scores[start:stop].mean(), rel=1e-13)
+            end = stop
+        assert (path[end:T] == 3).all()
+        assert (found.starts[b, S:] == -1).all() and (found.stops[b, S:] == -1).all() and not found.scores[b, S:].any()
+
+
+def test_alignment_of_as_many_steps_as_it_takes(on):
+    # forced_align's own examples have one path: no step to spare
+    for labels, path in (([0, 1, 2, 1, 0], [0, 1, 2, 1, 0]), ([0, 1, 1, 0], [0, 1, 5, 1, 0])):
+        found = fusedrnn.ctc_align(Case(5, 1, 6, 1).log_probs[:, 0], labels, blank=5)
+        assert found.path.tolist() == path
+        assert [span[:3] for span in found.spans()] == [(c, t, t + 1) for t, c in enumerate(path) if c != 5]
+
+
+def test_alignment_of_labels_that_do_not_fit(on):
+    case = Case(5, 4, 4, 3)
+    case.targets = np.array([[1, 1, 2], [1, 1, 1], [1, 2, 3], [3, 2, 1]])
+    case.input_lengths, case.target_lengths = np.array([5, 4, 0, 3]), np.array([3, 3, 1, 3])
+    case.log_probs[2, 3] = -np.inf
+    found = fusedrnn.ctc_align(*case.arguments)
+    np.testing.assert_array_equal(found.log_probability > -np.inf, [True, False, False, False])
+    np.testing.assert_array_equal(np.isneginf(found.log_probability), np.isinf(fusedrnn.ctc_loss(*case.arguments)))
+    assert (found.path[:, 1:] == -1).all() and (found.starts[1:] == -1).all() and (found.stops[1:] == -1).all()
+    assert np.isneginf(found.scores[1]).all() and found.scores[2].tolist() == [-np.inf, 0, 0]
+    assert [len(spans) for spans in found.spans()] == [3, 0, 0, 0]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("value", [np.nan, np.inf, 2e37])
+def test_alignment_finds_no_path_where_a_row_has_no_log_probability(on, value, dtype):
+    for t, c in PLACES:
+        bad, clean, given = spoilt(t, c, value, dtype)
+        got, right = (fusedrnn.ctc_align(x, *given) for x in (bad, clean))
+        lost = t < 4 and c != 3
+        np.testing.assert_array_equal(np.isnan(got.log_probability), [False, lost, False])
+        same_but(got.path, right.path, 1 if lost else None)
+        same_but(got.scores.T, right.scores.T, 1 if lost else None)
+        if lost:
+            assert (got.path[:, 1] == -1).all() and (got.starts[1] == -1).all() and np.isnan(got.scores[1]).all()
+        one = fusedrnn.ctc_align(bad[:, 1], [1, 2], 4)
+        np.testing.assert_array_equal(one.log_probability, got.log_probability[1])
+        np.testing.assert_array_equal(one.path, got.path[:, 1])
+
+
+@pytest.mark.parametrize("value", [-np.inf, np.finfo(np.float32).min])
+def test_alignment_goes_round_what_is_impossible(on, value):
+    log_probs = np.zeros((4, 1, 3), np.float32)
+    log_probs[[0, 3], 0, 1] = value
+    found = fusedrnn.ctc_align(log_probs, [[1, 2]])
+    assert found.path[:, 0].tolist() == [0, 1, 2, 2]
+    log_probs[1:3, 0, 1] = value
+    assert fusedrnn.ctc_align(log_probs, [[1, 2]]).log_probability == -np.inf
+    log_probs[0, 0, 2] = np.nan
+    assert np.isnan(fusedrnn.ctc_align(log_probs, [[1, 2]]).log_probability)
+
+
+def test_every_way_to_pass_what_is_aligned(on):
+    case = Case(21, 4, 7, 5, blank=3)
+    expected = fusedrnn.ctc_align(*case.arguments, 3)
+    rows = list(zip(case.targets, case.target_lengths, strict=True))
+    joined = [int(label) for row, n in rows for label in row[:n]]
+    found = fusedrnn.ctc_align(case.log_probs, joined, case.input_lengths.tolist(), tuple(case.target_lengths), blank=3)
+    assert repr(found) == repr(expected)
+    whole = fusedrnn.ctc_align(case.log_probs, case.targets, blank=3)
+    assert repr(whole) == repr(fusedrnn.ctc_align(case.log_probs, case.targets, [21] * 4, [5] * 4, 3))
+    assert repr(fusedrnn.ctc_align(case.log_probs[:, :1], case.targets[0], blank=3).spans()[0]) == repr(
+        whole.spans()[0]
+    )
+    for b, (word, n) in enumerate(rows):
+        one = fusedrnn.ctc_align(case.log_probs[:, b], word[:n], case.input_lengths[b], blank=3)
+        assert one.path.shape == (21,) and one.scores.shape == (n,) and one.log_probability.shape == ()
+        np.testing.assert_array_equal(one.path, expected.path[:, b])
+        np.testing.assert_array_equal(one.scores, expected.scores[b, :n])
+        assert one.spans() == expected.spans()[b]
+    empty = fusedrnn.ctc_align(np.zeros((4, 0, 3)), np.zeros((0, 2), int))
+    assert empty.path.shape == (4, 0) and empty.starts.shape == (0, 2) and empty.spans() == []
+    empty = fusedrnn.ctc_align(np.zeros((0, 2, 3)), [[1], [1]], None, [0, 1])
+    assert empty.log_probability.tolist() == [0, -np.inf] and empty.path.shape == (0, 2)
+
+
+def test_a_long_recording_is_aligned(on):
+    # most steps have one likely class: the path is known
+    rng = np.random.default_rng(0)
+    labels = rng.integers(1, 40, 700)
+    starts = 2 + np.arange(700) * 5 + rng.integers(0, 3, 700)
+    path = np.zeros(3600, int)
+    path[starts], path[starts + 1] = labels, labels
+    log_probs = rng.standard_normal((3600, 40)).astype(np.float32) - 20
+    log_probs[np.arange(3600), path] = -0.1
+    found = fusedrnn.ctc_align(log_probs, labels)
+    np.testing.assert_array_equal(found.path, path)
+    np.testing.assert_array_equal(found.starts, starts)
+    np.testing.assert_array_equal(found.stops, starts + 2)
+    assert float(found.log_probability) == pytest.approx(-360, rel=1e-6)
+
+
+def test_alignment_has_the_same_bits_for_any_number_of_threads(kernels):
+    before = fusedrnn.get_num_threads()
+    case = Case(300, 7, 90, 60, dtype=np.float32)
+    try:
+        results = []
+        for threads in (1, 2, 3):
+            fusedrnn.set_num_threads(threads)
+            found = fusedrnn.ctc_align(*case.arguments)
+            results.append([a.tobytes() for a in (found.path, found.scores, found.log_probability)])
+        assert results[0] == results[1] == results[2]
+    finally:
+        fusedrnn.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"log_probs": np.zeros((5, 2, 4), int)}, TypeError, "ctc_align: log_probs has dtype int64"),
+        ({"log_probs": np.zeros((5, 2, 0))}, ValueError, "no classes"),
+        ({"blank": 3}, ValueError, "targets has 3 as label 1 of row 1.*not blank = 3"),
+        ({"targets": [[1, 2], [1, 4]]}, ValueError, "targets has 4 as label 1 of row 1"),
+        ({"targets": [1, 2, 3]}, TypeError, "target_lengths is None; expected 2 integers"),
+        ({"targets": [[1, 2]]}, ValueError, r"targets has shape \(1, 2\)"),
+        ({"input_lengths": [5, 6]}, ValueError, r"input_lengths\[1\] is 6"),
+        ({"target_lengths": [2, 3]}, ValueError, r"target_lengths\[1\] is 3"),
+    ],
+)
+def test_alignment_names_what_is_wrong(change, error, message):
+    given = {"log_probs": np.zeros((5, 2, 4)), "targets": [[1, 2], [1, 3]], **change}
+    with pytest.raises(error, match=message):
+        fusedrnn.ctc_align(**given)
+
+
+def test_the_extensions_alignment_trusts_nobody():
+    core = pytest.importorskip("fusedrnn._core", exc_type=ImportError)
+    good = {
+        "log_probs": np.zeros((4, 2, 3)),
+        "labels": np.array([1, 2, 1]),
+        "first": np.array([0, 2]),
+        "label_counts": np.array([2, 1]),
+        "lengths": np.array([4, 3]),
+        "blank": 0,
+        "states": np.full((4, 2), -5),
+        "log_probability": np.full(2, np.nan),
+    }
+    for name, value in (
+        ("log_probs", np.zeros((4, 2))),
+        ("labels", np.array([1, 0, 1])),
+        ("first", np.array([0, 2, 3])),
+        ("label_counts", np.array([2, 2])),
+        ("lengths", np.array([4, 5])),
+        ("blank", 3),
+        ("states", None),
+        ("states", np.zeros((4, 2), np.int32)),
+        ("states", np.zeros((2, 4), int).T),
+        ("log_probability", None),
+        ("log_probability", np.zeros(4)[::2]),
+        ("log_probability", np.zeros(2, np.float32)),
+    ):
+        with pytest.raises((TypeError, ValueError)):
+            core.ctc_align(**{**good, name: value})
+    assert (good["states"] == -5).all() and np.isnan(good["log_probability"]).all()
+    core.ctc_align(**good)
+    assert (good["states"] >= -1).all() and (good["log_probability"] == 0).all()
+
+
 # ---- torch ---------------------------------------------------------------------------------------------------------
 
 
@@ -463,6 +797,41 @@ def test_adapter_tells_who_computed():
     assert fusedrnn.torch.route() == "torch.nn.functional: torch.float32 torch.sparse_coo on cpu"
     fusedrnn.torch.ctc_loss(x.to_dense(), *given)
     assert fusedrnn.torch.route() == "fused"
+
+
+@pytest.mark.parametrize("single", [False, True])
+def test_adapter_aligns_tensors(single):
+    import fusedrnn.torch
+
+    case = Case(13, 3, 6, 4, dtype=np.float32)
+    given = case.arguments
+    if single:
+        given = case.log_probs[:, 0], case.targets[0], int(case.input_lengths[0]), int(case.target_lengths[0])
+    expected = fusedrnn.ctc_align(*given)
+    log_probs = torch.tensor(given[0], requires_grad=True)
+    found = fusedrnn.torch.ctc_align(log_probs, *(torch.tensor(a) for a in given[1:]))
+    assert fusedrnn.torch.route() == "fused"
+    for name in ("path", "starts", "stops", "scores", "log_probability"):
+        got = getattr(found, name)
+        assert isinstance(got, torch.Tensor) and not got.requires_grad
+        np.testing.assert_array_equal(got.numpy(), getattr(expected, name))
+    assert found.spans() == expected.spans()
+    lists = [a.tolist() if isinstance(a, np.ndarray) else a for a in given[1:]]
+    assert fusedrnn.torch.ctc_align(log_probs, *lists).spans() == expected.spans()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_adapter_aligns_a_copy_of_what_kernels_do_not_read(dtype):
+    import fusedrnn.torch
+
+    log_probs = torch.randn(9, 5).log_softmax(1).to(dtype)
+    for given in (log_probs, log_probs.to_sparse()):
+        found = fusedrnn.torch.ctc_align(given, torch.tensor([1, 2]))
+        assert fusedrnn.torch.route() == f"fused, on a copy: {dtype} {given.layout} on cpu"
+        expected = fusedrnn.ctc_align(log_probs.float().numpy(), [1, 2])
+        assert found.spans() == expected.spans() and found.scores.dtype == torch.float32
+    with pytest.raises(TypeError, match="log_probs has dtype int64"):
+        fusedrnn.torch.ctc_align(torch.zeros(3, 2, dtype=torch.int64), [1])
 
 
 def test_adapter_refuses_what_it_cannot_do():

@@ -159,6 +159,56 @@ def test_what_is_impossible_adds_nothing(on):
     assert np.isneginf(weight[1]) and (paths[:, 1] == -1).all() and (paths[:, ::2] >= 0).all()
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("value", [np.nan, np.inf, 2e37])
+def test_what_is_no_logarithm_is_seen_in_its_row_alone(on, value, dtype):
+    lengths = [6, 4, 1]
+    for t, state in itertools.product((0, 2, 3, 4), (0, 2)):
+        scores, *given, _ = model(6, 3, 3, dtype, seed=8)
+        right = *hmm.posteriors(scores, *given, lengths), *hmm.viterbi(scores, *given, lengths)
+        scores[t, 1, state] = value
+        got = *hmm.posteriors(scores, *given, lengths), *hmm.viterbi(scores, *given, lengths)
+        np.testing.assert_array_equal(got[0], hmm.likelihood(scores, *given, lengths))
+        if t >= 4:  # behind the row's end
+            assert [a.tobytes() for a in got] == [a.tobytes() for a in right]
+            continue
+        logp, states, first, pairs, paths, weight = got
+        assert np.isnan(first).all() and np.isnan(pairs).all()
+        assert np.isnan(states[:4, 1]).all() and not states[4:, 1].any() and (paths[:, 1] == -1).all()
+        assert np.isnan(logp[1]) and np.isnan(weight[1])
+        for n in (0, 1, 4, 5):
+            np.testing.assert_array_equal(got[n][..., ::2, :] if n == 1 else got[n][..., ::2],
+                                          right[n][..., ::2, :] if n == 1 else right[n][..., ::2])  # fmt: skip
+        path, alone = hmm.viterbi(scores[:, 1], *given, 4)
+        assert (path == -1).all() and np.isnan(alone) and np.isnan(hmm.likelihood(scores[:, 1], *given, 4))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_model_that_is_no_logarithm_is_seen_by_all_rows_that_read_it(on, value, dtype):
+    scores, initial, transitions, _ = model(3, 3, 3, dtype, seed=8)
+    initial[1] = transitions[2, 0] = value
+    for given, seen in (
+        ((initial, np.zeros_like(transitions)), [True, True, False]),
+        ((np.zeros_like(initial), transitions), [True, False, False]),
+    ):
+        for logarithm in (hmm.likelihood(scores, *given, [3, 1, 0]), hmm.viterbi(scores, *given, [3, 1, 0])[1]):
+            np.testing.assert_array_equal(np.isnan(logarithm), seen)
+
+
+@pytest.mark.parametrize("value", [-np.inf, np.finfo(np.float32).min])
+def test_impossible_and_not_a_number(on, value):
+    scores, initial, transitions, _ = model(4, 2, 3, np.float32)
+    scores[1, 1] = value
+    given = scores, initial, transitions
+    np.testing.assert_array_equal(np.isneginf(hmm.likelihood(*given)), [False, True])
+    np.testing.assert_array_equal(np.isneginf(hmm.viterbi(*given)[1]), [False, True])
+    states, first = hmm.posteriors(*given, weights=[1.0, np.nan])[1:3]  # an impossible row adds nothing
+    assert np.isfinite(first).all() and not states[:, 1].any()
+    scores[3, 1, 0] = np.nan  # nothing is possible already, but NaN wins
+    assert np.isnan(hmm.likelihood(*given)[1]) and np.isnan(hmm.viterbi(*given)[1][1])
+
+
 def test_the_only_way_leads_through_the_improbable(judged):
     # far below what float32, or float64, can hold beside the rest: a common scale for all states would lose it
     N, T = 3, 40

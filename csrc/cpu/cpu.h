@@ -52,6 +52,7 @@ void scale(const Span* spans, size_t count, double factor);
 void clip_value(const Span* spans, size_t count, double limit);  // to [-limit, limit]; NaN stays NaN
 
 void ctc(const Ctc& call, int threads);
+void ctc_align(const Ctc& call, int threads);
 double work(const Ctc& call);
 void hmm(const Hmm& call, int threads);
 double work(const Hmm& call);

@@ -76,8 +76,8 @@ struct Walk {
       skip[j] = j > 0 && j < count && label[j] != label[j - 1] ? S(0) : static_cast<S>(kNothing);
   }
 
-  // exp(log_probs) at the labels and the blank of steps [t, t + count).
-  void emissions(int64_t b, int64_t t, int64_t count) const {
+  // exp(log_probs) at the labels and the blank of steps [t, t + count). False where one of them is no score.
+  bool emissions(int64_t b, int64_t t, int64_t count) const {
     const S* from = static_cast<const S*>(c.log_probs.data) + b * c.log_probs.stride[1];
     const S none = static_cast<S>(-__builtin_huge_val());
     const int64_t labels = c.label_counts[b], stride = c.log_probs.stride[0], blank = c.blank * c.log_probs.stride[2];
@@ -89,13 +89,17 @@ struct Walk {
       blank_m[k] = p[blank];
     }
     for (int64_t k = count; k % lanes != 0; ++k) blank_m[k] = none;
-    for (int64_t j = 0; j < count * n; j += lanes) exp_in_place(emit_m + j, emit_e + j);
-    for (int64_t j = 0; j < count; j += lanes) exp_in_place(blank_m + j, blank_e + j);
+    Vec<S> marks(S(0));
+    for (int64_t j = 0; j < count * n; j += lanes) marks = exp_in_place(emit_m + j, emit_e + j, marks);
+    for (int64_t j = 0; j < count; j += lanes) marks = exp_in_place(blank_m + j, blank_e + j, marks);
+    return !any(marks);
   }
-  static FUSEDRNN_FORCE void exp_in_place(S* m, S* e) {
-    const Wide<S> y = wide_exp(load(m));
+  static FUSEDRNN_FORCE Vec<S> exp_in_place(S* m, S* e, Vec<S> marks) {
+    const Vec<S> x = load(m);
+    const Wide<S> y = wide_exp(x);
     store(m, y.m);
     store(e, y.e);
+    return marked(marks, x);
   }
 
   void renew(const Step& s, int shift) const {
@@ -200,9 +204,10 @@ void walk_row(const Walk<S>& w, int64_t b, bool filled) {
   const auto slot = [&](int64_t t) { return w.step(w.steps, wanted ? t + 1 : (t + 1) & 1); };
   w.labels_of(b);
   w.begin(slot(-1), 0);
+  bool sound = true;
   for (int64_t t = 0; t < T; t += kRenewal) {
     const int64_t count = T - t < kRenewal ? T - t : kRenewal;
-    w.emissions(b, t, count);
+    sound = w.emissions(b, t, count) && sound;
     for (int64_t k = 0; k < count; ++k) w.ahead(slot(t + k - 1), slot(t + k), k);
     w.renew(slot(t + count - 1), 1);
   }
@@ -214,7 +219,7 @@ void walk_row(const Walk<S>& w, int64_t b, bool filled) {
     return d < -1000 ? 0 * static_cast<double>(m) : static_cast<double>(m) * __builtin_exp2(d);
   };
   const double m = term(last.blank_m[labels], last.blank_e[labels]) + term(last.label_m[labels], last.label_e[labels]);
-  const double loss = -wide_log(m, e);
+  const double loss = sound ? -wide_log(m, e) : __builtin_nan("");
   const bool impossible = loss == __builtin_huge_val();
   static_cast<S*>(c.loss)[b] = impossible && c.zero_infinity ? S(0) : static_cast<S>(loss);
   if (!wanted) return;

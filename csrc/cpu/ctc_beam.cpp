@@ -19,6 +19,7 @@ namespace fusedrnn::cpu {
 namespace {
 
 constexpr double kNone = -std::numeric_limits<double>::infinity();
+constexpr double kLargest = 1e37f;  // as wide.h's: from here on, as NaN, it is no score; below the negative it is -inf
 
 double log_add(double a, double b) {
   if (a < b) std::swap(a, b);
@@ -43,7 +44,8 @@ class Search {
     prefixes_ = {{-1, -1}};
     beam_ = {{0, -1, -1, 0.0, kNone, 0.0}};
     child_of_.assign(static_cast<size_t>(c_.C), -1);
-    for (int64_t t = 0; t < c_.lengths[b_]; ++t) step(t);
+    for (int64_t t = 0; t < c_.lengths[b_]; ++t)
+      if (!step(t)) return {{{}, std::numeric_limits<double>::quiet_NaN()}};
     std::vector<Spelling> out;
     for (const Entry& entry : beam_) {
       if (static_cast<int64_t>(out.size()) == c_.top) break;
@@ -59,28 +61,40 @@ class Search {
  private:
   double score(int64_t t, int64_t label) const {
     const int64_t at = t * c_.log_probs.stride[0] + b_ * c_.log_probs.stride[1] + label * c_.log_probs.stride[2];
-    return c_.dtype == Dtype::f64 ? static_cast<const double*>(c_.log_probs.data)[at]
-                                  : static_cast<double>(static_cast<const float*>(c_.log_probs.data)[at]);
+    return c_.dtype == Dtype::f64 ? logarithm(static_cast<const double*>(c_.log_probs.data)[at])
+                                  : logarithm(static_cast<const float*>(c_.log_probs.data)[at]);
+  }
+  // NaN where it is no score.
+  template <class S>
+  static double logarithm(S x) {
+    if (!(x < static_cast<S>(kLargest))) return std::numeric_limits<double>::quiet_NaN();
+    return x <= static_cast<S>(-kLargest) ? kNone : static_cast<double>(x);
   }
 
   // The labels that can make a new prefix that survives: of one prefix's new ones at most `width` do, and at most
-  // `width` of its labels lead to prefixes that are in the beam already.
-  void choose_labels(int64_t t) {
+  // `width` of its labels lead to prefixes that are in the beam already. False where one of all classes has no score.
+  bool choose_labels(int64_t t) {
     labels_.clear();
-    for (int64_t label = 0; label < c_.C; ++label)
-      if (label != c_.blank) labels_.push_back({score(t, label), label});
+    bool sound = true;
+    for (int64_t label = 0; label < c_.C; ++label) {
+      const double log_prob = score(t, label);
+      sound = sound && log_prob == log_prob;
+      if (label != c_.blank) labels_.push_back({log_prob, label});
+    }
     const auto most = static_cast<size_t>(2 * c_.width + 1);
-    if (labels_.size() <= most) return;
+    if (!sound || labels_.size() <= most) return sound;
     const auto better = [](const auto& a, const auto& b) {
       return a.first > b.first || (a.first == b.first && a.second < b.second);
     };
     std::nth_element(labels_.begin(), labels_.begin() + static_cast<std::ptrdiff_t>(most), labels_.end(), better);
     labels_.resize(most);
     std::sort(labels_.begin(), labels_.end(), [](const auto& a, const auto& b) { return a.second < b.second; });
+    return true;
   }
 
-  void step(int64_t t) {
-    choose_labels(t);
+  // False where a class has no score.
+  bool step(int64_t t) {
+    if (!choose_labels(t)) return false;
     next_.clear();
     // A prefix keeps its number, so what was marked for it may be a child that has fallen out of the beam since.
     std::fill(child_of_.begin(), child_of_.end(), -1);
@@ -124,6 +138,7 @@ class Search {
         if (fresh) prefixes_.push_back({entry.parent, entry.label});
       }
     beam_.swap(next_);
+    return true;
   }
 
   // All paths of a prefix after which `label` begins a new label.

@@ -3,8 +3,8 @@
 //
 // How csrc/cpu is compiled (-std=c++20 -O3 -fopenmp -fvisibility=hidden for all; OpenMP is needed by threads.cpp only):
 //   once:     dispatch.cpp draw.cpp rows.cpp threads.cpp fiber.cpp machine.cpp ctc_beam.cpp
-//   per ISA:  forward.cpp backward.cpp stepwise.cpp generate.cpp clip.cpp ctc.cpp hmm.cpp and a file for each of
-//   CMake's CELLS, each with -DFUSEDRNN_ISA=<name>
+//   per ISA:  forward.cpp backward.cpp stepwise.cpp generate.cpp clip.cpp ctc.cpp ctc_align.cpp hmm.cpp and a file for
+//   each of CMake's CELLS, each with -DFUSEDRNN_ISA=<name>
 //             -ffp-contract=fast -fno-math-errno -fno-trapping-math and
 //     baseline  (nothing more)
 //     avx2      -mavx2 -mfma -mf16c
@@ -42,6 +42,7 @@ struct Table {
   void (*scale[2])(void*, int64_t, double);
   void (*clip_value[2])(void*, int64_t, double);
   void (*ctc)(const Ctc&, int threads);
+  void (*ctc_align)(const Ctc&, int threads);
   void (*hmm)(const Hmm&, int threads);
   bool (*found)();
 };
@@ -83,6 +84,7 @@ bool has_avx512() {
    {change<float, isa::scale>, change<double, isa::scale>},               \
    {change<float, isa::clip_value>, change<double, isa::clip_value>},     \
    isa::ctc,                                                              \
+   isa::ctc_align,                                                        \
    isa::hmm,                                                              \
    found}
 
@@ -240,6 +242,7 @@ double work(const Ctc& call) {
   double labels = 0;
   for (int64_t b = 0; b < call.B; ++b) labels += static_cast<double>(call.label_counts[b] + 1);
   const double states = static_cast<double>(call.T) * labels;
+  if (call.states) return 8 * states;
   if (!call.dlog_probs.data) return 40 * states;
   return 120 * states + 20 * static_cast<double>(call.T) * static_cast<double>(call.B) * static_cast<double>(call.C);
 }
@@ -250,6 +253,11 @@ void ctc(const Ctc& call, int threads) {
     threads = work(call) < 5e5 ? 1 : std::min({threads, processors(), static_cast<int>(useful)});
   }
   table().ctc(call, std::abs(threads));
+}
+
+void ctc_align(const Ctc& call, int threads) {
+  if (threads >= 0) threads = work(call) < 5e5 ? 1 : std::min({threads, processors(), static_cast<int>(call.B)});
+  table().ctc_align(call, std::abs(threads));
 }
 
 double work(const Hmm& call) {

@@ -28,6 +28,7 @@ struct Model {
   int64_t elements;  // of a thread's memory
   int64_t groups, next;
   bool wanted;
+  bool sound_initial, sound_transitions;
 
   static FUSEDRNN_FORCE Wide<S> read(const S* p, int64_t n, int64_t j) { return {load(p + j), load(p + n + j)}; }
   static FUSEDRNN_FORCE void write(S* p, int64_t n, int64_t j, Wide<S> a) {
@@ -36,15 +37,18 @@ struct Model {
   }
 };
 
-// exp of `count` numbers, the rest of n nothing.
+// exp of `count` numbers, the rest of n nothing. False where one of them is no score.
 template <class S>
-void exp_row(const S* x, int64_t stride, int64_t count, S* out, int64_t n) {
+bool exp_row(const S* x, int64_t stride, int64_t count, S* out, int64_t n) {
   constexpr int lanes = Vec<S>::lanes;
+  Vec<S> marks(S(0));
   for (int64_t j = 0; j < n; j += lanes) {
     Vec<S> v(static_cast<S>(-__builtin_huge_val()));
     for (int64_t k = 0; k < lanes && j + k < count; ++k) v.v[k] = x[(j + k) * stride];
+    marks = marked(marks, v);
     Model<S>::write(out, n, j, wide_exp(v));
   }
+  return !any(marks);
 }
 
 // log of the sum of all n; what is needed to divide by it.
@@ -70,11 +74,12 @@ void walk_row(const Model<S>& w, S* memory, double* sums, int64_t b) {
   const auto alpha = [&](int64_t t) { return alphas + plane * (w.wanted ? t : t & 1); };
   const auto emit = [&](int64_t t) {
     const S* x = static_cast<const S*>(c.scores.data) + t * c.scores.stride[0] + b * c.scores.stride[1];
-    exp_row(x, c.scores.stride[2], N, y, n);
+    return exp_row(x, c.scores.stride[2], N, y, n);
   };
   double m = 1, e = 0, log_likelihood = 0;
+  bool sound = (T < 1 || w.sound_initial) && (T < 2 || w.sound_transitions);
   for (int64_t t = 0; t < T; ++t) {
-    emit(t);
+    sound = emit(t) && sound;
     const S* last = alpha(t - 1);
     for (int64_t j = 0; j < n; j += M::lanes) {
       Wide<S> all = M::read(w.initial, n, j);
@@ -87,15 +92,17 @@ void walk_row(const Model<S>& w, S* memory, double* sums, int64_t b) {
     }
   }
   if (T > 0) log_likelihood = log_sum(alpha(T - 1), n, &m, &e);
+  if (!sound) log_likelihood = __builtin_nan("");
   static_cast<S*>(c.log_likelihood)[b] = static_cast<S>(log_likelihood);
   if (!w.wanted) return;
 
   const auto states = [&](int64_t t) {
     return static_cast<S*>(c.states.data) + t * c.states.stride[0] + b * c.states.stride[1];
   };
-  const bool none = log_likelihood == -__builtin_huge_val();
+  const bool impossible = log_likelihood == -__builtin_huge_val(), none = impossible || !sound;
   for (int64_t t = none ? 0 : T; t < c.T; ++t)
-    for (int64_t j = 0; j < N; ++j) states(t)[j] = 0;
+    for (int64_t j = 0; j < N; ++j) states(t)[j] = sound || t >= T ? S(0) : static_cast<S>(log_likelihood);
+  for (int64_t j = 0; j < N + N * n && !sound; ++j) sums[j] = log_likelihood;
   if (none || T == 0) return;
   const S weight = c.weights ? static_cast<const S*>(c.weights)[b] : S(1);
   const Wide<S> p{Vec<S>(static_cast<S>(1 / m)), Vec<S>(static_cast<S>(e))};
@@ -160,9 +167,11 @@ void run(const Hmm& c, int threads) {
   w.to = w.from + plane * N;
   w.memory = static_cast<S*>(take(w.elements * threads, sizeof(S)));
   w.sums = static_cast<double*>(take(w.wanted ? w.groups * (N + N * n) + 1 : 1, sizeof(double)));
-  exp_row(static_cast<const S*>(c.initial), 1, N, w.initial, n);
+  w.sound_initial = exp_row(static_cast<const S*>(c.initial), 1, N, w.initial, n);
+  w.sound_transitions = true;
   for (int64_t i = 0; i < N; ++i) {
-    exp_row(static_cast<const S*>(c.transitions) + i * N, 1, N, w.from + i * plane, n);
+    const bool sound = exp_row(static_cast<const S*>(c.transitions) + i * N, 1, N, w.from + i * plane, n);
+    w.sound_transitions = w.sound_transitions && sound;
     exp_row(static_cast<const S*>(c.transitions) + i, N, N, w.to + i * plane, n);
   }
   parallel(threads, some_groups<S>, &w);
@@ -178,8 +187,7 @@ void run(const Hmm& c, int threads) {
     for (int64_t j = 0; j < N; ++j) static_cast<S*>(c.dtransitions)[i * N + j] = total(N + j * n + i);
 }
 
-// ---- the best path: sums of logarithms in float64, of two equal ways the one from the lower state
-// --------------------
+// ---- the best path: sums of logarithms in float64, of two equal ways the one from the lower state ----
 
 struct Best {
   const Hmm* c;
@@ -187,7 +195,15 @@ struct Best {
   double* transitions;  // (N,n)
   double* memory;       // of a thread: best (2,n), came from (T,n)
   int64_t elements, next;
+  bool sound;  // transitions
 };
+
+// x in float64, as wide_exp takes it; `sound` becomes false where it is no score.
+template <class S>
+FUSEDRNN_FORCE double logarithm(S x, bool& sound) {
+  if (!(x < static_cast<S>(kLargest))) sound = false;
+  return x <= static_cast<S>(-kLargest) ? -__builtin_huge_val() : static_cast<double>(x);
+}
 
 template <class S>
 void best_row(const Best& w, double* memory, int64_t b) {
@@ -197,13 +213,14 @@ void best_row(const Best& w, double* memory, int64_t b) {
   const int64_t n = w.n, T = c.lengths[b], N = c.N;
   double* from = memory + 2 * n;
   const auto score = [&](int64_t t, int64_t j) {
-    return static_cast<double>(
-        static_cast<const S*>(c.scores.data)[t * c.scores.stride[0] + b * c.scores.stride[1] + j * c.scores.stride[2]]);
+    return static_cast<const S*>(
+        c.scores.data)[t * c.scores.stride[0] + b * c.scores.stride[1] + j * c.scores.stride[2]];
   };
+  bool sound = T < 2 || w.sound;
   for (int64_t t = 0; t < T; ++t) {
     double *now = memory + n * (t & 1), *last = memory + n * ((t + 1) & 1);
     if (t == 0)
-      for (int64_t j = 0; j < N; ++j) now[j] = static_cast<double>(static_cast<const S*>(c.initial)[j]);
+      for (int64_t j = 0; j < N; ++j) now[j] = logarithm(static_cast<const S*>(c.initial)[j], sound);
     for (int64_t j = 0; t > 0 && j < n; j += lanes) {
       V most = V(last[0]) + load(w.transitions + j), source(0.0);
       for (int64_t i = 1; i < N; ++i) {
@@ -215,7 +232,7 @@ void best_row(const Best& w, double* memory, int64_t b) {
       store(now + j, most);
       store(from + t * n + j, source);
     }
-    for (int64_t j = 0; j < N; ++j) now[j] += score(t, j);
+    for (int64_t j = 0; j < N; ++j) now[j] += logarithm(score(t, j), sound);
     for (int64_t j = N; j < n; ++j) now[j] = 0;
   }
   int64_t state = 0;
@@ -226,6 +243,7 @@ void best_row(const Best& w, double* memory, int64_t b) {
     for (int64_t j = 1; j < N; ++j)
       if (last[j] > most) most = last[state = j];
   }
+  if (!sound) most = __builtin_nan("");
   static_cast<S*>(c.log_likelihood)[b] = static_cast<S>(most);
   const bool none = !(most > -__builtin_huge_val());
   for (int64_t t = c.T - 1; t >= 0; --t) {
@@ -249,13 +267,13 @@ void run_best(const Hmm& c, int threads) {
   constexpr int lanes = Vec<double>::lanes;
   const int64_t N = c.N, n = (N + lanes - 1) / lanes * lanes;
   Workspace workspace;
-  Best w{&c, n, nullptr, nullptr, n * (c.T + 2) + 8, 0};
+  Best w{&c, n, nullptr, nullptr, n * (c.T + 2) + 8, 0, true};
   w.transitions = static_cast<double*>(workspace.take(static_cast<size_t>(N * n) * 8));
   w.memory = static_cast<double*>(workspace.take(static_cast<size_t>(w.elements * threads) * 8));
   for (int64_t i = 0; i < N; ++i)
     for (int64_t j = 0; j < n; ++j)
       w.transitions[i * n + j] =
-          j < N ? static_cast<double>(static_cast<const S*>(c.transitions)[i * N + j]) : -__builtin_huge_val();
+          j < N ? logarithm(static_cast<const S*>(c.transitions)[i * N + j], w.sound) : -__builtin_huge_val();
   parallel(threads, some_best<S>, &w);
 }
 

@@ -37,6 +37,7 @@ struct Call {
   void clip_value(float*, int64_t, float);       \
   void clip_value(double*, int64_t, double);     \
   void ctc(const Ctc&, int threads);             \
+  void ctc_align(const Ctc&, int threads);       \
   void hmm(const Hmm&, int threads);             \
   }
 FUSEDRNN_DECLARE(baseline)

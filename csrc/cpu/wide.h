@@ -13,12 +13,26 @@ namespace fusedrnn::cpu::FUSEDRNN_ISA {
 namespace {
 
 constexpr double kNothing = -1e38;  // in float32's range; sums of a few stay finite
+constexpr double kLargest = 1e37f;  // scores from here on are no scores, as NaN is; those below -1e37 are -inf
 constexpr int kRenewal = 16;  // steps after which m must be brought back to [1, 2): each multiplies it by 0.7..4.3
 
 template <class S>
 struct Wide {
   Vec<S> m, e;
 };
+
+// `marks`, and 1 where x is NaN or too large to be a score.
+template <class S>
+FUSEDRNN_FORCE Vec<S> marked(Vec<S> marks, Vec<S> x) {
+  const Vec<S> limit(static_cast<S>(kLargest)), one(S(1));
+  return x.v < limit.v ? marks.v : one.v;
+}
+template <class S>
+FUSEDRNN_FORCE bool any(Vec<S> marks) {
+  S sum = 0;
+  for (int j = 0; j < Vec<S>::lanes; ++j) sum += marks.v[j];
+  return sum != 0;
+}
 
 // The larger one; b where one is NaN.
 template <class S>
@@ -85,7 +99,7 @@ FUSEDRNN_FORCE Wide<S> renewed(Wide<S> a) {
 template <class S>
 FUSEDRNN_FORCE Wide<S> wide_exp(Vec<S> x) {
   const Vec<S> magic(static_cast<S>(sizeof(S) == 4 ? 0x1.8p23 : 0x1.8p52));
-  const Vec<S> near = clamp(x, static_cast<S>(1e37));
+  const Vec<S> near = clamp(x, static_cast<S>(kLargest));
   const Vec<S> n = (Vec<S>(static_cast<S>(1.4426950408889634)) * near + magic) - magic;
   Vec<S> r;
   if constexpr (sizeof(S) == 4)
@@ -93,18 +107,21 @@ FUSEDRNN_FORCE Wide<S> wide_exp(Vec<S> x) {
   else
     r = near - n * Vec<S>(0x1.62e42fefa3800p-1) - n * Vec<S>(0x1.ef35793c76730p-45);
   const Exp<S, 1> e(clamp(r, static_cast<S>(0.35)));  // the clamp acts where x has no fraction left
-  const Vec<S> zero(S(0)), low(static_cast<S>(-1e37)), nothing(static_cast<S>(kNothing));
+  const Vec<S> zero(S(0)), low(static_cast<S>(-kLargest)), nothing(static_cast<S>(kNothing));
   const Vec<S> whole(n.v == n.v ? n.v : zero.v);
   return {e.scale * (e.tail * e.r + Vec<S>(S(1))), Vec<S>(near.v <= low.v ? nothing.v : whole.v)};
 }
 
-// exp(x) as it is; 0 below the smallest number, and at most exp(87) or exp(700).
+// exp(x) as it is; 0 below the smallest number, inf above exp(87) or exp(700), NaN where x is no score.
 template <class S>
 FUSEDRNN_FORCE Vec<S> plain_exp(Vec<S> x) {
   constexpr S limit = sizeof(S) == 4 ? 87 : 700;
-  const Exp<S, 1> e(clamp(x, limit));
+  const Exp<S, 1> e(x);  // there is no 2^n beyond the limits; what comes out for it is replaced
   const Vec<S> y = e.scale * (e.tail * e.r + Vec<S>(S(1))), zero(S(0));
-  return x.v < Vec<S>(-limit).v ? zero.v : y.v;
+  const Vec<S> infinity(static_cast<S>(__builtin_huge_val())), none(static_cast<S>(__builtin_nan("")));
+  const Vec<S> below(x.v > Vec<S>(limit).v ? infinity.v : y.v);
+  const Vec<S> finite(x.v < Vec<S>(-limit).v ? zero.v : below.v);
+  return x.v < Vec<S>(static_cast<S>(kLargest)).v ? finite.v : none.v;
 }
 
 // log of one number, in float64.

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import backends, clip, generation, hmm, ops, params, report, rtrl, tbptt
     from .config import get_num_threads, set_backend, set_num_threads
-    from .ctc import ctc_beam, ctc_greedy, ctc_loss, ctc_loss_backward
+    from .ctc import ctc_align, ctc_beam, ctc_greedy, ctc_loss, ctc_loss_backward
     from .generation import generate
     from .layers import GRU, LSTM, RNN, MinGRU, MinLSTM
     from .ops import (
@@ -37,7 +37,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "ops": tuple(f"{op}{end}" for end in ("", "_backward") for op in ("lstm", "gru", "rnn", "mingru", "minlstm")),
-    "ctc": ("ctc_beam", "ctc_greedy", "ctc_loss", "ctc_loss_backward"),
+    "ctc": ("ctc_align", "ctc_beam", "ctc_greedy", "ctc_loss", "ctc_loss_backward"),
     "layers": ("LSTM", "GRU", "RNN", "MinGRU", "MinLSTM"),
     "generation": ("generate",),
     "config": ("set_backend", "set_num_threads", "get_num_threads"),
@@ -54,6 +54,7 @@ __all__ = [
     "MinLSTM",
     "backends",
     "clip",
+    "ctc_align",
     "ctc_beam",
     "ctc_greedy",
     "ctc_loss",

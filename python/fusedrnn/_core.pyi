@@ -79,6 +79,19 @@ def ctc(
     dlog_probs: _Array | None = None,
 ) -> None: ...
 
+# The best path. Written: states (T,B), of row b 2j at the blank before its label j and 2j+1 at that label, -1 past its
+# length and where there is no path; log_probability (B).
+def ctc_align(
+    log_probs: _Array,
+    labels: NDArray[np.int64],
+    first: NDArray[np.int64],
+    label_counts: NDArray[np.int64],
+    lengths: NDArray[np.int64],
+    blank: int,
+    states: NDArray[np.int64],
+    log_probability: _Array,
+) -> None: ...
+
 # Of each row, best first: (labels, log-probability).
 def ctc_beam(
     log_probs: _Array, lengths: NDArray[np.int64], blank: int, beam_width: int, top: int

@@ -14,7 +14,9 @@ models", Proc. IEEE 77(2), 1989, section III).
 
 A path's weight is exp(initial[s0] + scores[0,b,s0] + transitions[s0,s1] + scores[1,b,s1] + ...). The logarithms need
 not be normalised, and -inf forbids: what is then a "likelihood" is the partition sum of a linear-chain CRF. Nothing
-underflows.
+underflows. What NaN, inf and -inf do is said in `fusedrnn.ctc`: in short, -inf is impossible, and a row that reads NaN
+or inf has NaN for its logarithm and no path. NaN or inf in initial is read by all rows with steps, in transitions by
+all rows with two steps or more.
 """
 
 from __future__ import annotations
@@ -33,8 +35,8 @@ __all__ = ["likelihood", "posteriors", "viterbi"]
 def likelihood(scores: np.ndarray, initial: Any, transitions: Any, lengths: Any = None) -> Any:
     """The logarithm of the sum of the weights of all paths: (B,) in the dtype of scores, or () for one row.
 
-    -inf where no path is possible; 0 for a row without steps. Raises TypeError or ValueError for wrong types, shapes
-    and lengths.
+    -inf where no path is possible; NaN where a row reads NaN or inf; 0 for a row without steps. Raises TypeError or
+    ValueError for wrong types, shapes and lengths.
 
     >>> half = np.log(np.full((2, 2), 0.5))
     >>> float(fusedrnn.hmm.likelihood(np.zeros((3, 2)), half[0], half).round(6))  # all paths together have weight 1
@@ -58,7 +60,8 @@ def posteriors(
     pairs   (N,N)    how often each transition is taken, summed over rows and steps
 
     They are also the gradients of sum(weights * log_likelihood) with respect to scores, initial and transitions. A row
-    that is impossible has zeros and adds nothing.
+    that is impossible has zeros and adds nothing. A row that reads NaN or inf has NaN in states, and so have first and
+    pairs, which it is a part of.
 
     >>> half = np.log(np.full((2, 2), 0.5))
     >>> logp, states, first, pairs = fusedrnn.hmm.posteriors(np.zeros((3, 2)), half[0], half)
@@ -81,8 +84,9 @@ def viterbi(scores: np.ndarray, initial: Any, transitions: Any, lengths: Any = N
     """The path of the greatest weight: (paths, log_weight), paths (T,B) int64 and log_weight (B,); (T,) and () for one
     row.
 
-    Past lengths, and everywhere where no path is possible (log_weight is -inf then), paths is -1. Of equal paths it is
-    the one with the lowest state at the last step where they differ. Sums are float64.
+    Past lengths, everywhere where no path is possible (log_weight is -inf then), and everywhere where a row reads NaN
+    or inf (log_weight is NaN then), paths is -1. Of equal paths it is the one with the lowest state at the last step
+    where they differ. Sums are float64.
 
     >>> scores = np.log([[0.9, 0.1], [0.4, 0.6], [0.9, 0.1]])
     >>> stay = np.log([[0.8, 0.2], [0.2, 0.8]])

@@ -4,6 +4,8 @@ runs it.
 
 Graves, Fernández, Gomez, Schmidhuber, "Connectionist temporal classification", ICML 2006, equations 5 to 16. A path
 walks through the states blank, label 0, blank, label 1, ..., blank. It begins, before the first step, at state 0.
+
+What NaN, inf and -inf mean is in ctc.py. Functions of one row get scores from `exact`, and none that has a NaN.
 """
 
 from __future__ import annotations
@@ -11,6 +13,16 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+
+LARGEST = float(np.float32(1e37))  # numbers from here on are no scores, in float32 and float64
+
+
+def exact(scores: Any) -> Any:
+    """A contiguous copy in float64: NaN for what is no score, -inf for what counts as impossible."""
+    result = np.array(scores, np.float64, order="C")
+    result[~(scores < LARGEST)] = np.nan
+    result[scores <= -LARGEST] = -np.inf
+    return result
 
 
 def ctc_row(log_probs: Any, labels: Any, blank: int, grad: Any) -> float:
@@ -62,7 +74,9 @@ def ctc(
         T = lengths[b]
         mine = labels[first[b] : first[b] + label_counts[b]]
         grad = np.empty((0 if dlog_probs is None else T, C))
-        value = row(np.ascontiguousarray(log_probs[:T, b], np.float64), mine, blank, grad)
+        scores = exact(log_probs[:T, b])
+        unsound = np.isnan(scores[:, np.append(mine, blank)]).any()
+        value = np.nan if unsound else row(scores, mine, blank, grad)
         cancelled = zero_infinity and value == np.inf
         loss[b] = 0.0 if cancelled else value
         if dlog_probs is None:
@@ -73,12 +87,56 @@ def ctc(
             grad[:] = np.nan
         elif dloss is not None:
             grad *= dloss[b]
-        dlog_probs[:T, b] = grad
+        with np.errstate(over="ignore"):  # float32 has inf for it
+            dlog_probs[:T, b] = grad
         dlog_probs[T:, b] = 0.0
+
+
+def align_row(log_probs: Any, labels: Any, blank: int, states: Any) -> float:
+    """The log-probability of the best path of one row: log_probs (T,C) float64, labels (S,). Writes states (T,), where
+    the path is at each step. As ctc_row, with the largest in place of the sum. The first of equal ways is taken: to
+    stay, from the state before, from two before; and of equal ends the label."""
+    T, n = len(log_probs), 2 * len(labels) + 1
+    classes = np.full(n, blank)
+    classes[1::2] = labels
+    ways = np.full((3, n), -np.inf)
+    jumps = np.zeros(n, bool)  # whether a path may come from two states before
+    jumps[3::2] = classes[3::2] != classes[1:-2:2]
+    came, best = np.zeros((T, n), np.int8), np.full(n, -np.inf)
+    best[0] = 0.0
+    for t in range(T):
+        ways[0], ways[1, 1:] = best, best[:-1]
+        ways[2, 2:] = np.where(jumps[2:], best[:-2], -np.inf)
+        came[t] = ways.argmax(0)
+        best = ways.max(0) + log_probs[t][classes]
+    state = n - 1 if n == 1 or best[n - 1] > best[n - 2] else n - 2
+    total = best[state]
+    for t in range(T - 1, -1, -1):
+        states[t] = state
+        state -= int(came[t, state])
+    return float(total)
+
+
+def ctc_align(
+    row: Any, log_probs: Any, labels: Any, first: Any, label_counts: Any, lengths: Any, blank: int,
+    states: Any, log_probability: Any,
+) -> None:  # fmt: skip
+    """All rows through `row`, which is align_row or its compiled form; arguments as _core.ctc_align takes them."""
+    for b, T in enumerate(lengths):
+        mine = labels[first[b] : first[b] + label_counts[b]]
+        path, scores = np.full(len(states), -1), exact(log_probs[:T, b])
+        unsound = np.isnan(scores[:, np.append(mine, blank)]).any()
+        value = np.nan if unsound else row(scores, mine, blank, path[:T])
+        if not value > -np.inf:
+            path[:] = -1
+        states[:, b] = path
+        log_probability[b] = value
 
 
 def beam_row(log_probs: Any, blank: int, width: int, top: int) -> list[tuple[list[int], float]]:
     """Prefix search with a beam: the `top` best of it, best first. Of equal prefixes the one that sorts first stays."""
+    if np.isnan(log_probs).any():
+        return [([], np.nan)]
     beam: dict[tuple[int, ...], tuple[float, float]] = {(): (0.0, -np.inf)}  # paths that end in blank, in the label
     for step in log_probs:
         grown: dict[tuple[int, ...], tuple[float, float]] = {}
@@ -107,7 +165,7 @@ def ctc_beam(
 ) -> list[list[tuple[list[int], float]]]:
     """Every row through beam_row; arguments as _core.ctc_beam takes them."""
     rows = enumerate(lengths)
-    return [beam_row(log_probs[:T, b].astype(np.float64), blank, beam_width, top) for b, T in rows]
+    return [beam_row(exact(log_probs[:T, b]), blank, beam_width, top) for b, T in rows]
 
 
 def hmm_row(scores: Any, initial: Any, transitions: Any, states: Any, pairs: Any) -> float:
@@ -138,17 +196,18 @@ def hmm(
 ) -> None:  # fmt: skip
     """All rows through `row`, which is hmm_row or its compiled form; arguments as _core.hmm takes them."""
     N = len(initial)
-    model = initial.astype(np.float64), transitions.astype(np.float64)
+    model = exact(initial), exact(transitions)
     first, pairs = np.zeros(N), np.zeros((N, N))
     for b, T in enumerate(lengths):
         mine, taken = np.zeros((0 if states is None else T, N)), np.zeros((N, N))
-        value = row(np.ascontiguousarray(scores[:T, b], np.float64), *model, mine, taken) if T else 0.0
+        given = exact(scores[:T, b]), *model
+        value = np.nan if _unsound(*given) else row(*given, mine, taken) if T else 0.0
         log_likelihood[b] = value
         if states is None:
             continue
-        if value == -np.inf:
-            mine[:], taken[:] = 0.0, 0.0
-        weight = 1.0 if weights is None else weights[b]
+        if not np.isfinite(value):
+            mine[:] = taken[:] = np.nan if np.isnan(value) else 0.0
+        weight = 1.0 if weights is None or value == -np.inf else weights[b]
         states[:T, b] = mine * weight
         states[T:, b] = 0.0
         if T:
@@ -156,6 +215,12 @@ def hmm(
             pairs += taken * weight
     if states is not None:
         dinitial[:], dtransitions[:] = first, pairs
+
+
+def _unsound(scores: Any, initial: Any, transitions: Any) -> bool:
+    """Whether a row reads a NaN: without steps it reads nothing, with one step no transitions."""
+    read = (scores, initial, transitions)[: min(len(scores) + 1, 3)]
+    return any(np.isnan(array).any() for array in read)
 
 
 def viterbi_row(scores: Any, initial: Any, transitions: Any, path: Any) -> float:
@@ -178,10 +243,11 @@ def viterbi(
     row: Any, scores: Any, initial: Any, transitions: Any, lengths: Any, paths: Any, log_probability: Any
 ) -> None:
     """All rows through `row`, which is viterbi_row or its compiled form; arguments as _core.viterbi takes them."""
-    model = initial.astype(np.float64), transitions.astype(np.float64)
+    model = exact(initial), exact(transitions)
     for b, T in enumerate(lengths):
         path = np.full(len(paths), -1)
-        value = row(np.ascontiguousarray(scores[:T, b], np.float64), *model, path[:T]) if T else 0.0
+        given = exact(scores[:T, b]), *model
+        value = np.nan if _unsound(*given) else row(*given, path[:T]) if T else 0.0
         if not value > -np.inf:
             path[:] = -1
         paths[:, b] = path

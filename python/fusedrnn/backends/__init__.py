@@ -12,6 +12,7 @@ Every backend is a module with the same functions on canonical arrays of one dty
 and, for sums over paths (arguments as in _core.pyi),
 
     ctc(log_probs, labels, first, label_counts, lengths, blank, zero_infinity, loss, dloss, dlog_probs)
+    ctc_align(log_probs, labels, first, label_counts, lengths, blank, states, log_probability)
     ctc_beam(log_probs, lengths, blank, beam_width, top)
     hmm(scores, initial, transitions, lengths, log_likelihood, weights, states, dinitial, dtransitions)
     viterbi(scores, initial, transitions, lengths, paths, log_probability)
@@ -144,6 +145,10 @@ class Backend(Protocol):
     def ctc(
         self, log_probs: Any, labels: Any, first: Any, label_counts: Any, lengths: Any, blank: int, zero_infinity: bool,
         loss: Any, dloss: Any = None, dlog_probs: Any = None,
+    ) -> None: ...  # fmt: skip
+    def ctc_align(
+        self, log_probs: Any, labels: Any, first: Any, label_counts: Any, lengths: Any, blank: int,
+        states: Any, log_probability: Any,
     ) -> None: ...  # fmt: skip
     def ctc_beam(self, log_probs: Any, lengths: Any, blank: int, beam_width: int, top: int) -> list[Any]: ...
     def hmm(

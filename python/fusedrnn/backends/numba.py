@@ -999,6 +999,34 @@ def _path_steps() -> dict[str, Any]:
         return -total
 
     @njit(**options)
+    def align_row(log_probs: Any, labels: Any, blank: Any, path: Any) -> Any:
+        T, states = len(log_probs), 2 * len(labels) + 1
+        classes = np.full(states, blank)
+        classes[1::2] = labels
+        came = np.zeros((T, states), np.int8)
+        best, last = np.full(states, -np.inf), np.empty(states)
+        best[0] = 0.0
+        for t in range(T):
+            last[:] = best
+            for s in range(states):
+                most = last[s]
+                if s > 0 and last[s - 1] > most:
+                    most = last[s - 1]
+                    came[t, s] = 1
+                if s > 1 and s % 2 == 1 and classes[s] != classes[s - 2] and last[s - 2] > most:
+                    most = last[s - 2]
+                    came[t, s] = 2
+                best[s] = most + log_probs[t, classes[s]]
+        state = states - 1
+        if states > 1 and not best[state] > best[state - 1]:
+            state -= 1
+        total = best[state]
+        for t in range(T - 1, -1, -1):
+            path[t] = state
+            state -= came[t, state]
+        return total
+
+    @njit(**options)
     def hmm_row(scores: Any, initial: Any, transitions: Any, states: Any, pairs: Any) -> Any:
         T, N = scores.shape
         alpha, beta, after = np.empty((T, N)), np.zeros(N), np.empty(N)
@@ -1052,7 +1080,7 @@ def _path_steps() -> dict[str, Any]:
             path[t] = state if t == T - 1 else came[t + 1, path[t + 1]]
         return best[state]
 
-    return {"ctc_row": ctc_row, "hmm_row": hmm_row, "viterbi_row": viterbi_row}
+    return {"ctc_row": ctc_row, "align_row": align_row, "hmm_row": hmm_row, "viterbi_row": viterbi_row}
 
 
 def ctc(
@@ -1064,6 +1092,15 @@ def ctc(
     lattice.ctc(
         row, log_probs, labels, first, label_counts, lengths, blank, zero_infinity, loss, dloss, dlog_probs
     )  # fmt: skip
+
+
+def ctc_align(
+    log_probs: Any, labels: Any, first: Any, label_counts: Any, lengths: Any, blank: int,
+    states: Any, log_probability: Any,
+) -> None:  # fmt: skip
+    """As _core.ctc_align."""
+    row = _path_steps()["align_row"]
+    lattice.ctc_align(row, log_probs, labels, first, label_counts, lengths, blank, states, log_probability)
 
 
 ctc_beam = lattice.ctc_beam

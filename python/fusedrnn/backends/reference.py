@@ -392,6 +392,16 @@ def ctc(
         )  # fmt: skip
 
 
+def ctc_align(
+    log_probs: Any, labels: Any, first: Any, label_counts: Any, lengths: Any, blank: int,
+    states: Any, log_probability: Any,
+) -> None:  # fmt: skip
+    """As _core.ctc_align."""
+    lattice.ctc_align(
+        lattice.align_row, log_probs, labels, first, label_counts, lengths, blank, states, log_probability
+    )  # fmt: skip
+
+
 ctc_beam = lattice.ctc_beam
 
 

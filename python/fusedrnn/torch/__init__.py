@@ -9,7 +9,7 @@ or `fusedrnn.torch.replace(model)` for a model that is there already; or `lstm`,
 """
 
 from . import clip, tbptt
-from .ctc import ctc_loss
+from .ctc import ctc_align, ctc_loss
 from .cuda import use_cuda_kernels
 from .exits import decompositions
 from .functional import gru, lstm, rnn, route
@@ -25,6 +25,7 @@ __all__ = [
     "RNNCell",
     "Report",
     "clip",
+    "ctc_align",
     "ctc_loss",
     "decompositions",
     "gru",

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""torch.nn.functional.ctc_loss on the native kernels."""
+"""torch.nn.functional.ctc_loss on the native kernels, and forced alignment of tensors."""
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor
 from .. import ctc
 from . import functional
 from .kernels import DTYPES
+
+_READ = (torch.float32, torch.float64)
 
 
 def ctc_loss(
@@ -51,6 +54,31 @@ def ctc_loss(
         counts = torch.from_numpy(call.label_counts).clamp(min=1).to(loss.dtype)
         return (loss / (counts[0] if call.single else counts)).mean()
     return loss
+
+
+def ctc_align(
+    log_probs: Tensor, targets: Any, input_lengths: Any = None, target_lengths: Any = None, blank: int = 0
+) -> ctc.Alignment:
+    """fusedrnn.ctc_align, which explains it, for tensors: an `Alignment` of tensors on log_probs' device.
+
+    log_probs float32 or float64 on the CPU is read where it lies. Any other is copied: to the CPU, and to float32 where
+    it is of less than 32 bits; scores and log_probability are then float32. Nothing is recorded for gradients.
+
+    >>> log_probs = torch.tensor([[0.6, 0.3, 0.1], [0.1, 0.8, 0.1], [0.5, 0.1, 0.4]]).log()
+    >>> fusedrnn.torch.ctc_align(log_probs, torch.tensor([1, 2])).path
+    tensor([0, 1, 2])
+    """
+    data = log_probs.detach()
+    if data.device.type == "cpu" and data.dtype in _READ and data.layout == torch.strided:
+        functional.set_route("fused")
+    else:
+        functional.set_route(f"fused, on a copy: {data.dtype} {data.layout} on {data.device.type}")
+        data = (data if data.layout == torch.strided else data.to_dense()).cpu()
+        data = data.float() if data.dtype.is_floating_point and data.dtype not in _READ else data
+    given = _numpy(targets), _numpy(input_lengths), _numpy(target_lengths)
+    found = ctc.ctc_align(data.numpy(), *given, blank)
+    made = {f.name: torch.from_numpy(getattr(found, f.name)).to(log_probs.device) for f in fields(found)}
+    return ctc.Alignment(**made)
 
 
 def _numpy(value: Any) -> Any:
