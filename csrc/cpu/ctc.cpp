@@ -266,6 +266,7 @@ void some_rows(void* argument, const Team& team) {
   for (;;) {
     const int64_t b = __atomic_fetch_add(&rows.next, 1, __ATOMIC_RELAXED);
     if (b >= c.B) return;
+    team.listen();
     walk_row(walk, b, filled);
   }
 }

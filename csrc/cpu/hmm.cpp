@@ -144,7 +144,10 @@ void some_groups(void* argument, const Team& team) {
     if (g >= w.groups) return;
     double* sums = w.sums + g * size;
     for (int64_t j = 0; j < size; ++j) sums[j] = 0;
-    for (int64_t b = g; b < w.c->B; b += kGroups) walk_row(w, w.memory + team.rank * w.elements, sums, b);
+    for (int64_t b = g; b < w.c->B; b += kGroups) {
+      team.listen();
+      walk_row(w, w.memory + team.rank * w.elements, sums, b);
+    }
   }
 }
 
@@ -258,6 +261,7 @@ void some_best(void* argument, const Team& team) {
   for (;;) {
     const int64_t b = __atomic_fetch_add(&w.next, 1, __ATOMIC_RELAXED);
     if (b >= w.c->B) return;
+    team.listen();
     best_row<S>(w, w.memory + team.rank * w.elements, b);
   }
 }

@@ -95,6 +95,10 @@ struct Team {
         if (!complete) Crew::meet(*this, ticket);
       }
     }
+    listen();
+  }
+  // For work that goes on for long between meetings: the part of wait() that hears signals.
+  FUSEDRNN_FORCE void listen() const {
     if (seat ? __atomic_load_n(&crew->stopped, __ATOMIC_RELAXED) != 0 : --crew->until_look <= 0) Crew::look(*this);
   }
   // This member's part of n things: [begin(n), end(n)).
