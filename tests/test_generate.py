@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import doctest
-import itertools
 import math
 import signal
 import subprocess
@@ -179,7 +178,7 @@ def test_every_option_with_every_other(backend, dtype, temperature, repetition_p
     """Rows that end at different steps, or never; the texts, their lengths, log-probabilities and states."""
     layer, head, bias = new("LSTM", {"num_layers": 2}, H=9, dtype=dtype)
     options = {"temperature": temperature, "repetition_penalty": repetition_penalty, "top_k": top_k, "top_p": top_p}
-    for T0, stop in itertools.product((1, 4), ((), (5,), (7, 2, 0))):
+    for T0, stop in ((1, ()), (4, (5,)), (2, (7, 2, 0))):
         prompt = np.random.default_rng(T0).integers(0, 11, (T0, 3))
         want, lengths, log_probs, texts = by_hand(layer, head, bias, prompt, 7, SEED, stop, **options)
         for kind in ("model", "drawn"):
@@ -314,10 +313,10 @@ def test_steps_are_drawn_independently(backend):
 
 
 def test_a_call_ends_when_all_rows_have(backend):
-    """A million steps, of which some ten are made."""
+    """A hundred thousand steps, of which some ten are made."""
     begun = time.monotonic()
-    text, lengths = fusedrnn.generate(*constant([0.0, 0, 0], 5), 1_000_000, stop=(2, 1), return_lengths=True)
-    assert time.monotonic() - begun < 5
+    text, lengths = fusedrnn.generate(*constant([0.0, 0, 0], 5), 100_000, stop=(2, 1), return_lengths=True)
+    assert time.monotonic() - begun < 2
     assert lengths.max() < 50
     for b, n in enumerate(lengths):
         assert (text[: n - 1, b] == 0).all() and text[n - 1, b] in (1, 2) and (text[n:, b] == text[n - 1, b]).all()

@@ -3,6 +3,7 @@
 // sorted but a few candidates.
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 
 #include "generate.h"
 #include "philox.h"
@@ -56,7 +57,27 @@ Candidate border_of_top_k(const double* values, int64_t count, int64_t k, Candid
   return found[k - 1];
 }
 
-// The last of the fewest, largest first, whose weights sum to `part` of `sum` or more: halves are looked through.
+// Leaves of [begin, end) those candidates among which `reached`, the sum of weights so far, passes `target`, and adds
+// the weights of those before them: the range of values is cut into equal parts, the largest first. False where there
+// is none to cut.
+bool narrow(Candidate*& begin, Candidate*& end, const double* weights, double target, double& reached) {
+  constexpr int kParts = 256;
+  double top = begin->value, least = top;
+  for (const Candidate* c = begin; c != end; ++c) top = std::max(top, c->value), least = std::min(least, c->value);
+  const double scale = kParts / (top - least);
+  if (!(scale > 0 && scale < HUGE_VAL)) return false;
+  const auto part_of = [=](const Candidate& c) {
+    return std::min(kParts - 1, static_cast<int>((top - c.value) * scale));
+  };
+  double sums[kParts] = {};
+  for (const Candidate* c = begin; c != end; ++c) sums[part_of(*c)] += weights[c->token];
+  int part = 0;
+  for (; part < kParts - 1 && reached + sums[part] < target; ++part) reached += sums[part];
+  end = std::remove_if(begin, end, [=](const Candidate& c) { return part_of(c) != part; });
+  return true;
+}
+
+// The last of the fewest, largest first, whose weights sum to `part` of `sum` or more.
 Candidate border_of_top_p(const double* values, const double* weights, int64_t count, double part, double sum,
                           Candidate* found) {
   const double target = part * sum;
@@ -65,37 +86,38 @@ Candidate border_of_top_p(const double* values, const double* weights, int64_t c
   for (int64_t v = 0; v < count; ++v)
     if (weights[v] > 0 && weights[v] >= least) *end++ = {values[v], v};
   double reached = 0;
-  while (end - begin > 32) {
-    Candidate* middle = begin + (end - begin) / 2;
-    std::nth_element(begin, middle, end, before);
-    double upper = 0;
-    for (const Candidate* c = begin; c != middle; ++c) upper += weights[c->token];
-    if (reached + upper >= target) {
-      end = middle;
-    } else {
-      reached += upper;
-      begin = middle;
-    }
+  while (end - begin > 64 && narrow(begin, end, weights, target, reached)) {
   }
-  std::sort(begin, end, before);
+  if (!std::is_sorted(begin, end, before)) std::sort(begin, end, before);
   for (; begin + 1 < end; ++begin)
     if ((reached += weights[begin->token]) >= target) break;
   return *begin;
 }
 
-template <class S>
-double log_softmax(const S* logits, int64_t count, int64_t token) {
-  const double largest = static_cast<double>(*std::max_element(logits, logits + count));
+// What comes after the border weighs nothing. The sum of the others.
+double sum_up_to(const Candidate& border, const double* values, double* weights, int64_t count) {
   double sum = 0;
-  for (int64_t v = 0; v < count; ++v) sum += std::exp(static_cast<double>(logits[v]) - largest);
-  return static_cast<double>(logits[token]) - largest - std::log(sum);
+  for (int64_t v = 0; v < count; ++v) {
+    if (!is_left(border, values[v], v)) weights[v] = 0;
+    sum += weights[v];
+  }
+  return sum;
+}
+
+template <class S>
+double log_softmax(const S* logits, int64_t count, int64_t token, Exponentials* exponentials, double* scratch) {
+  const auto largest = static_cast<double>(*std::max_element(logits, logits + count));
+  std::copy(logits, logits + count, scratch);
+  exponentials(scratch, count, largest, 1, scratch + count);
+  return static_cast<double>(logits[token]) - largest -
+         std::log(std::accumulate(scratch + count, scratch + 2 * count, 0.0));
 }
 
 }  // namespace
 
 template <class S>
 Drawn draw_token(const S* logits, int64_t count, const Generation& g, uint64_t seed, int64_t step, int64_t row,
-                 double* scratch) {
+                 Exponentials* exponentials, double* scratch) {
   double *values = scratch, *weights = scratch + count;
   auto* found = reinterpret_cast<Candidate*>(scratch + 2 * count);
   int64_t best;
@@ -103,22 +125,16 @@ Drawn draw_token(const S* logits, int64_t count, const Generation& g, uint64_t s
   const Outcome outcome = read(logits, count, seen, g.repetition_penalty, values, best);
   if (outcome != Outcome::drawn) return {outcome, 0, 0};
   const bool of_model = g.log_probs && g.of_model;
-  if (g.temperature == 0) return {outcome, best, of_model ? log_softmax(logits, count, best) : 0};
+  if (g.temperature == 0)
+    return {outcome, best, of_model ? log_softmax(logits, count, best, exponentials, scratch) : 0};
   const double largest = values[best];
   const bool some = g.top_k > 0 && g.top_k < count;
   Candidate border = some ? border_of_top_k(values, count, g.top_k, found) : Candidate{-HUGE_VAL, count};
-  double sum = 0;
-  for (int64_t v = 0; v < count; ++v) {
-    weights[v] = is_left(border, values[v], v) ? std::exp((values[v] - largest) / g.temperature) : 0;
-    sum += weights[v];
-  }
+  exponentials(values, count, largest, g.temperature, weights);
+  double sum = sum_up_to(border, values, weights, count);
   if (g.top_p < 1) {
     border = border_of_top_p(values, weights, count, g.top_p, sum, found);
-    sum = 0;
-    for (int64_t v = 0; v < count; ++v) {
-      if (!is_left(border, values[v], v)) weights[v] = 0;
-      sum += weights[v];
-    }
+    sum = sum_up_to(border, values, weights, count);
   }
   uint32_t word[4];
   philox(seed, static_cast<uint64_t>(step), static_cast<uint32_t>(g.first_row + row), 1, word);
@@ -129,13 +145,14 @@ Drawn draw_token(const S* logits, int64_t count, const Generation& g, uint64_t s
   while (!(reached > target)) reached += weights[++token];  // it ends: u < 1, and the same sum was larger
   double log_prob = 0;
   if (of_model)
-    log_prob = log_softmax(logits, count, token);
+    log_prob = log_softmax(logits, count, token, exponentials, scratch);
   else if (g.log_probs)
     log_prob = (values[token] - largest) / g.temperature - std::log(sum);
   return {outcome, token, log_prob};
 }
 
-template Drawn draw_token(const float*, int64_t, const Generation&, uint64_t, int64_t, int64_t, double*);
-template Drawn draw_token(const double*, int64_t, const Generation&, uint64_t, int64_t, int64_t, double*);
+template Drawn draw_token(const float*, int64_t, const Generation&, uint64_t, int64_t, int64_t, Exponentials*, double*);
+template Drawn draw_token(const double*, int64_t, const Generation&, uint64_t, int64_t, int64_t, Exponentials*,
+                          double*);
 
 }  // namespace fusedrnn::cpu

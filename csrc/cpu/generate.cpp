@@ -12,6 +12,18 @@
 namespace fusedrnn::cpu::FUSEDRNN_ISA {
 namespace {
 
+void exponentials(const double* values, int64_t count, double largest, double temperature, double* weights) {
+  using V = Vec<double>;
+  const V one(1.0), zero(0.0), least(-700.0);
+  for (int64_t v = 0; v < count; v += V::lanes) {
+    const int64_t n = smaller<int64_t>(V::lanes, count - v);
+    const V x = (load(values + v, n) - V(largest)) / V(temperature);
+    const Exp<double, 1> e(clamp(x, 700.0));
+    const V y = e.scale * (e.tail * e.r + one);
+    store(weights + v, V(x.v < least.v ? zero.v : y.v), n);
+  }
+}
+
 template <class S>
 class Generate {
   static constexpr int L = Vec<S>::lanes;
@@ -162,7 +174,7 @@ class Generate {
 
   void draw(const Team& team, int64_t s, int64_t i) {
     const int64_t row = rows_[i];
-    const Drawn it = draw_token(logits_ + i * ld_logits_, n_.I, g_, problem_.seed, g_.first + s, row,
+    const Drawn it = draw_token(logits_ + i * ld_logits_, n_.I, g_, problem_.seed, g_.first + s, row, exponentials,
                                 drawing_ + kDrawScratch * n_.I * team.rank);
     outcomes_[i] = it.outcome;
     if (it.outcome != Outcome::drawn) return;

@@ -53,12 +53,16 @@ Failure generate(const Problem& problem, const Arguments& p, const Results& out,
 // with key `seed` and counter (step, first_row + row, 1); the token is the first whose sum of exp((logit - largest) /
 // temperature), over the tokens that top_k and top_p leave, in float64 and in the tokens' order, exceeds u times the
 // whole sum. Of equal logits the earlier are the larger ones. `scratch` has kDrawScratch * count elements.
+// `exponentials`: weights = exp((values - largest) / temperature), on the registers of an instruction set.
 constexpr int64_t kDrawScratch = 4;
+using Exponentials = void(const double* values, int64_t count, double largest, double temperature, double* weights);
 template <class S>
 Drawn draw_token(const S* logits, int64_t count, const Generation& g, uint64_t seed, int64_t step, int64_t row,
-                 double* scratch);
-extern template Drawn draw_token(const float*, int64_t, const Generation&, uint64_t, int64_t, int64_t, double*);
-extern template Drawn draw_token(const double*, int64_t, const Generation&, uint64_t, int64_t, int64_t, double*);
+                 Exponentials* exponentials, double* scratch);
+extern template Drawn draw_token(const float*, int64_t, const Generation&, uint64_t, int64_t, int64_t, Exponentials*,
+                                 double*);
+extern template Drawn draw_token(const double*, int64_t, const Generation&, uint64_t, int64_t, int64_t, Exponentials*,
+                                 double*);
 
 #define FUSEDRNN_DECLARE(isa)                                                                                         \
   namespace isa {                                                                                                     \
