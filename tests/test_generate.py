@@ -306,6 +306,20 @@ def test_frequencies_are_probabilities(backend, options):
         assert abs(seen[v] - p) <= 4.5 * (p * (1 - p) / drawn.size) ** 0.5, (v, p)
 
 
+@pytest.mark.parametrize("options", [{}, {"temperature": 0}, {"top_k": 1}, {"top_p": 0.1}, {"top_k": 9}], ids=str)
+def test_a_vocabulary_of_one(backend, options):
+    tokens, log_probs = fusedrnn.generate(*constant([-3.0], 2), 3, return_log_probs="drawn", **options)
+    assert not tokens.any() and not log_probs.any()
+
+
+def test_any_way_to_name_stops(backend):
+    given = constant([0.0, 0.1, 0.2, 0.3], 9)
+    want = fusedrnn.generate(*given, 6, stop=[1, 3])
+    for stop in ((3, 1), {1, 3}, np.array([1, 3], np.uint8), [np.int64(1), 3, 3], frozenset((1, 3))):
+        np.testing.assert_array_equal(fusedrnn.generate(*given, 6, stop=stop), want)
+    np.testing.assert_array_equal(fusedrnn.generate(*given, 6, stop=[]), fusedrnn.generate(*given, 6))
+
+
 def test_steps_are_drawn_independently(backend):
     drawn = fusedrnn.generate(*constant([0.0, 0.0], 2000), 2)
     assert abs((drawn[0] == drawn[1]).mean() - 0.5) < 4.5 * 0.5 / 2000**0.5
@@ -458,6 +472,8 @@ def test_one_row_of_an_ensemble(backend):
 
 SETS = fusedrnn.LSTM(11, 19, dtype=np.float64)
 SETS.parameters = {name: np.stack([a, a]) for name, a in SETS.parameters.items()}
+NOBODY = fusedrnn.LSTM(11, 19, dtype=np.float64)
+NOBODY.parameters = {name: np.stack([a])[:0] for name, a in NOBODY.parameters.items()}
 
 
 @pytest.mark.parametrize(
@@ -511,6 +527,7 @@ SETS.parameters = {name: np.stack([a, a]) for name, a in SETS.parameters.items()
         ({"prompt": [[1, 2], [3]]}, "prompt is a list that is no array"),
         ({"prompt": np.array([1, 11])}, r"prompt has token 11 \(at \[1\]\); expected 0 <= token < 11"),
         ({"prompt": np.array([[1, 2], [1, -1], [2, 2]])}, r"prompt has token -1 \(at \[1, 1\]\)"),
+        ({"layer": NOBODY}, "layer has parameters of E = 0 weight sets; expected E >= 1"),
         ({"layer": None}, "layer is None; expected a layer of fusedrnn"),
         ({"layer": fusedrnn.LSTM(11, 19, bidirectional=True, dtype=np.float64)}, "layer is bidirectional"),
         ({"layer": fusedrnn.LSTM(11, 19, context_size=2, dtype=np.float64)}, "layer has context_size=2"),

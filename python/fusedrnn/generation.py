@@ -188,7 +188,9 @@ def _model(op: str, layer: Any, head_weight: Any, head_bias: Any, embedding: Any
     params = parameters.from_bfloat16(layer.parameters)
     names = parameters.names(layer.num_layers, False, layer.bias, layer._cell)
     known = {name: params[name] for name in names if name in params}
-    E = next((len(a) for name, a in known.items() if a.ndim == len(check.weight_axes(name))), 0)
+    E = next((len(a) for name, a in known.items() if a.ndim == len(check.weight_axes(name))), None)
+    if E == 0:
+        check.fail(op, "layer", "has parameters of E = 0 weight sets", "E >= 1")
     if "weight_ih_l0" not in known or known["weight_ih_l0"].shape[-1:] != (layer.input_size,):
         got = f"has parameters {', '.join(f'{name} {a.shape}' for name, a in params.items())}"
         check.fail(op, "layer", got, f"weight_ih_l0 with input_size={layer.input_size} columns")
@@ -201,10 +203,10 @@ def _model(op: str, layer: Any, head_weight: Any, head_bias: Any, embedding: Any
     elif layer.input_size != V:
         fix = "Or pass embedding (V,I)."
         check.fail(op, "layer", f"has input_size={layer.input_size}", f"{V}, head_weight's rows", fix)
-    return _Model(op, layer, params, head_weight, head_bias, E)
+    return _Model(op, layer, params, head_weight, head_bias, E or 0)
 
 
-def _fits(op: str, name: str, array: Any, shape: tuple[int, ...], letters: str, E: int, fix: str) -> None:
+def _fits(op: str, name: str, array: Any, shape: tuple[int, ...], letters: str, E: int | None, fix: str) -> None:
     """Fail unless an array has this shape, or that with the axis E in front where the parameters have one."""
     if array.shape == shape or (E and array.shape == (E, *shape)):
         return
@@ -214,7 +216,7 @@ def _fits(op: str, name: str, array: Any, shape: tuple[int, ...], letters: str, 
     check.fail(op, name, f"has shape {array.shape}", expected, fix)
 
 
-def _head(op: str, weight: Any, bias: Any, layer: Any, E: int) -> int:
+def _head(op: str, weight: Any, bias: Any, layer: Any, E: int | None) -> int:
     """How many tokens there are."""
     check.is_float(op, "head_weight", weight, layer.dtype, "the layer")
     if (

@@ -64,7 +64,7 @@ def _stop(op: str, stop: Any, V: int) -> tuple[int, ...]:
         return ()
     if isinstance(stop, np.ndarray) and stop.ndim == 1:
         stop = list(stop)
-    if not isinstance(stop, list | tuple):
+    if not isinstance(stop, list | tuple | set | frozenset):
         return (check.integer(op, "stop", stop, 0, V - 1),)
     return tuple(sorted({check.integer(op, f"stop[{n}]", token, 0, V - 1) for n, token in enumerate(stop)}))
 
