@@ -318,3 +318,16 @@ def test_kernels_refuse_gradients_of_tokens(kernels):
     kernels.forward(data.problem, p, empty_results(data.problem, np.float64), tape)
     with pytest.raises(ValueError, match=r"dp.x is given; expected None: tokens have no tangent and no gradient"):
         kernels.backward(data.problem, p, tape, data.g, empty_arguments(data, np.float64))
+
+
+def test_columns_that_no_token_names_are_not_read(backend):
+    """NaN and inf there reach nothing, and in a column that is named only the rows that name it."""
+    layer = fusedrnn.LSTM(9, 5, seed=0).eval()
+    tokens = np.array([[0, 3, 1], [2, 2, 1], [0, 5, 7]])
+    want, _ = layer(tokens)
+    layer.parameters["weight_ih_l0"][:, [4, 6]] = np.nan, np.inf
+    layer.parameters["weight_ih_l0"][:, 5] = np.nan
+    got, _ = layer(tokens)
+    np.testing.assert_array_equal(got[:, [0, 2]], want[:, [0, 2]])
+    np.testing.assert_array_equal(got[:2, 1], want[:2, 1])
+    assert np.isnan(got[2, 1]).all()

@@ -208,6 +208,41 @@ class Call {
     return checked_.tape(std::move(given), cpu::tape_elements(problem), access);
   }
 
+  // `stop` holds what the result refers to.
+  cpu::Generation generation(py::handle given, std::vector<int64_t>& stop) {
+    const Sizes& s = problem.sizes;
+    cpu::Generation g;
+    g.head = checked_.array<2>(get<"head">(given), {"", "head"}, "(I, H)", {s.I, s.H}, Access::read);
+    g.head_bias = checked_.array<1>(get<"head_bias">(given), {"", "head_bias"}, "(I,)", {s.I}, Access::read);
+    if (!g.head.data) checked_.type_error("head is None");
+    const py::object drawn = get<"drawn">(given);
+    g.steps = PyArray_Check(drawn.ptr()) && PyArray_NDIM(as_array(drawn.ptr())) == 2
+                  ? PyArray_DIM(as_array(drawn.ptr()), 0)
+                  : 0;
+    g.drawn = checked_.written_integers(drawn, "drawn", "(steps, B)", {g.steps, s.B});
+    g.log_probs = checked_.written_doubles(get<"log_probs">(given), "log_probs", "(steps, B)", {g.steps, s.B});
+    g.ended = checked_.written_flags(get<"ended">(given), "ended", "(E, B)", {s.E, s.B});
+    if (!g.ended) checked_.type_error("ended is None");
+    g.seen = checked_.written_flags(get<"seen">(given), "seen", "(B, I)", {s.B, s.I});
+    g.first = integer<"first">(given, 0);
+    g.first_row = integer<"first_row">(given, 0);
+    g.top_k = integer<"top_k">(given, 0);
+    g.temperature = real<"temperature">(given);
+    g.top_p = real<"top_p">(given);
+    g.repetition_penalty = real<"repetition_penalty">(given);
+    g.of_model = boolean<"of_model">(given);
+    if (!(g.top_p > 0 && g.top_p <= 1)) checked_.value_error("expected 0 < top_p <= 1");
+    if (!(g.repetition_penalty > 0)) checked_.value_error("expected repetition_penalty > 0");
+    stop = checked_.integers(get<"stop">(given), "stop");
+    for (const int64_t token : stop)
+      if (token < 0 || token >= s.I)
+        checked_.value_error("stop has " + std::to_string(token) +
+                             "; expected 0 <= token < I = " + std::to_string(s.I));
+    g.stop = stop.data();
+    g.stops = static_cast<int64_t>(stop.size());
+    return g;
+  }
+
   // Tangents of variants are the reference's.
   void refuse_variant() const {
     if (problem.variant.given)
@@ -391,44 +426,33 @@ void hvp(py::handle problem, py::handle p, py::handle v, py::handle g, py::handl
   cpu::hvp(call.problem, arguments, tangents, gradients, second, out, threads, forward);
 }
 
-// Draws drawn.shape[0] tokens for every row. T = E = D = 1; p.x (1,1,B) is what the rows read first.
-void generate(py::handle problem, py::handle p, py::handle out, py::object head, py::object head_bias, py::object drawn,
-              py::object ended, int64_t first, double temperature, int64_t top_k, int64_t stop) {
+// Draws g.drawn.shape[0] tokens for every row. T = E = D = 1; p.x (1,1,B) is what the rows read first. None, or the
+// first (step, row, what is wrong with its logits), and then nothing that was written is of use.
+py::object generate(py::handle problem, py::handle p, py::handle out, py::handle g) {
   Call call("generate: ", problem);
   call.dtype_of(p);
   call.refuse_bf16();
   const Arguments arguments = call.arguments(p, "", Access::read, true);
   const Results results = call.results(out, "out.", Access::write);
   const Sizes& s = call.problem.sizes;
-  Checked& checked = call.checked();
   if (s.T != 1 || s.E != 1 || s.D != 1 || !arguments.tokens.data || arguments.context.data || call.problem.reverse ||
       call.problem.lengths.data || call.problem.reset.data || !results.hn.data ||
       (facts_of(call.problem.cell).cell_state && !results.cn.data))
-    checked.value_error("expected T = E = D = 1, tokens for x, hn (and cn), and no context, lengths, reset, reverse");
-  if (!(temperature >= 0) || std::isinf(temperature) || top_k < 0 || first < 0 || stop < -1 || stop >= s.I)
-    checked.value_error("expected temperature >= 0, top_k >= 0, first >= 0 and -1 <= stop < I");
-  cpu::Generation g;
-  g.first = first;
-  g.temperature = temperature;
-  g.top_k = top_k;
-  g.stop = stop;
-  g.head = checked.array<2>(std::move(head), {"", "head"}, "(I, H)", {s.I, s.H}, Access::read);
-  g.head_bias = checked.array<1>(std::move(head_bias), {"", "head_bias"}, "(I,)", {s.I}, Access::read);
-  if (!g.head.data) checked.type_error("head is None");
-  const bool drawn_fits = PyArray_Check(drawn.ptr()) && PyArray_NDIM(as_array(drawn.ptr())) == 2 &&
-                          PyArray_TYPE(as_array(drawn.ptr())) == NPY_INT64 &&
-                          PyArray_DIM(as_array(drawn.ptr()), 1) == s.B && PyArray_ISCARRAY(as_array(drawn.ptr()));
-  const bool ended_fits = PyArray_Check(ended.ptr()) && PyArray_NDIM(as_array(ended.ptr())) == 1 &&
-                          PyArray_TYPE(as_array(ended.ptr())) == NPY_BOOL &&
-                          PyArray_DIM(as_array(ended.ptr()), 0) == s.B && PyArray_ISCARRAY(as_array(ended.ptr()));
-  if (!drawn_fits || !ended_fits)
-    checked.value_error("expected drawn int64 (steps, B) and ended bool (B,), contiguous and writable");
-  g.steps = PyArray_DIM(as_array(drawn.ptr()), 0);
-  g.drawn = static_cast<int64_t*>(PyArray_DATA(as_array(drawn.ptr())));
-  g.ended = static_cast<uint8_t*>(PyArray_DATA(as_array(ended.ptr())));
-  const int threads = threads_now();
-  const Released released(call.work() * static_cast<double>(g.steps));
-  cpu::generate(call.problem, arguments, results, g, threads);
+    call.checked().value_error(
+        "expected T = E = D = 1, tokens for x, hn (and cn), and no context, lengths, reset, reverse");
+  std::vector<int64_t> stop;
+  const cpu::Generation generation = call.generation(g, stop);
+  cpu::Failure failure;
+  {
+    const int threads = threads_now();
+    const Released released(call.work() * static_cast<double>(generation.steps));
+    failure = cpu::generate(call.problem, arguments, results, generation, threads);
+  }
+  if (failure.outcome == cpu::Outcome::drawn) return py::none();
+  const char* what = failure.outcome == cpu::Outcome::nan        ? "hold NaN"
+                     : failure.outcome == cpu::Outcome::infinite ? "hold inf"
+                                                                 : "are all -inf";
+  return py::make_tuple(failure.step, failure.row, what);
 }
 
 }  // namespace
@@ -440,9 +464,7 @@ void register_layer(py::module_& module) {
   module.def("jvp", &jvp, py::arg("problem"), py::arg("p"), py::arg("v"), py::arg("tout"));
   module.def("hvp", &hvp, py::arg("problem"), py::arg("p"), py::arg("v"), py::arg("g"), py::arg("t"), py::arg("tdp"),
              py::arg("tout") = py::none());
-  module.def("generate", &generate, py::arg("problem"), py::arg("p"), py::arg("out"), py::arg("head"),
-             py::arg("head_bias"), py::arg("drawn"), py::arg("ended"), py::arg("first"), py::arg("temperature"),
-             py::arg("top_k"), py::arg("stop"));
+  module.def("generate", &generate, py::arg("problem"), py::arg("p"), py::arg("out"), py::arg("g"));
 }
 
 }  // namespace fusedrnn::bindings

@@ -190,14 +190,17 @@ class Checked {
     return out;
   }
 
-  // int64 (i,j), C-contiguous; written.
+  // (i,j), C-contiguous; written. Integers must be there; the others are null for None.
   int64_t* written_integers(const py::object& object, const char* name, const char* axes, const int64_t (&shape)[2]) {
-    const Array<2> out = read<2>(object, {"", name}, axes, shape, Access::write, 0, NPY_INT64, 8);
-    if (!out.data) type_error(std::string(name) + " is None; expected numpy.ndarray");
-    if (shape[0] * shape[1] > 0 &&
-        ((shape[1] > 1 && out.stride[1] != 1) || (shape[0] > 1 && out.stride[0] != shape[1])))
-      value_error(std::string(name) + " must be C-contiguous");
-    return static_cast<int64_t*>(out.data);
+    void* data = written(object, name, axes, shape, NPY_INT64, 8);
+    if (!data) type_error(std::string(name) + " is None; expected numpy.ndarray");
+    return static_cast<int64_t*>(data);
+  }
+  double* written_doubles(const py::object& object, const char* name, const char* axes, const int64_t (&shape)[2]) {
+    return static_cast<double*>(written(object, name, axes, shape, NPY_DOUBLE, 8));
+  }
+  uint8_t* written_flags(const py::object& object, const char* name, const char* axes, const int64_t (&shape)[2]) {
+    return static_cast<uint8_t*>(written(object, name, axes, shape, NPY_BOOL, 1));
   }
 
   // The sizes of an array of floats with three axes; sets the dtype.
@@ -298,6 +301,15 @@ class Checked {
           tokens_[static_cast<size_t>((t * E + e) * B + b)] = static_cast<int32_t>(token);
         }
     return {tokens_.data(), {E * B, E == shape[1] ? B : 0, 1}};
+  }
+
+  void* written(const py::object& object, const char* name, const char* axes, const int64_t (&shape)[2], int type,
+                int64_t size) {
+    const Array<2> out = read<2>(object, {"", name}, axes, shape, Access::write, 0, type, size);
+    if (out.data && shape[0] * shape[1] > 0 &&
+        ((shape[1] > 1 && out.stride[1] != 1) || (shape[0] > 1 && out.stride[0] != shape[1])))
+      value_error(std::string(name) + " must be C-contiguous");
+    return out.data;
   }
 
   static std::string dtype_text(py::handle object) { return py::str(object.attr("dtype")); }

@@ -33,7 +33,7 @@ struct Table {
   void (*backward)(const Call&);
   void (*jvp)(const Call&);
   void (*hvp)(const Call&);
-  void (*generate)(const Problem&, const Arguments&, const Results&, const Generation&, int);
+  Failure (*generate)(const Problem&, const Arguments&, const Results&, const Generation&, int);
   void (*forward_stepwise)(const Call&);
   void (*backward_stepwise)(const Call&);
   double (*sum_of_squares[2])(const void*, int64_t);
@@ -186,8 +186,8 @@ void hvp(const Problem& problem, const Arguments& p, const Arguments& v, const R
   table().hvp(call);
 }
 
-void generate(const Problem& problem, const Arguments& p, const Results& out, const Generation& g, int threads) {
-  table().generate(problem, p, out, g, useful_threads(problem, threads));
+Failure generate(const Problem& problem, const Arguments& p, const Results& out, const Generation& g, int threads) {
+  return table().generate(problem, p, out, g, useful_threads(problem, threads));
 }
 
 std::vector<const char*> isas_built() {

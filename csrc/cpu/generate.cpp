@@ -2,7 +2,8 @@
 // One step after the other through all layers:   z = W[:, token] + b + h R^T, h = cell(z);   logits = h head^T + bias
 // Read: tokens, h0, c0, weights, head. Written: the tokens drawn, hn, cn. Overwrites.
 // Route: all weights are packed once a call, so a call should have some steps; a thread owns blocks of units, and meets
-// the others once a layer, once for the logits and once for the draw.
+// the others once a layer, once for the logits and once for the draw. Rows that have ended leave: those that go on lie
+// together in the first places, in their order, so that a step costs what they cost.
 // Limit: one row reads all weights every step, from the cache that holds them.
 #include "generate.h"
 
@@ -11,10 +12,24 @@
 namespace fusedrnn::cpu::FUSEDRNN_ISA {
 namespace {
 
+void exponentials(const double* values, int64_t count, double largest, double temperature, double* weights) {
+  using V = Vec<double>;
+  const V one(1.0), zero(0.0), least(-700.0);
+  for (int64_t v = 0; v < count; v += V::lanes) {
+    const int64_t n = smaller<int64_t>(V::lanes, count - v);
+    const V x = (load(values + v, n) - V(largest)) / V(temperature);
+    const Exp<double, 1> e(clamp(x, 700.0));
+    const V y = e.scale * (e.tail * e.r + one);
+    store(weights + v, V(x.v < least.v ? zero.v : y.v), n);
+  }
+}
+
 template <class S>
 class Generate {
   static constexpr int L = Vec<S>::lanes;
   static constexpr int64_t kRowsAtOnce = 48, kUnitsAtOnce = 768;  // as in forward.h
+  // Rows that make packing worth it, also in a short call: bits must not tell where one call ends and the next begins.
+  static constexpr int64_t kAlways = INT64_MAX;
 
  public:
   Generate(const Problem& problem, const Arguments& p, const Results& out, const Generation& g, int threads,
@@ -51,26 +66,30 @@ class Generate {
     head_bias_ = zeros(workspace, ld_logits_);
     logits_ = take<S>(workspace, B * ld_logits_);
     tokens_ = take<int32_t>(workspace, B);
-    drawing_ = take<double>(workspace, 2 * n_.I * threads);
+    rows_ = take<int64_t>(workspace, B);
+    for (int64_t i = 0; i < B; ++i) rows_[i] = i;
+    outcomes_ = take<Outcome>(workspace, B);
+    drawing_ = take<double>(workspace, kDrawScratch * n_.I * threads);
+    live_ = B;
   }
 
   void run(const Team& team) {
     start(team);
-    for (int64_t s = 0; s < g_.steps; ++s) {
+    if (!go_on(team, -1)) return;
+    for (int64_t s = 0; s < g_.steps && live_ > 0; ++s) {
       for (int l = 0; l < n_.L; ++l) layer(team, l, s);
       const int64_t first = team.begin(head_.blocks()), end = team.end(head_.blocks());
       const S* const* h = layers_[n_.L - 1].h_rows[!(s & 1)];
-      for (int64_t b = first; b < end; ++b) multiply(head_, b, h, n_.B, head_bias_, 0, logits_, ld_logits_);
+      for (int64_t b = first; b < end; ++b) multiply(head_, b, h, live_, head_bias_, 0, logits_, ld_logits_);
       team.wait();
-      for (int64_t i = team.begin(n_.B); i < team.end(n_.B); ++i) draw(team, s, i);
+      for (int64_t i = team.begin(live_); i < team.end(live_); ++i) draw(team, s, i);
       team.wait();
+      if (!go_on(team, s)) return;
     }
-    for (int64_t i = team.begin(n_.B); i < team.end(n_.B); ++i)
-      for (int l = 0; l < n_.L; ++l) {
-        copy_row(layers_[l].h[g_.steps & 1] + i * ld_, 1, element<S>(out_.hn, l, 0, i), out_.hn.stride[3], n_.H);
-        if (out_.cn.data) copy_row(layers_[l].c + i * ld_, 1, element<S>(out_.cn, l, 0, i), out_.cn.stride[3], n_.H);
-      }
+    for (int64_t i = team.begin(live_); i < team.end(live_); ++i) give_state(i, g_.steps & 1);
   }
+
+  const Failure& failure() const { return failure_; }
 
  private:
   struct Layer {
@@ -89,7 +108,7 @@ class Generate {
     static constexpr int gate[1] = {0};
     for (int l = 0; l < n_.L; ++l) {
       const Params* p[1] = {&p_.params[l]};
-      layers_[l].weights.pack(team, cell_, p, 0, l ? n_.H : n_.I, n_.H, g_.steps * n_.B, n_.B, l ? nullptr : &all_);
+      layers_[l].weights.pack(team, cell_, p, 0, l ? n_.H : n_.I, n_.H, kAlways, n_.B, l ? nullptr : &all_);
     }
     for (int64_t b = team.begin(head_.blocks()); b < team.end(head_.blocks()); ++b)
       pack_transposed(head_, b, element<S>(g_.head, 0, 0), g_.head.stride[0], g_.head.stride[1], n_.I, gate);
@@ -97,6 +116,7 @@ class Generate {
       copy_row(static_cast<const S*>(g_.head_bias.data), g_.head_bias.stride[0], head_bias_, 1, n_.I);
     for (int64_t i = team.begin(n_.B); i < team.end(n_.B); ++i) {
       tokens_[i] = *element<int32_t>(p_.tokens, 0, 0, i);
+      outcomes_[i] = g_.ended[i] ? Outcome::ended : Outcome::drawn;
       for (int l = 0; l < n_.L; ++l) {
         if (p_.h0.data) copy_row(element<S>(p_.h0, l, 0, i), p_.h0.stride[3], layers_[l].h[0] + i * ld_, 1, n_.H);
         if (p_.c0.data) copy_row(element<S>(p_.c0, l, 0, i), p_.c0.stride[3], layers_[l].c + i * ld_, 1, n_.H);
@@ -112,9 +132,9 @@ class Generate {
     S* z[1] = {z_};
     for (int64_t b = first; b < end; ++b) {
       if (l == 0)
-        weights.token_product(cell_, b, tokens_, n_.B, z);
+        weights.token_product(cell_, b, tokens_, live_, z);
       else
-        weights.input_product(cell_, b, below, n_.B, z);
+        weights.input_product(cell_, b, below, live_, z);
     }
     if (cell_.two_products) {
       tiles(l, s, first, end, true);
@@ -128,12 +148,12 @@ class Generate {
     Layer& layer = layers_[l];
     const ForwardWeights<S, 1>& weights = layer.weights;
     const int now = s & 1, phase = cell_.two_products && !gate;
-    const int64_t together = larger<int64_t>(1, kUnitsAtOnce / larger<int64_t>(1, n_.B * weights.unit(1)));
+    const int64_t together = larger<int64_t>(1, kUnitsAtOnce / larger<int64_t>(1, live_ * weights.unit(1)));
     for (int64_t b0 = first; b0 < end; b0 += together) {
       const int64_t b1 = smaller(b0 + together, end), u0 = weights.unit(b0);
-      for (int64_t r = 0; r < n_.B; r += kRowsAtOnce) {
+      for (int64_t r = 0; r < live_; r += kRowsAtOnce) {
         ForwardTile<S, 1> t{};
-        t.rows = smaller(kRowsAtOnce, n_.B - r);
+        t.rows = smaller(kRowsAtOnce, live_ - r);
         t.units = weights.unit(b1) - u0;
         t.ldz = weights.ldz;
         t.ld = ld_;
@@ -153,13 +173,67 @@ class Generate {
   }
 
   void draw(const Team& team, int64_t s, int64_t i) {
-    int64_t token = g_.stop;
-    if (!g_.ended[i])
-      token = draw_token(logits_ + i * ld_logits_, n_.I, g_, problem_.seed, g_.first + s, i,
-                         drawing_ + 2 * n_.I * team.rank);
-    if (token == g_.stop) g_.ended[i] = 1;
-    g_.drawn[s * n_.B + i] = token;
-    tokens_[i] = static_cast<int32_t>(token);
+    const int64_t row = rows_[i];
+    const Drawn it = draw_token(logits_ + i * ld_logits_, n_.I, g_, problem_.seed, g_.first + s, row, exponentials,
+                                drawing_ + kDrawScratch * n_.I * team.rank);
+    outcomes_[i] = it.outcome;
+    if (it.outcome != Outcome::drawn) return;
+    for (int64_t k = 0; k < g_.stops; ++k)
+      if (it.token == g_.stop[k]) outcomes_[i] = Outcome::ended;
+    if (g_.seen) g_.seen[row * n_.I + it.token] = 1;
+    if (g_.log_probs) g_.log_probs[s * n_.B + row] = it.log_prob;
+    g_.drawn[s * n_.B + row] = it.token;
+    tokens_[i] = static_cast<int32_t>(it.token);
+  }
+
+  // After step s: all members learn what became of the rows, and those that have ended leave. False after a failure.
+  bool go_on(const Team& team, int64_t s) {
+    Outcome worst = Outcome::drawn;
+    for (int64_t i = 0; i < live_; ++i) worst = larger(worst, outcomes_[i]);
+    if (worst == Outcome::drawn) return true;
+    team.wait();  // until all have looked
+    if (team.rank == 0) worst == Outcome::ended ? leave(s) : fail(s);
+    team.wait();
+    return worst == Outcome::ended;
+  }
+
+  void leave(int64_t s) {
+    const int now = (s + 1) & 1;
+    int64_t staying = 0;
+    for (int64_t i = 0; i < live_; ++i) {
+      if (outcomes_[i] == Outcome::ended) {
+        g_.ended[rows_[i]] = 1;
+        give_state(i, now);
+        for (int64_t later = s + 1; later < g_.steps; ++later) {
+          g_.drawn[later * n_.B + rows_[i]] = tokens_[i];
+          if (g_.log_probs) g_.log_probs[later * n_.B + rows_[i]] = 0;
+        }
+        continue;
+      }
+      const int64_t to = staying++;
+      if (to == i) continue;
+      rows_[to] = rows_[i];
+      tokens_[to] = tokens_[i];
+      for (int l = 0; l < n_.L; ++l) {
+        copy_row(layers_[l].h[now] + i * ld_, 1, layers_[l].h[now] + to * ld_, 1, n_.H);
+        copy_row(layers_[l].c + i * ld_, 1, layers_[l].c + to * ld_, 1, n_.H);
+      }
+    }
+    live_ = staying;
+  }
+
+  void fail(int64_t s) {
+    int64_t i = 0;
+    while (outcomes_[i] <= Outcome::ended) ++i;
+    failure_ = {outcomes_[i], g_.first + s, rows_[i]};
+  }
+
+  void give_state(int64_t i, int now) {
+    const int64_t row = rows_[i];
+    for (int l = 0; l < n_.L; ++l) {
+      copy_row(layers_[l].h[now] + i * ld_, 1, element<S>(out_.hn, l, 0, row), out_.hn.stride[3], n_.H);
+      if (out_.cn.data) copy_row(layers_[l].c + i * ld_, 1, element<S>(out_.cn, l, 0, row), out_.cn.stride[3], n_.H);
+    }
   }
 
   const Problem& problem_;
@@ -173,22 +247,28 @@ class Generate {
   S *z_, *rh_, *head_bias_, *logits_;
   const S** rh_rows_;
   Panels<S> head_;
+  int64_t live_;   // rows that go on: in the first places of all that follows, and of h, c, z
+  int64_t* rows_;  // [place]: which one
   int32_t* tokens_;
+  Outcome* outcomes_;
+  Failure failure_;
   Vocabulary::Set all_;
   double* drawing_;
 };
 
 template <class S>
-void run(const Problem& problem, const Arguments& p, const Results& out, const Generation& g, int threads) {
+Failure run(const Problem& problem, const Arguments& p, const Results& out, const Generation& g, int threads) {
   Workspace workspace;
   Generate<S> work(problem, p, out, g, threads, workspace);
   parallel(threads, [](void* it, const Team& team) { static_cast<Generate<S>*>(it)->run(team); }, &work);
+  return work.failure();
 }
 
 }  // namespace
 
-void generate(const Problem& problem, const Arguments& p, const Results& out, const Generation& g, int threads) {
-  problem.dtype == Dtype::f64 ? run<double>(problem, p, out, g, threads) : run<float>(problem, p, out, g, threads);
+Failure generate(const Problem& problem, const Arguments& p, const Results& out, const Generation& g, int threads) {
+  return problem.dtype == Dtype::f64 ? run<double>(problem, p, out, g, threads)
+                                     : run<float>(problem, p, out, g, threads);
 }
 
 }  // namespace fusedrnn::cpu::FUSEDRNN_ISA

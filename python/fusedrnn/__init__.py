@@ -14,7 +14,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import backends, clip, generation, hmm, ops, params, report, rtrl, tbptt
+    from . import backends, clip, generation, hmm, ops, params, report, rtrl, sampling, tbptt
     from .config import get_num_threads, set_backend, set_num_threads
     from .ctc import ctc_align, ctc_beam, ctc_greedy, ctc_loss, ctc_loss_backward
     from .generation import generate
@@ -44,7 +44,7 @@ _HOMES = {
     "report": ("info",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
-_MODULES = ("backends", "clip", "generation", "hmm", "ops", "params", "report", "rtrl", "tbptt")
+_MODULES = ("backends", "clip", "generation", "hmm", "ops", "params", "report", "rtrl", "sampling", "tbptt")
 
 __all__ = [
     "GRU",
@@ -78,6 +78,7 @@ __all__ = [
     "rnn",
     "rnn_backward",
     "rtrl",
+    "sampling",
     "set_backend",
     "set_num_threads",
     "tbptt",

@@ -18,7 +18,7 @@ from typing import Any, final
 import numpy as np
 from numpy.typing import NDArray
 
-from fusedrnn.backends import Arguments, Problem, Results
+from fusedrnn.backends import Arguments, Generation, Problem, Results
 
 _Array = NDArray[Any]
 
@@ -40,20 +40,9 @@ def forward(problem: Problem, p: Arguments, out: Results, tape: _Array | None = 
 def backward(problem: Problem, p: Arguments, tape: _Array, g: Results, dp: Arguments) -> None: ...
 def jvp(problem: Problem, p: Arguments, v: Arguments, tout: Results) -> None: ...
 
-# Draws drawn.shape[0] tokens for each row: csrc/cpu/generate.h. T = E = D = 1, p.x (1,1,B) integers, out.hn (and cn).
-def generate(
-    problem: Problem,
-    p: Arguments,
-    out: Results,
-    head: _Array,  # (I,H)
-    head_bias: _Array | None,  # (I,)
-    drawn: _Array,  # int64 (steps,B), written
-    ended: _Array,  # bool (B,), read and written
-    first: int,
-    temperature: float,
-    top_k: int,
-    stop: int,
-) -> None: ...
+# Draws g.drawn.shape[0] tokens for each row: csrc/cpu/generate.h. T = E = D = 1, p.x (1,1,B) integers, out.hn (and cn).
+# None, or the first (step, row, what is wrong with its logits), and then nothing that was written is of use.
+def generate(problem: Problem, p: Arguments, out: Results, g: Generation) -> tuple[int, int, str] | None: ...
 def hvp(
     problem: Problem, p: Arguments, v: Arguments, g: Results, t: Results, tdp: Arguments, tout: Results | None = None
 ) -> None: ...

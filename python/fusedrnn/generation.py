@@ -4,14 +4,14 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from . import arrays, backends, check, ops
+from . import arrays, backends, check, layers, ops, sampling
 from . import params as parameters
-from .backends import Arguments, Problem, Results
-from .cells import dropout
+from .backends import Arguments, Generation, Problem, Results
 
 _SLICE = 0.1  # seconds between two returns to Python, where Ctrl-C is heard
 
@@ -26,39 +26,157 @@ def generate(
     embedding: np.ndarray | None = None,
     temperature: float = 1.0,
     top_k: int | None = None,
+    top_p: float = 1.0,
+    repetition_penalty: float = 1.0,
     seed: int = 0,
     state: Any = None,
-    stop: int | None = None,
+    stop: Any = None,
+    return_lengths: bool = False,
+    return_log_probs: str | None = None,
     return_state: bool = False,
 ) -> Any:
     """Write `steps` tokens after a prompt, each drawn from softmax((h head_weight^T + head_bias) / temperature).
 
-    layer: an LSTM, GRU or RNN of one direction that takes tokens (input_size V), or, with `embedding` (V,I), their
-    vectors. head_weight (V,H), head_bias (V,) or None: a torch.nn.Linear's. prompt: integers (T0,B), or (T0,) for one
-    row, T0 >= 1, also with batch_first. temperature: 0 takes the largest logit. top_k: draw among so many of the
-    largest. state: before the prompt, as the layer takes it. stop: a token that ends a row, which then repeats it.
+    layer: an LSTM, GRU, RNN, MinGRU or MinLSTM of one direction that takes tokens (input_size V), or, with `embedding`
+    (V,I), their vectors. head_weight (V,H), head_bias (V,) or None: a torch.nn.Linear's. prompt: integers (T0,B), or
+    (T0,) for one row, T0 >= 1, also with batch_first. state: before the prompt, as the layer takes it.
 
-    Returns the tokens, int64 (steps,B) or (steps,); with return_state also the state before the last of them is read,
-    so a next call whose prompt is that token goes on (with the same seed it would repeat the random numbers: give
-    another). No dropout. The same arguments give the same tokens on every backend, up to rounding of the logits: the
-    random number of step n and row b is Philox4x32-10's with key `seed` and counter (n, b, 1).
+    How a token is drawn, in this order (sources and details: fusedrnn.sampling). repetition_penalty: logits of tokens
+    that the row has seen, in this call's prompt or drawn, are divided by it where > 0 and multiplied by it elsewhere.
+    temperature: 0 takes the largest logit. top_k: draw among so many of the largest (all, where there are not so many).
+    top_p: of these among the fewest, largest first, whose probabilities sum to so much. Of equal logits the earlier are
+    the larger ones. A logit of -inf is a token that is never drawn; NaN or inf, or -inf everywhere, are an error.
+
+    stop: a token, or several. A row that has drawn one is finished: it repeats that token and costs nothing more, and
+    the call ends when all rows are finished.
+
+    Returns the tokens, int64 (steps,B) or (steps,); or a tuple of them and what is asked for, in this order:
+    return_lengths: int64 (B,) or (): how many tokens each row has written, the stop token included.
+    return_log_probs: float64 like the tokens, the logarithm of each token's probability in softmax(logits) as the model
+    gives them ("model"), or in what it was drawn from after penalty, temperature and filters ("drawn"; 0 where
+    temperature is 0). 0 where a row has finished, so the sum over steps is that of the row's text.
+    return_state: of each row before its last token is read, so a next call whose prompt is that token goes on (with the
+    same seed it would repeat the random numbers: give another).
+
+    Ensembles: parameters with a leading axis E are E models, each of which writes a text of its own: tokens
+    (steps,E,B), or (steps,E). head_weight, head_bias and embedding may then have the axis in front, prompt is (T0,E,B)
+    or shared, and state as the layer takes it.
+
+    No dropout. The same arguments give the same tokens on every backend, up to rounding of the logits: the random
+    number of step n and row b (of set e: e * B + b) is Philox4x32-10's with key `seed` and counter (n, b, 1).
     Raises TypeError or ValueError with what came, what was expected and why.
 
     >>> layer = fusedrnn.LSTM(5, 8, seed=0)
     >>> head = np.random.default_rng(0).standard_normal((5, 8), np.float32)
     >>> fusedrnn.generate(layer, head, None, np.array([1, 2]), 6, temperature=0).shape
     (6,)
-    >>> fusedrnn.generate(layer, head, None, np.zeros((1, 3), int), 6, seed=1, stop=4).shape
-    (6, 3)
+    >>> prompt = np.zeros((1, 3), int)
+    >>> tokens, lengths = fusedrnn.generate(layer, head, None, prompt, 6, seed=1, stop=[3, 4], return_lengths=True)
+    >>> tokens.shape, lengths.shape
+    ((6, 3), (3,))
     """
-    op = "generate"
+    op, given = "generate", locals()
     steps = check.integer(op, "steps", steps, 0)
-    seed = check.integer(op, "seed", seed, 0, 2**64 - 1)
-    temperature = check.number(op, "temperature", temperature)
-    if not 0 <= temperature < np.inf:
-        check.fail(op, "temperature", f"is {temperature}", "a finite number >= 0", "0 takes the largest logit.")
-    top_k = 0 if top_k is None else check.integer(op, "top_k", top_k, 1, 2**63 - 1)
-    return_state = check.flag(op, "return_state", return_state)
+    flags = {name: check.flag(op, name, given[name]) for name in ("return_lengths", "return_state")}
+    model = _model(op, layer, head_weight, head_bias, embedding)
+    how = sampling.checked(op, model.V, given)
+    prompt = _prompt(op, prompt, model)
+    state = model.run(prompt[:-1], state)  # also checks everything; without a step it gives the state back
+    texts = model.texts(prompt, state, steps, how)
+    chosen = backends.choose(layer.backend)
+    for text in texts:
+        _in_slices(chosen, model, text, how) if hasattr(chosen, "generate") else _plainly(model, text, how)
+    axes = (slice(None) if model.E else 0, 0 if prompt.ndim == 1 else slice(None))  # of E and B
+    drawn = np.stack([text.drawn for text in texts], 1)
+    results: list[Any] = [drawn[:, *axes]]
+    if flags["return_lengths"]:
+        results.append(_lengths(drawn, how)[axes])
+    if how.log_probs:
+        results.append(np.stack([text.kept for text in texts], 1)[:, *axes])
+    if flags["return_state"]:
+        parts = [np.stack(part, 1)[:, *axes] for part in zip(*(text.state for text in texts), strict=True)]
+        results.append(tuple(parts) if isinstance(state, tuple) else parts[0])
+    return results[0] if len(results) == 1 else tuple(results)
+
+
+def _lengths(drawn: np.ndarray, how: sampling.Sampling) -> np.ndarray:
+    ends = np.isin(drawn, how.stop)
+    return np.where(ends.any(0), ends.argmax(0) + 1, len(drawn)) if len(drawn) else ends.sum(0)
+
+
+@dataclass(slots=True)
+class _Text:
+    """What the rows of one weight set have written so far, and what they read next."""
+
+    number: int  # of the set
+    params: dict[str, np.ndarray]
+    head_weight: np.ndarray
+    head_bias: np.ndarray | None
+    tokens: np.ndarray  # int64 (1,B): what is read next
+    state: list[np.ndarray]  # h, and c of the LSTM: (L,B,H)
+    drawn: np.ndarray  # int64 (steps,B)
+    kept: np.ndarray  # float64: log-probabilities (steps,B), or (0,B) where they are not wanted
+    seen: np.ndarray | None  # bool (B,V)
+    ended: np.ndarray  # bool (B,)
+
+
+@dataclass(slots=True)
+class _Model:
+    """A layer with its head, checked."""
+
+    op: str
+    layer: Any
+    params: dict[str, np.ndarray]  # weight_ih_l0 takes tokens
+    head_weight: np.ndarray  # (V,H) or (E,V,H)
+    head_bias: np.ndarray | None  # (V,) or (E,V)
+    E: int  # 0: no such axis
+
+    @property
+    def V(self) -> int:
+        """How many tokens there are."""
+        return int(self.head_weight.shape[-2])
+
+    def run(self, tokens: np.ndarray, state: Any, params: Any = None) -> Any:
+        """The state after the tokens."""
+        options = {"num_layers": self.layer.num_layers, "backend": self.layer.backend, **self.layer._options()}
+        return getattr(ops, self.layer._op)(tokens, state, self.params if params is None else params, **options)[1]
+
+    def texts(self, prompt: np.ndarray, state: Any, steps: int, how: sampling.Sampling) -> list[_Text]:
+        """One for each weight set, before anything is drawn."""
+        return [self._text(e, prompt, state, steps, how) for e in range(self.E or 1)]
+
+    def _text(self, e: int, prompt: np.ndarray, state: Any, steps: int, how: sampling.Sampling) -> _Text:
+        def of_set(array: Any, axes: int) -> Any:
+            return array[e] if array is not None and array.ndim > axes else array
+
+        read = prompt[:, e] if prompt.ndim == 3 else prompt.reshape(len(prompt), -1)
+        B, seen = read.shape[1], None
+        if how.repetition_penalty != 1:
+            seen = np.zeros((B, self.V), bool)
+            seen[np.arange(B), read] = True
+        parts = state if isinstance(state, tuple) else (state,)
+        return _Text(
+            number=e,
+            params={name: of_set(a, len(check.weight_axes(name)) - 1) for name, a in self.params.items()},
+            head_weight=of_set(self.head_weight, 2),
+            head_bias=of_set(self.head_bias, 1),
+            tokens=read[-1:].astype(np.int64),
+            state=[(part[:, e] if self.E else part).reshape(len(part), B, part.shape[-1]) for part in parts],
+            drawn=np.empty((steps, B), np.int64),
+            kept=np.zeros((steps if how.log_probs else 0, B)),
+            seen=seen,
+            ended=np.zeros(B, bool),
+        )
+
+    def refuse(self, text: _Text, what: str, row: int, step: int) -> None:
+        """Raise the error for a row from whose logits nothing can be drawn."""
+        sampling.refuse(self.op, what, f"{row} of set {text.number}" if self.E else f"{row}", step)
+
+
+def _model(op: str, layer: Any, head_weight: Any, head_bias: Any, embedding: Any) -> _Model:
+    if not isinstance(layer, layers._Layer):
+        fix = "For a torch module: layer.load_state_dict(module.state_dict())."
+        check.fail(op, "layer", f"is {arrays.kind(layer)}", "a layer of fusedrnn, such as LSTM", fix, TypeError)
     if layer.bidirectional:
         check.fail(op, "layer", "is bidirectional", "one direction", "The other would have to see what comes.")
     if layer.context_size:
@@ -68,139 +186,138 @@ def generate(
             op, "layer", f"has {', '.join(layer.variants)}", "a layer without these options", "See csrc/README.md."
         )
     params = parameters.from_bfloat16(layer.parameters)
-    like = "the layer"
-    V, H = _head(op, head_weight, head_bias, layer)
+    names = parameters.names(layer.num_layers, False, layer.bias, layer._cell)
+    known = {name: params[name] for name in names if name in params}
+    E = next((len(a) for name, a in known.items() if a.ndim == len(check.weight_axes(name))), None)
+    if E == 0:
+        check.fail(op, "layer", "has parameters of E = 0 weight sets", "E >= 1")
+    if "weight_ih_l0" not in known or known["weight_ih_l0"].shape[-1:] != (layer.input_size,):
+        got = f"has parameters {', '.join(f'{name} {a.shape}' for name, a in params.items())}"
+        check.fail(op, "layer", got, f"weight_ih_l0 with input_size={layer.input_size} columns")
+    V = _head(op, head_weight, head_bias, layer, E)
     if embedding is not None:
-        check.is_float(op, "embedding", embedding, layer.dtype, like)
-        if embedding.shape != (V, layer.input_size):
-            fix = "One vector for each token that the head can draw."
-            check.fail(op, "embedding", f"has shape {embedding.shape}", f"{(V, layer.input_size)} = (V, I)", fix)
-        params["weight_ih_l0"] = params["weight_ih_l0"] @ embedding.T  # what a token adds, looked up from here on
+        check.is_float(op, "embedding", embedding, layer.dtype, "the layer")
+        fix = "One vector for each token that the head can draw."
+        _fits(op, "embedding", embedding, (V, layer.input_size), "V, I", E, fix)
+        params["weight_ih_l0"] = params["weight_ih_l0"] @ embedding.swapaxes(-1, -2)  # what a token adds, looked up
     elif layer.input_size != V:
         fix = "Or pass embedding (V,I)."
         check.fail(op, "layer", f"has input_size={layer.input_size}", f"{V}, head_weight's rows", fix)
-    stop = -1 if stop is None else check.integer(op, "stop", stop, 0, V - 1)
-    prompt = check.is_array(op, "prompt", np.asarray(prompt) if isinstance(prompt, list | tuple) else prompt)
-    if prompt.dtype.kind not in "iu" or prompt.ndim not in (1, 2) or len(prompt) < 1:
-        got = f"is {arrays.kind(prompt)}"
-        check.fail(op, "prompt", got, "integers (T0,B) or (T0,), T0 >= 1", "The first token must come from somewhere.")
-
-    def run(tokens: np.ndarray, state: Any) -> Any:
-        options = {"num_layers": layer.num_layers, "backend": layer.backend, **layer._options()}
-        return getattr(ops, layer._op)(tokens, state, params, **options)
-
-    _, state, _ = run(prompt[:-1], state)  # also checks everything; without a step it gives the state back
-    last = prompt[-1:]
-    if last.size and (last.min() < 0 or last.max() >= V):
-        check.fail(op, "prompt", f"has tokens {last.min()}..{last.max()} at its end", f"0 <= token < {V}")
-    rows = last.reshape(1, -1).astype(np.int64)
-    drawn = np.empty((steps, rows.shape[1]), np.int64)
-    ended = np.zeros(rows.shape[1], bool)
-    options = {"temperature": temperature, "top_k": top_k, "stop": stop}
-    chosen = backends.choose(layer.backend)
-    if hasattr(chosen, "generate"):
-        state = _in_slices(chosen, layer, params, head_weight, head_bias, rows, state, drawn, ended, seed, options)
-    else:
-        state = _plainly(run, head_weight, head_bias, rows, state, drawn, ended, prompt.ndim == 1, seed, options)
-    tokens = drawn[:, 0] if prompt.ndim == 1 else drawn
-    return (tokens, state) if return_state else tokens
+    return _Model(op, layer, params, head_weight, head_bias, E or 0)
 
 
-def _head(op: str, weight: Any, bias: Any, layer: Any) -> tuple[int, int]:
+def _fits(op: str, name: str, array: Any, shape: tuple[int, ...], letters: str, E: int | None, fix: str) -> None:
+    """Fail unless an array has this shape, or that with the axis E in front where the parameters have one."""
+    if array.shape == shape or (E and array.shape == (E, *shape)):
+        return
+    expected = f"{shape} = ({letters}{',' if len(shape) == 1 else ''})"
+    if E:
+        expected += f", or {(E, *shape)} = (E, {letters})"
+    check.fail(op, name, f"has shape {array.shape}", expected, fix)
+
+
+def _head(op: str, weight: Any, bias: Any, layer: Any, E: int | None) -> int:
+    """How many tokens there are."""
     check.is_float(op, "head_weight", weight, layer.dtype, "the layer")
-    if weight.ndim != 2 or weight.shape[1] != layer.hidden_size or len(weight) < 1:
+    if (
+        weight.ndim not in (2, 3)
+        or weight.shape[-1] != layer.hidden_size
+        or weight.shape[-2] < 1
+        or (weight.ndim == 3 and len(weight) != E)
+    ):
         expected = f"(V, {layer.hidden_size}) = (V, H), V >= 1"
+        if E:
+            expected += f", or with E = {E} in front"
         check.fail(op, "head_weight", f"has shape {weight.shape}", expected, "As torch.nn.Linear(H, V).weight.")
+    V = int(weight.shape[-2])
     if bias is not None:
         check.is_float(op, "head_bias", bias, layer.dtype, "the layer")
-        if bias.shape != weight.shape[:1]:
-            check.fail(op, "head_bias", f"has shape {bias.shape}", f"{weight.shape[:1]}, head_weight's rows")
-    return len(weight), weight.shape[1]
+        _fits(op, "head_bias", bias, (V,), "V", E, "One for each of head_weight's rows.")
+    return V
 
 
-def _in_slices(
-    native: Any,
-    layer: Any,
-    params: Any,
-    head_weight: Any,
-    head_bias: Any,
-    tokens: np.ndarray,
-    state: Any,
-    drawn: np.ndarray,
-    ended: np.ndarray,
-    seed: int,
-    options: dict[str, Any],
-) -> Any:
+def _prompt(op: str, prompt: Any, model: _Model) -> np.ndarray:
+    if isinstance(prompt, list | tuple):
+        prompt = check.numbers(op, "prompt", prompt, "integers (T0,B) or (T0,)")
+    array = check.is_whole(op, "prompt", check.is_array(op, "prompt", prompt))
+    fix = "The first token must come from somewhere."
+    most = 3 if model.E else 2
+    if array.dtype.kind not in "iu" or not 1 <= array.ndim <= most or len(array) < 1:
+        expected = "integers (T0,B) or (T0,), T0 >= 1" + (", or (T0,E,B)" if model.E else "")
+        check.fail(op, "prompt", f"is {arrays.kind(array)}", expected, fix)
+    if array.ndim == 3 and array.shape[1] != model.E:
+        expected = f"(T0, {model.E}, B) = (T0, E, B)"
+        check.fail(op, "prompt", f"has shape {array.shape}", expected, "One axis for the weight sets.")
+    wrong = (array < 0) | (array >= model.V)
+    if wrong.any():
+        place = tuple(int(n) for n in np.argwhere(wrong)[0])
+        got = f"has token {array[place]} (at {list(place)})"
+        check.fail(op, "prompt", got, f"0 <= token < {model.V}, head_weight's rows")
+    return array
+
+
+def _in_slices(native: Any, model: _Model, text: _Text, how: sampling.Sampling) -> None:
     """The loop in C++, some steps a call: about _SLICE seconds of them."""
-    pair = isinstance(state, tuple)
-    shape = (layer.num_layers, 1, tokens.shape[1], layer.hidden_size)
-    names = dict(zip(("h0", "c0"), state if pair else (state,), strict=False))
-    now = {name: np.ascontiguousarray(a).reshape(shape) for name, a in names.items()}
-    sizes = {"T": 1, "E": 1, "B": tokens.shape[1], "I": len(head_weight), "H": layer.hidden_size, "L": layer.num_layers}
-    problem = Problem(layer._cell, **sizes, clip_cell=layer._clip_cell or 0.0, seed=seed)
+    layer, B = model.layer, len(text.ended)
+    sizes = {"T": 1, "E": 1, "B": B, "I": model.V, "H": layer.hidden_size, "L": layer.num_layers}
+    problem = Problem(layer._cell, **sizes, clip_cell=layer._clip_cell or 0.0, seed=how.seed)
     weights: list[Any] = []
     for number in range(layer.num_layers):
-        parts = (params.get(f"{kind}_l{number}") for kind in parameters.KINDS)
+        parts = (text.params.get(f"{kind}_l{number}") for kind in parameters.KINDS)
         weights.append(tuple(None if a is None else a[None] for a in parts))
-    first, size = 0, 16
-    while first < len(drawn):
-        part = drawn[first : first + size]
-        given = Arguments(tokens[:, None], now["h0"], now.get("c0"), weights)
-        after = {name: np.empty_like(a) for name, a in now.items()}
+    g = Generation(text.head_weight, text.head_bias, None, text.ended[None], np.array(how.stop, np.int64), text.seen)
+    g.of_model, g.first_row = how.log_probs == "model", text.number * B
+    g.temperature, g.top_k, g.top_p, g.repetition_penalty = (
+        how.temperature, how.top_k, how.top_p, how.repetition_penalty,
+    )  # fmt: skip
+    size = 16
+    while g.first < len(text.drawn) and not text.ended.all():
+        part = slice(g.first, g.first + size)
+        g.drawn = text.drawn[part]
+        g.log_probs = text.kept[part] if how.log_probs else None
+        given = Arguments(text.tokens[:, None], params=weights)
+        given.h0, given.c0 = [*(a[:, None] for a in text.state), None][:2]
+        after = [np.empty_like(a) for a in text.state]
+        out = Results(None, *(a[:, None] for a in after))
         begun = time.perf_counter()
-        out = Results(hn=after["h0"], cn=after.get("c0"))
-        native.generate(problem, given, out, head_weight, head_bias, part, ended, first, **options)
+        failure = native.generate(problem, given, out, g)
         seconds = time.perf_counter() - begun
-        now, tokens = after, part[-1:]
-        first += len(part)
+        if failure:
+            step, row, what = failure
+            model.refuse(text, what, row, step)
+        text.state, text.tokens = after, g.drawn[-1:]
+        g.first += len(g.drawn)
         size = max(1, min(2 * size, int(size * _SLICE / max(seconds, 1e-9))))
-    last = tuple(a.reshape(np.shape(given)) for a, given in zip(now.values(), state if pair else (state,), strict=True))
-    return last if pair else last[0]
+    text.drawn[g.first :] = text.tokens  # what rows repeat that have all ended
 
 
-def _plainly(
-    run: Any,
-    head_weight: Any,
-    head_bias: Any,
-    tokens: np.ndarray,
-    state: Any,
-    drawn: np.ndarray,
-    ended: np.ndarray,
-    unbatched: bool,
-    seed: int,
-    options: dict[str, Any],
-) -> Any:
+@np.errstate(invalid="ignore", over="ignore")  # `draw` tells of it
+def _plainly(model: _Model, text: _Text, how: sampling.Sampling) -> None:
     """The same, step by step in NumPy: what C++ does, to be read."""
-    for step in range(len(drawn)):
-        y, state, _ = run(tokens[:, 0] if unbatched else tokens, state)
-        logits = y.reshape(-1, y.shape[-1]) @ head_weight.T
-        if head_bias is not None:
-            logits = logits + head_bias
-        for row in range(len(ended)):
-            if not ended[row]:
-                token = draw(logits[row], seed, step, row, options["temperature"], options["top_k"])
-                ended[row] = token == options["stop"]
-            drawn[step, row] = options["stop"] if ended[row] else token
-        tokens = drawn[step : step + 1]
-    return state
-
-
-@np.errstate(invalid="ignore", over="ignore")  # logits that are NaN
-def draw(logits: np.ndarray, seed: int, step: int, row: int, temperature: float = 1.0, top_k: int = 0) -> int:
-    """One token from logits (V,): by the inverse of the cumulative distribution, in float64.
-
-    >>> fusedrnn.generation.draw(np.array([0.0, 9.0, 1.0]), seed=0, step=0, row=0)
-    1
-    """
-    logits = logits.astype(np.float64)
-    best = int(np.argmax(logits))
-    if temperature == 0:
-        return best
-    weights = np.exp((logits - logits[best]) / temperature)
-    if 0 < top_k < len(logits):
-        weights[np.argsort(-logits, kind="stable")[top_k:]] = 0  # of equal logits the earlier ones stay
-    numbers = (np.uint64(n) for n in (step & 0xFFFFFFFF, step >> 32, row, 1, seed & 0xFFFFFFFF, seed >> 32))
-    high, low = (int(word) for word in dropout.philox(*numbers)[:2])
-    u = ((high >> 5) * 2**26 + (low >> 6)) / 2**53
-    reached = np.cumsum(weights)
-    return min(int(np.searchsorted(reached, u * reached[-1], side="right")), len(logits) - 1)
+    head = text.head_weight.T
+    text.state = [a.copy() for a in text.state]
+    for step in range(len(text.drawn)):
+        live = np.flatnonzero(~text.ended)
+        if not len(live):
+            text.drawn[step:] = text.tokens
+            return
+        before = [a[:, live] for a in text.state]
+        after = model.run(text.tokens[:, live], tuple(before) if len(before) == 2 else before[0], text.params)
+        for whole, part in zip(text.state, after if len(before) == 2 else (after,), strict=True):
+            whole[:, live] = part
+        logits = text.state[0][-1, live] @ head
+        if text.head_bias is not None:
+            logits = logits + text.head_bias
+        text.drawn[step] = text.tokens[0]
+        for row, line in zip(live.tolist(), logits, strict=True):
+            seen = None if text.seen is None else text.seen[row]
+            token, log_prob, what = sampling.draw(line, how, step, text.number * len(text.ended) + row, seen)
+            if what:
+                model.refuse(text, what, row, step)
+            text.drawn[step, row] = token
+            text.ended[row] = token in how.stop
+            if seen is not None:
+                seen[token] = True
+            if how.log_probs:
+                text.kept[step, row] = log_prob
+        text.tokens = text.drawn[step : step + 1]

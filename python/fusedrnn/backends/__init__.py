@@ -108,6 +108,26 @@ class Results:
     cells: Any = None  # (L,T,E,B,D*H)
 
 
+@dataclass(slots=True)
+class Generation:
+    """What is drawn, and how: see csrc/cpu/generate.h. Steps go on from call to call, so all arrays do."""
+
+    head: Any  # (I,H)
+    head_bias: Any  # (I,)
+    drawn: Any  # int64 (steps,B), written
+    ended: Any  # bool (E,B), read and written: rows that have drawn a token of `stop`, which they repeat
+    stop: Any  # int64 (n,)
+    seen: Any = None  # bool (B,I), read and written: tokens that a row has seen; with a penalty
+    log_probs: Any = None  # float64 (steps,B), written
+    of_model: bool = False  # log_probs are those of softmax(logits), not of what the tokens were drawn from
+    first: int = 0  # numbers of the first step and row: random numbers depend on them
+    first_row: int = 0
+    temperature: float = 1.0
+    top_k: int = 0  # 0: all
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+
+
 def holds_tokens(x: Any) -> bool:
     """Whether x is tokens: integers in place of one-hot vectors.
 

@@ -8,6 +8,7 @@ with a tiny s, the imaginary part is s times the tangent, exact to float64's rou
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,20 +75,28 @@ def _wide(a: Any, tangent: Any, dual: bool) -> Any:
     return value
 
 
-def _one_hot(problem: Problem, tokens: Any) -> Any:
-    """What tokens (T,E,B) stand for: (T,E,B,I); zeros past a row's length, where they may be anything."""
+@dataclass
+class _OneHot(Arguments):
+    """Arguments whose x is what tokens stand for."""
+
+    tokens: Any = None  # (T,E,B), 0 past a row's length
+
+
+def _one_hot(problem: Problem, tokens: Any) -> tuple[Any, Any]:
+    """What tokens (T,E,B) stand for, (T,E,B,I), and themselves. Past a row's length, where they may be anything: 0."""
     here = _active(problem)[..., 0]
     safe = np.where(here, tokens, 0).astype(np.int64)
     if safe.size and (safe.min() < 0 or safe.max() >= problem.I):
         raise ValueError(f"x has tokens {safe.min()}..{safe.max()}; expected 0 <= token < I = {problem.I}")
-    return (safe[..., None] == np.arange(problem.I)) * here[..., None].astype(np.float64)
+    return (safe[..., None] == np.arange(problem.I)) * here[..., None].astype(np.float64), safe
 
 
 def _wide_arguments(problem: Problem, p: Arguments, v: Arguments | None = None) -> Arguments:
     dual = v is not None
     tangents = v or Arguments()
-    x = _one_hot(problem, p.x) if holds_tokens(p.x) else p.x
-    return Arguments(
+    x, tokens = _one_hot(problem, p.x) if holds_tokens(p.x) else (p.x, None)
+    wide = Arguments if tokens is None else functools.partial(_OneHot, tokens=tokens)
+    return wide(
         _wide(x, tangents.x, dual),
         _wide(p.h0, tangents.h0, dual),
         _wide(p.c0, tangents.c0, dual),
@@ -316,6 +325,11 @@ def _context_product(p: Arguments, d: int) -> Any:
     return 0.0 if p.context is None else p.context @ p.context_weights[d].swapaxes(-1, -2)
 
 
+def _columns(W: Any, tokens: Any) -> Any:
+    """The columns of W (E,G*H,I) that tokens (T,E,B) name: (T,E,B,G*H). NaN in others reaches nothing."""
+    return W.swapaxes(-1, -2)[np.arange(len(W))[:, None], tokens]
+
+
 def _forward(problem: Problem, p: Arguments) -> tuple[Results, list[_Kept]]:
     cell = CELLS[problem.cell]
     h0, c0 = _state(problem, p.h0, p.x, problem.outputs), _state(problem, p.c0, p.x)
@@ -333,7 +347,10 @@ def _forward(problem: Problem, p: Arguments) -> tuple[Results, list[_Kept]]:
                 walked = Walk(problem, n, p.params[n], p.extras[n]).forward(y, h0[n], c0[n], *_times(problem, d))
             else:
                 extra = _context_product(p, d) if layer == 0 else 0.0
-                walked = _walk(problem, cell, y, p.params[n], extra, h0[n], c0[n], _backwards(problem, d))
+                W, *others = p.params[n]
+                if layer == 0 and isinstance(p, _OneHot):
+                    W, extra = np.zeros_like(W), extra + _columns(W, p.tokens)
+                walked = _walk(problem, cell, y, (W, *others), extra, h0[n], c0[n], _backwards(problem, d))
             ys.append(walked[0])
             cells.append(walked[1])
             hn[n], cn[n] = walked[2], walked[3]
