@@ -4,8 +4,8 @@
     python bench/busy.py            writes bench/results/<machine>/busy.json
     python bench/busy.py --callers  two Python threads call at once, on an otherwise quiet machine; prints only
 
-k other processes spin. Each contender has a process of its own, and the same weights; answers are compared. The figures,
-in milliseconds, are the median of 40 calls and the slowest of them.
+k other processes spin. Each contender has a process of its own, and the same weights; answers are checked against
+float64. The figures, in milliseconds, are the median of 40 calls and the slowest of them.
 """
 
 from __future__ import annotations
@@ -18,183 +18,129 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 CALLS = 40
-CONTENDERS = ("fusedrnn, 1 thread", "fusedrnn", "torch", "onnxruntime")
+CONTENDERS = {"fusedrnn, 1 thread": "fusedrnn", "fusedrnn": "fusedrnn", "torch": "torch", "onnxruntime": "onnxruntime"}
 CASES = [  # cell, B, T, H, what is timed
-    ("LSTM", 1, 80, 128, "inference"),
-    ("LSTM", 1, 50, 512, "inference"),
-    ("LSTM", 24, 40, 128, "inference"),
-    ("LSTM", 64, 20, 256, "inference"),
-    ("GRU", 1, 80, 64, "inference"),
-    ("GRU", 16, 40, 256, "inference"),
-    ("RNN", 8, 100, 128, "inference"),
-    ("LSTM", 1, 80, 128, "training"),
-    ("LSTM", 32, 20, 256, "training"),
-    ("GRU", 8, 40, 128, "training"),
-    ("RNN", 16, 40, 256, "training"),
+    ("lstm", 1, 80, 128, "infer"),
+    ("lstm", 1, 50, 512, "infer"),
+    ("lstm", 24, 40, 128, "infer"),
+    ("lstm", 64, 20, 256, "infer"),
+    ("gru", 1, 80, 64, "infer"),
+    ("gru", 16, 40, 256, "infer"),
+    ("rnn", 8, 100, 128, "infer"),
+    ("lstm", 1, 80, 128, "train"),
+    ("lstm", 32, 20, 256, "train"),
+    ("gru", 8, 40, 128, "train"),
+    ("rnn", 16, 40, 256, "train"),
 ]
-SPIN = "while True: pass"
 
 
-def _ours(cell: str, B: int, T: int, H: int, what: str) -> Callable[[], Any]:
-    import numpy as np
-
-    import fusedrnn
-
-    layer = getattr(fusedrnn, cell)(H, H, seed=0)
-    x = np.random.default_rng(0).standard_normal((T, B, H), np.float32)
-    if what == "inference":
-        layer.eval()
-        return lambda: layer(x)[0]
-
-    def train() -> Any:
-        y, _ = layer(x)
-        return layer.backward(y)["x"]
-
-    return train
-
-
-def _torch(cell: str, B: int, T: int, H: int, what: str) -> Callable[[], Any]:
-    import numpy as np
-    import torch
-
-    import fusedrnn
-
-    module = getattr(torch.nn, cell)(H, H)
-    state = getattr(fusedrnn, cell)(H, H, seed=0).state_dict()
-    module.load_state_dict({name: torch.from_numpy(array) for name, array in state.items()})
-    x = torch.from_numpy(np.random.default_rng(0).standard_normal((T, B, H), np.float32))
-    if what == "inference":
-
-        def infer() -> Any:
-            with torch.inference_mode():
-                return module(x)[0].numpy()
-
-        return infer
-    x.requires_grad_()
-
-    def train() -> Any:
-        x.grad = None
-        module.zero_grad()
-        y, _ = module(x)
-        y.backward(y.detach())
-        return x.grad.numpy()
-
-    return train
-
-
-def _onnxruntime(cell: str, B: int, T: int, H: int, what: str) -> Callable[[], Any] | None:
-    if what == "training":
-        return None
-    from fusedrnn.bench import rivals
-    from fusedrnn.bench.workloads import Workload
-
-    return rivals.onnx_call(Workload(cell, B=B, T=T, H=H)) if hasattr(rivals, "onnx_call") else None
-
-
-def child(name: str, cases: list[Any]) -> None:
+def child(contender: str, threads: int) -> None:
     """Times one contender on all cases; prints JSON."""
-    import numpy as np
+    from fusedrnn.bench.rivals import RIVALS
+    from fusedrnn.bench.timing import BUDGET
+    from fusedrnn.bench.workloads import Data, Workload, errors, truth
 
-    makers = {"torch": _torch, "onnxruntime": _onnxruntime}
-    results = []
-    for case in cases:
-        call = makers.get(name, _ours)(*case)
-        if call is None:
+    rival = RIVALS[CONTENDERS[contender]](threads)
+    results: list[Any] = []
+    for cell, B, T, H, which in CASES:
+        workload = Workload("busy", cell, B, T, H, H)
+        if rival.refuses(workload, which):
             results.append(None)
             continue
-        answer = np.array(call())
+        data = Data(workload)
+        answers = rival.answers(data, which, rival.build(data.masked(), which)())
+        found = errors(answers, truth(data, which), data.checked_rows)
+        worst = max(found.values())
+        assert worst < BUDGET[which], f"{contender}: {found}"
+        run = rival.build(data, which)
         for _ in range(4):
-            call()
+            run()
         times = []
         for _ in range(CALLS):
             begun = time.perf_counter()
-            call()
+            run()
             times.append(1e3 * (time.perf_counter() - begun))
-        norm = float(np.sqrt((answer.astype(np.float64) ** 2).sum()))
-        results.append({"median": statistics.median(times), "worst": max(times), "norm": norm})
+        results.append({"median": round(statistics.median(times), 3), "worst": round(max(times), 3)})
     print(json.dumps(results))
 
 
-def measure(name: str, cases: list[Any]) -> list[Any]:
+def measure(contender: str) -> list[Any]:
     """The child's results."""
-    threads = "1" if name.endswith("1 thread") else str(len(os.sched_getaffinity(0)))
-    settings = {"OMP_NUM_THREADS": threads, "OPENBLAS_NUM_THREADS": "1"}
-    command = [sys.executable, __file__, "--child", name, json.dumps(cases)]
-    done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, check=True)
-    found: list[Any] = json.loads(done.stdout)
+    from fusedrnn.bench.rivals import environment
+
+    threads = 1 if contender.endswith("1 thread") else len(os.sched_getaffinity(0))
+    command = [sys.executable, __file__, "--child", contender, str(threads)]
+    done = subprocess.run(command, env=os.environ | environment(threads), stdout=subprocess.PIPE, text=True, check=True)
+    found: list[Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
-def busy(k: int, names: list[str], cases: list[Any]) -> list[dict[str, Any]]:
+def busy(k: int, names: list[str]) -> list[dict[str, Any]]:
     """All contenders while k processes spin."""
-    others = [subprocess.Popen([sys.executable, "-c", SPIN]) for _ in range(k)]
+    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(k)]
     try:
         time.sleep(0.3)
-        found = {name: measure(name, cases) for name in names}
+        found = {name: measure(name) for name in names}
     finally:
         for other in others:
             other.kill()
             other.wait()
     rows = []
-    for n, case in enumerate(cases):
+    for n, case in enumerate(CASES):
         row: dict[str, Any] = {"k": k, "case": " ".join(map(str, case))}
-        expected = found[names[0]][n]["norm"]
-        for name in names:
-            result = found[name][n]
-            if result is None:
-                continue
-            assert abs(result["norm"] - expected) < 1e-3 * expected, (name, case, result["norm"], expected)
-            row[name] = {"median": round(result["median"], 3), "worst": round(result["worst"], 3)}
+        row |= {name: found[name][n] for name in names if found[name][n]}
         rows.append(row)
         print(json.dumps(row), flush=True)
     return rows
 
 
-def callers(cases: list[Any]) -> None:
+def callers() -> None:
     """Two Python threads, each with a layer of its own: calls a second of both, by the number of threads of a call."""
     import fusedrnn
+    from fusedrnn.bench.rivals import RIVALS
+    from fusedrnn.bench.workloads import Data, Workload
 
-    for case in cases:
+    for cell, B, T, H, which in CASES:
         rates = {}
         for threads in (1, len(os.sched_getaffinity(0))):
+            rival = RIVALS["fusedrnn"](threads)
             fusedrnn.set_num_threads(threads)
-            calls = [_ours(*case) for _ in range(2)]
+            runs = [rival.build(Data(Workload("busy", cell, B, T, H, H)), which) for _ in range(2)]
             counts = [0, 0]
             end = time.perf_counter() + 1
 
-            def run(n: int, calls: Any = calls, counts: Any = counts, end: float = end) -> None:
+            def call(n: int, runs: Any = runs, counts: Any = counts, end: float = end) -> None:
                 while time.perf_counter() < end:
-                    calls[n]()
+                    runs[n]()
                     counts[n] += 1
 
-            workers = [threading.Thread(target=run, args=(n,)) for n in range(2)]
+            workers = [threading.Thread(target=call, args=(n,)) for n in range(2)]
             for worker in workers:
                 worker.start()
             for worker in workers:
                 worker.join()
-            rates[f"{threads} threads"] = sum(counts)
-        print(json.dumps({"case": " ".join(map(str, case)), "calls a second": rates}), flush=True)
+            rates[threads] = sum(counts)
+        print(json.dumps({"case": f"{cell} {B} {T} {H} {which}", "calls a second by threads": rates}), flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--print", action="store_true", help="write nothing")
-    parser.add_argument("--ours", action="store_true", help="without rivals")
+    parser.add_argument("--ours", action="store_true", help="without rivals; write nothing")
     parser.add_argument("--callers", action="store_true")
     parser.add_argument("--k", type=int, nargs="*", default=[0, 1, 2, 4])
     options = parser.parse_args()
     if options.child:
-        return child(options.child[0], json.loads(options.child[1]))
+        return child(options.child[0], int(options.child[1]))
     if options.callers:
-        return callers(CASES)
-    names = list(CONTENDERS[:2] if options.ours else CONTENDERS)
-    rows = [row for k in options.k for row in busy(k, names, CASES)]
+        return callers()
+    names = list(CONTENDERS)[: 2 if options.ours else None]
+    rows = [row for k in options.k for row in busy(k, names)]
     if not (options.print or options.ours):
         from fusedrnn.bench import machine
 

@@ -46,7 +46,7 @@ class Crowd {
     const bool again = crowding && crowding_.exchange(crowding, relaxed) && now - looked < 20 * kMillisecond;
     if (!crowding) crowding_.store(0, relaxed);
     if (!again) return wanted;
-    limit(std::max(1, wanted - crowding), now, 3 * kMillisecond);
+    limit(wanted - crowding, now);
     return allowed_.load(relaxed);
   }
   // `lost` nanoseconds of waiting, which `allowed` threads would not have met.
@@ -57,19 +57,21 @@ class Crowd {
     debt_.store(debt, relaxed);
     if (debt < kMillisecond) return;
     debt_.store(0, relaxed);
-    const int64_t before = pause_.load(relaxed);
-    const bool again = now - until_.load(relaxed) < std::max(4 * before, 40 * kMillisecond);
-    pause_.store(again ? std::min(2 * before, 2000 * kMillisecond) : 4 * kMillisecond, relaxed);
-    limit(std::max(allowed, 1), now, pause_.load(relaxed));
+    limit(allowed, now);
   }
 
  private:
   static constexpr std::memory_order relaxed = std::memory_order_relaxed;
 
-  void limit(int allowed, int64_t now, int64_t pause) {
-    allowed_.store(allowed, relaxed);
+  void limit(int allowed, int64_t now) {
+    const int64_t before = pause_.load(relaxed);
+    const bool again = now - until_.load(relaxed) < std::max(4 * before, 40 * kMillisecond);
+    const int64_t pause = again ? std::min(2 * before, 2000 * kMillisecond) : 4 * kMillisecond;
+    pause_.store(pause, relaxed);
+    allowed_.store(std::max(allowed, 1), relaxed);
     until_.store(now + pause, relaxed);
   }
+
   std::atomic<int64_t> until_{0}, looked_{0}, pause_{4 * kMillisecond}, debt_{0}, debt_since_{0};
   std::atomic<int> allowed_{1}, crowding_{0};
 } crowd;
