@@ -10,20 +10,17 @@ import torch
 from torch import Tensor
 
 from .. import clip
+from . import gate
 
 
 def _gradients(parameters: Tensor | Iterable[Tensor]) -> tuple[list[Tensor], bool]:
     """The gradients, and whether NumPy can see all of them."""
     given = [parameters] if isinstance(parameters, Tensor) else parameters
     gradients = [p.grad for p in given if p.grad is not None]
-    plain = all(
-        type(g) is Tensor
-        and g.device.type == "cpu"
-        and g.dtype in (torch.float32, torch.float64)
-        and g.layout == torch.strided
-        for g in gradients
-    )
-    return gradients, plain
+    if gate.is_plain(*gradients):
+        return gradients, all(g.dtype in (torch.float32, torch.float64) for g in gradients)
+    gate.check("clip", [f"gradient {n}" for n in range(len(gradients))], gradients)
+    return gradients, False
 
 
 def clip_grad_norm_(

@@ -3,14 +3,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .. import ctc
-from . import functional
-from .kernels import DTYPES
+from . import functional, gate
 
 
 def ctc_loss(
@@ -36,14 +37,29 @@ def ctc_loss(
     """
     if reduction not in ("none", "mean", "sum"):
         raise ValueError(f"ctc_loss: reduction is {reduction!r}; expected 'none', 'mean' or 'sum'.")
-    if log_probs.device.type != "cpu" or log_probs.dtype not in DTYPES or log_probs.layout != torch.strided:
-        functional.set_route(f"torch.nn.functional: {log_probs.dtype} {log_probs.layout} on {log_probs.device.type}")
-        return torch.nn.functional.ctc_loss(
-            log_probs, targets, input_lengths, target_lengths, blank, reduction, zero_infinity
-        )
+    given = log_probs, targets, input_lengths, target_lengths
+    gate.check("ctc_loss", _NAMES, given)
+    if log_probs.device.type != "cpu" or log_probs.dtype not in _DTYPES or log_probs.layout != torch.strided:
+        why = f"{log_probs.dtype} {log_probs.layout} on {log_probs.device.type}"
+    else:
+        tensors = [tensor for tensor in given if isinstance(tensor, Tensor)]
+        why = "" if gate.has_memory_of_its_own(tensors) else "a tensor without memory of its own"
+    if why:
+        functional.set_route(f"torch.nn.functional: {why}")
+        return torch.nn.functional.ctc_loss(*given, blank, reduction, zero_infinity)
     functional.set_route("fused")
-    given = _numpy(targets), _numpy(input_lengths), _numpy(target_lengths)
-    call = ctc.checked("ctc_loss", log_probs.detach().numpy(), *given, blank, zero_infinity)
+    loss: Tensor = gate.call(_fused, given, *given, blank, reduction, zero_infinity)
+    return loss
+
+
+_NAMES = ("log_probs", "targets", "input_lengths", "target_lengths")
+_DTYPES = (torch.float32, torch.float64)
+
+
+def _fused(log_probs: Tensor, targets: Any, input_lengths: Any, target_lengths: Any, *options: Any) -> Tensor:
+    blank, reduction, zero_infinity = options
+    labels = [_numpy(*pair) for pair in zip(_NAMES[1:], (targets, input_lengths, target_lengths), strict=True)]
+    call = ctc.checked("ctc_loss", gate.array("ctc_loss", "log_probs", log_probs), *labels, blank, zero_infinity)
     loss: Tensor = _Loss.apply(log_probs, call)
     if reduction == "sum":
         return loss.sum()
@@ -53,16 +69,16 @@ def ctc_loss(
     return loss
 
 
-def _numpy(value: Any) -> Any:
-    return value.detach().cpu().numpy() if isinstance(value, Tensor) else value
+def _numpy(name: str, value: Any) -> Any:
+    return gate.values("ctc_loss", name, value).cpu().numpy() if isinstance(value, Tensor) else value
 
 
 class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, log_probs: Tensor, call: ctc.Call) -> Tensor:
         ctx.call = call
-        ctx.save_for_backward(log_probs)  # call.log_probs lies in its memory; this notices changes in place
-        loss = log_probs.new_empty(call.log_probs.shape[1])
+        ctx.save_for_backward(log_probs)  # this notices changes in place
+        loss = torch.empty(call.log_probs.shape[1], dtype=log_probs.dtype)
         call.run(loss.numpy(), None, None)
         return loss[0] if call.single else loss
 
@@ -75,9 +91,11 @@ class _Loss(torch.autograd.Function):
 class _Gradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, dloss: Tensor, log_probs: Tensor, call: ctc.Call) -> Tensor:
-        shape = call.log_probs.shape
-        dlog_probs, loss = log_probs.new_empty(shape), log_probs.new_empty(shape[1])
-        call.run(loss.numpy(), dloss.detach().reshape(-1).contiguous().numpy(), dlog_probs.numpy())
+        shape, dtype = call.log_probs.shape, log_probs.dtype
+        dlog_probs, loss = torch.empty(shape, dtype=dtype), torch.empty(shape[1], dtype=dtype)
+        scores = gate.array("backward of ctc_loss", "log_probs", log_probs).reshape(shape)  # it may lie elsewhere now
+        weights = np.ascontiguousarray(gate.array("backward of ctc_loss", "dloss", dloss).reshape(-1))
+        dataclasses.replace(call, log_probs=scores).run(loss.numpy(), weights, dlog_probs.numpy())
         return dlog_probs[:, 0] if call.single else dlog_probs
 
     @staticmethod

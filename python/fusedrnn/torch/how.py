@@ -72,6 +72,16 @@ class How(NamedTuple):
         """Where E is, for each result."""
         return (1,) * (1 + self.states) + (2,) * self.cells
 
+    @property
+    def argument_names(self) -> list[str]:
+        """Of all p."""
+        return ["x", "h0", "c0"][: 1 + self.states] + names(self.layers, self.directions, self.bias)
+
+    @property
+    def result_names(self) -> tuple[str, ...]:
+        """Of all results."""
+        return ("y", "h_n", "c_n")[: 1 + self.states] + ("cells",) * self.cells
+
     def text(self) -> str:
         """As operators take it; `read` is the inverse."""
         flags = f"{self.bias:d} {self.reverse:d} {self.reset_to_initial:d} {self.recompute:d}"
@@ -111,6 +121,13 @@ def read(text: str) -> How:
         "" if rest[10] == "-" else rest[10],
         rest[11] == "1",
     )
+
+
+def names(num_layers: int, directions: int, bias: bool) -> list[str]:
+    """torch.nn's parameter names, in its order."""
+    kinds = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")[: 4 if bias else 2]
+    ends = ("", "_reverse")[:directions]
+    return [f"{kind}_l{layer}{end}" for layer in range(num_layers) for end in ends for kind in kinds]
 
 
 # An operator's tensors come in groups: p, then the tape or v, then g and t (which always have a place for cells).

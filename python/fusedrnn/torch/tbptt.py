@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import gate
+
 
 @dataclass(slots=True)
 class Chunk:
@@ -65,7 +67,9 @@ def chunks(
             "tbptt: the module is bidirectional; expected one direction, because the reverse direction begins at the "
             "end of the whole sequence"
         )
-    return _walk(module, x, k1, k2, state, None if lengths is None else torch.as_tensor(lengths), reset)
+    lengths = None if lengths is None else torch.as_tensor(lengths)
+    gate.check("tbptt", ("x", "lengths", "reset"), (x, lengths, reset))
+    return _walk(module, x, k1, k2, state, lengths, reset)
 
 
 def _walk(
