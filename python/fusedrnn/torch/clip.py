@@ -17,6 +17,8 @@ def _gradients(parameters: Tensor | Iterable[Tensor]) -> tuple[list[Tensor], boo
     """The gradients, and whether NumPy can see all of them."""
     given = [parameters] if isinstance(parameters, Tensor) else parameters
     gradients = [p.grad for p in given if p.grad is not None]
+    # both functions do the same to numbers that stand in memory with the other sign
+    gradients = [torch._neg_view(g) if gate.is_flipped(g) else g for g in gradients]
     if gate.is_plain(*gradients):
         return gradients, all(g.dtype in (torch.float32, torch.float64) for g in gradients)
     gate.check("clip", [f"gradient {n}" for n in range(len(gradients))], gradients)

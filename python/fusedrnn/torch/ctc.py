@@ -58,8 +58,9 @@ _DTYPES = (torch.float32, torch.float64)
 
 def _fused(log_probs: Tensor, targets: Any, input_lengths: Any, target_lengths: Any, *options: Any) -> Tensor:
     blank, reduction, zero_infinity = options
-    labels = [_numpy(*pair) for pair in zip(_NAMES[1:], (targets, input_lengths, target_lengths), strict=True)]
-    call = ctc.checked("ctc_loss", gate.array("ctc_loss", "log_probs", log_probs), *labels, blank, zero_infinity)
+    scores, labels = gate.array("ctc_loss", "log_probs", log_probs), _numpy("targets", targets)
+    lengths = _numpy("input_lengths", input_lengths), _numpy("target_lengths", target_lengths)
+    call = ctc.checked("ctc_loss", scores, labels, *lengths, blank, zero_infinity)
     loss: Tensor = _Loss.apply(log_probs, call)
     if reduction == "sum":
         return loss.sum()

@@ -175,7 +175,7 @@ def _read(door: str, name: str, given: Any) -> Tensor:
 def counts(name: str, given: Any, B: int, x: Tensor) -> Tensor:
     """lengths as int64 (B,), checked (their values: where they are used)."""
     lengths = _read(name, "lengths", given)
-    if lengths.is_floating_point() or lengths.dtype == torch.bool:
+    if lengths.is_floating_point() or lengths.is_complex() or lengths.is_quantized or lengths.dtype == torch.bool:
         raise TypeError(f"{name}: lengths has dtype {lengths.dtype}; expected integers, one for each row")
     if tuple(lengths.shape) != (B,):
         raise ValueError(

@@ -78,6 +78,11 @@ def _is_wrapped(tensor: Any) -> bool:
     return _functorch.is_functorch_wrapped_tensor(tensor) or _functorch.is_legacy_batchedtensor(tensor)
 
 
+def is_flipped(tensor: Tensor) -> bool:
+    """Whether the numbers stand in memory with the other sign, and nothing else is unusual."""
+    return type(tensor) in _Plain and tensor.is_neg() and not tensor.is_complex() and is_plain(torch._neg_view(tensor))
+
+
 def is_foreign(tensor: Any) -> bool:
     """Whether the tensor's numbers are the affair of other code: a subclass with __torch_dispatch__, as torch's
     FakeTensor is, or a tensor in the making of a functional program."""
@@ -148,6 +153,11 @@ def values(door: str, name: str, tensor: Tensor) -> Tensor:
     """The tensor, detached, as its numbers are in memory: now pointers to it may be taken."""
     if is_plain(tensor):
         return tensor.detach()
+    if is_foreign(tensor) or tensor.layout != torch.strided or tensor.is_nested or tensor.is_quantized:
+        raise TypeError(
+            f"{door}: {name} is a {type(tensor).__name__} with no numbers in memory that a kernel could read; expected "
+            "an ordinary dense tensor. Make one of it before the call."
+        )
     check(door, (name,), (tensor,))
     with torch._C.DisableTorchFunctionSubclass():
         tensor = tensor.detach()

@@ -190,10 +190,10 @@ class _Layer(nn.RNNBase):
             sizes = _checked_sizes(type(self).__name__, data, sizes)
             if why := self._why_not(data, states, weights, int(sizes[0])):
                 return self._fall_back(why, input._replace(batch_sizes=sizes), hx)
-            tensors = (data, *states, *weights)
+            tensors = (data, sizes, *states, *weights)
             out = gate.call(self._general_packed, tensors, data, sizes, states, weights, recompute)
         y, final = out
-        return PackedSequence(y, sizes, order, back), self.permute_hidden(final, back)
+        return PackedSequence(y, input.batch_sizes, order, back), self.permute_hidden(final, back)
 
     def _general_packed(self, data: Tensor, sizes: Tensor, states: Any, weights: list[Tensor], recompute: Any) -> Any:
         """The data of y, and the final state; rows sorted."""
@@ -381,8 +381,8 @@ def _run_step(cell: str, input: Tensor, h0: Any, c0: Any, weights: list[Tensor])
     h0, c0 = (None if state is None else state[at] for state in (h0, c0))
     settings = How(cell, bias=len(weights) == 4)
     _, *final = functional.run(settings, input[at], h0, c0, weights, None, None, 0.0, whole=False)
-    place: Any = (0, 0) if single else 0
-    return tuple(state[place] for state in final) if cell == "lstm" else final[0][place]
+    final = [state.squeeze(0).squeeze(0) if single else state.squeeze(0) for state in final]
+    return tuple(final) if cell == "lstm" else final[0]
 
 
 def _refuse(why: str) -> None:
