@@ -84,7 +84,7 @@ def cut(tensor):
 
 
 def wrapped(tensor):
-    mode = torch._subclasses.fake_tensor.FakeTensorMode(allow_non_fake_inputs=True)
+    mode = torch._subclasses.fake_tensor.FakeTensorMode()
     return mode.from_tensor(tensor.detach())
 
 
@@ -322,6 +322,125 @@ def test_zeros_without_memory_are_zeros(name):
         same(flat(door.call(door.tensors | {what: torch._efficientzerotensor(tensor.shape)})), expected)
 
 
+@pytest.mark.parametrize("name", [*LAYERS, *CELLS, *(f"{kind}, packed" for kind in LAYERS)])
+def test_subclasses_come_back_as_from_torch(name):
+    ours, theirs = DOORS[name](), DOORS[name](nn)
+    for what, kind in itertools.product(ours.tensors, [kind for kind in SAME_NUMBERS if "sub" in kind]):
+        found, expected = (
+            flat(door.call(door.tensors | {what: SAME_NUMBERS[kind](door.tensors[what])})) for door in (ours, theirs)
+        )
+        assert [type(t) for t in found] == [type(t) for t in expected], (what, kind)
+
+
+def test_subclasses_come_back_from_what_torch_does_not_have():
+    door = DOORS["lstm"]()
+    for given, kind in (("x", Sub), ("c", Sub), ("weight_hh_l0", Logged), ("x", Silent)):
+        y = door.call(door.tensors | {given: door.tensors[given].as_subclass(kind)})[0]
+        assert type(y) is (torch.Tensor if kind is Silent else kind)
+    x = numbers(5, 2, 3).as_subclass(Logged).requires_grad_()
+    Logged.seen.clear()
+    y, _ = fusedrnn.torch.GRU(3, 4)(x, lengths=[5, 3])
+    assert type(y) is Logged and fusedrnn.torch.functional.batched in Logged.seen
+    y.sum().backward()
+    assert x.grad.abs().sum() > 0 and fusedrnn.torch.route() == "fused"
+
+
+# The examples of what was wrong, and what lies around them.
+
+
+def test_the_negative_bit_counts():
+    x = torch.conj(torch.tensor([[1j]])).imag
+    assert x.is_neg() and x.item() == -1
+    torch.manual_seed(0)
+    layer = fusedrnn.torch.RNN(1, 1, bias=False)
+    with torch.no_grad():
+        layer.weight_ih_l0.fill_(-0.9)
+        same(layer(x)[0], torch.tensor([[0.9]]).tanh())
+    y = layer(torch.ones(1, 1))[0]
+    z = torch.complex(torch.zeros_like(y), y).conj().imag  # its gradient comes in with the negative bit
+    (dw,) = torch.autograd.grad(z.sum(), layer.weight_ih_l0)
+    same(dw, (y.detach().square() - 1))
+
+
+@pytest.mark.parametrize("kind", [*LAYERS, *CELLS])
+def test_negative_tensors_under_transforms(kind):
+    torch.manual_seed(0)
+    module = getattr(fusedrnn.torch, kind)(3, 4, dtype=torch.float64)
+    x = numbers(*((2, 3) if kind in CELLS else (5, 2, 3))).double()
+    names = [name for name, _ in module.named_parameters()]
+    plain = [x, *(p.detach() for p in module.parameters())]
+
+    def function(x, *weights):
+        out = torch.func.functional_call(module, dict(zip(names, weights, strict=True)), (x,))
+        return flat(out)[0].sin()
+
+    def total(*given):
+        return function(*given).sum()
+
+    everything = {
+        "vmap": lambda *given: torch.func.vmap(function, (0, *[None] * len(names)))(
+            torch.stack([given[0]] * 2), *given[1:]
+        ),
+        "vmap of a negative": lambda *given: torch.func.vmap(function, (0, *[0] * len(names)))(
+            *(torch._neg_view(torch.stack([-t] * 2)) for t in given)
+        ),
+        "grad": torch.func.grad(total, tuple(range(len(plain)))),
+        "vmap of grad": lambda *given: torch.func.vmap(torch.func.grad(total), (0, *[None] * len(names)))(
+            torch.stack([given[0]] * 2), *given[1:]
+        ),
+        "jvp": lambda *given: torch.func.jvp(function, given, given)[1],
+        "grad of grad": torch.func.grad(lambda *given: torch.func.grad(total, 1)(*given).sin().sum(), (0, 1)),
+        "zero tangents": lambda *given: torch.func.jvp(lambda x: function(x, *given[1:]), given[:1], given[:1])[1],
+    }
+    for name, transform in everything.items():
+        expected = transform(*plain)
+        for n in range(len(plain)):
+            given = list(plain)
+            given[n] = torch._neg_view(-given[n])
+            try:
+                same(transform(*given), expected)
+            except Exception as error:
+                raise AssertionError(f"{name}, argument {n}: {error}") from error
+    compiled = torch.compile(lambda x: flat(module(x))[0], backend="eager")
+    same(compiled(torch._neg_view(-x)), flat(module(x))[0])
+
+
+@pytest.mark.parametrize("way", ["short", "general", "packed", "cell", "ctc_loss"])
+def test_memory_freed_between_forward_and_backward_is_an_error(way):
+    """As a weight is that was taken away too early: nothing is read of what was freed, and it can come back."""
+    if way == "ctc_loss":
+        freed = numbers(4, 2, 3).log_softmax(2).requires_grad_()
+        name, loss = "log_probs", fusedrnn.torch.ctc_loss(freed, torch.tensor([[1], [2]]), [4, 4], [1, 1])
+    else:
+        module = fusedrnn.torch.GRUCell(3, 4) if way == "cell" else fusedrnn.torch.GRU(3, 4, 2, dropout=0.1)
+        module.train(way == "general")
+        x = numbers(2, 3) if way == "cell" else numbers(5, 2, 3)
+        x = PackedSequence(numbers(8, 3), torch.tensor([2, 2, 2, 1, 1])) if way == "packed" else x
+        loss = flat(module(x))[0].sum()
+        freed = module.weight_hh if way == "cell" else module.weight_ih_l1
+        name = {"cell": "weight_hh", "general": "weight_ih"}.get(way, "weight_ih_l1")
+    memory = freed.untyped_storage()
+    kept, size = freed.detach().clone(), memory.nbytes()
+    memory.resize_(0)
+    with pytest.raises(RuntimeError, match=f"{name} of shape .* has a storage of 0 bytes"):
+        loss.backward(retain_graph=True)
+    memory.resize_(size)
+    freed.data.copy_(kept)
+    (first,) = torch.autograd.grad(loss, freed, retain_graph=True)
+    (second,) = torch.autograd.grad(loss, freed)
+    same(first, second)
+    assert first.isfinite().all() and (way == "cell" or first.abs().sum() > 0)
+
+
+@pytest.mark.parametrize("name", DOORS)
+def test_storages_can_be_resized_after_a_call(name):
+    """torch forbids it where NumPy has looked; offloading does it to weights, activations and gradients."""
+    door = DOORS[name]()
+    made = {what: t.clone() for what, t in door.tensors.items()}
+    for tensor in (*flat(door.call(made)), *made.values()):
+        tensor.untyped_storage().resize_(0)
+
+
 def test_a_storage_that_is_too_short_is_an_error_that_names_the_tensor():
     run(["no memory"])
 
@@ -365,29 +484,35 @@ def outcome(door, kinds):
         return None, error
 
 
-def cases_of(door, chance):
-    """Each tensor in each foreign kind, and pairs of all kinds by chance."""
-    yield from ({what: kind} for what in door.tensors for kind in FOREIGN)
-    for _ in range(20):
+def cases_of(name, door, chance):
+    """Each tensor in each foreign kind (in backward the gradients only), and pairs of all kinds by chance."""
+    chosen = [what for what in door.tensors if "backward" not in name or what.startswith("d")]
+    yield from ({what: kind} for what in chosen for kind in FOREIGN)
+    for _ in range(15):
         yield {what: chance.choice([*FOREIGN, *SAME_NUMBERS]) for what in chance.sample([*door.tensors], 2)}
 
 
 REFUSED = {("order", "meta"), ("back", "meta"), ("sizes", "old nested")}  # torch.nn reads them where nothing is
+REFUSED |= {("d0", "functional"), ("dloss", "functional")}  # torch's padding refuses them, ctc_loss does
+INTEGERS = ("targets", "input_lengths", "target_lengths")  # of ctc_loss: torch casts whatever comes
+REFUSED |= set(itertools.product(INTEGERS, FOREIGN))
 
 
 def foreign():
     """What torch.nn computes is computed, and comes back in the same types; all else may be an error."""
+    torch.backends.mkldnn.set_flags(False)  # it makes a new LSTM for each size, in 10 ms
     chance = random.Random(1)
     tried = computed = 0
     for name, make_door in DOORS.items():
         like_torch = "library" in inspect.signature(make_door).parameters and "lengths" not in name
         theirs = make_door(nn) if like_torch else None
-        for kinds in cases_of(door := make_door(), chance):
+        for kinds in cases_of(name, door := make_door(), chance):
             print(name, kinds, flush=True)
             tried += 1
             found, ours = outcome(door, kinds)
             assert ours is None or str(ours), (name, kinds)
-            expected = outcome(theirs, kinds)[0] if theirs else None
+            aborts = "clip" in name and "functional" in kinds.values()
+            expected = outcome(theirs, kinds)[0] if theirs and not aborts else None
             if expected is None or REFUSED & set(kinds.items()):
                 continue
             assert found is not None, (name, kinds, ours)
@@ -395,7 +520,7 @@ def foreign():
             if not {"fake", "functional", "meta", "nested", "old nested"} & set(kinds.values()):
                 same(found, expected)
                 computed += 1
-    assert tried > 3000 and computed > 500, (tried, computed)
+    assert tried > 2500 and computed > 150, (tried, computed)
 
 
 if __name__ == "__main__":

@@ -512,6 +512,21 @@ PyObject* torch_plain(PyObject*, PyObject* const* args, Py_ssize_t count) {
   Py_RETURN_TRUE;
 }
 
+// (tensor) -> another tensor with the same memory, detached, in a storage of its own; or None: not plain. NumPy may
+// look at that one: a storage that NumPy has looked at cannot be resized any more, and offloading resizes those of
+// weights.
+PyObject* torch_alias(PyObject*, PyObject* object) {
+  DLTensor view;
+  DLManagedTensorVersioned* managed = nullptr;
+  if (!look(object, &view)) Py_RETURN_NONE;
+  if (api->managed_from_object(object, &managed) != 0) {
+    PyErr_Clear();
+    Py_RETURN_NONE;
+  }
+  void* alias = nullptr;
+  return api->object_from_managed(managed, &alias) == 0 ? static_cast<PyObject*>(alias) : nullptr;
+}
+
 // What torch's methods say of one tensor, beside its Python object.
 struct Sample {
   uint64_t object, tensor, keys, storage, memory, capacity;
@@ -580,6 +595,7 @@ PyCFunction fast(PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t))
 PyMethodDef methods[] = {
     {"torch_setup", fast(torch_setup), METH_FASTCALL, nullptr},
     {"torch_plain", fast(torch_plain), METH_FASTCALL, nullptr},
+    {"torch_alias", torch_alias, METH_O, nullptr},
     {"torch_forward", fast(torch_forward), METH_FASTCALL, nullptr},
     {"torch_backward", fast(torch_backward), METH_FASTCALL, nullptr},
     {nullptr, nullptr, 0, nullptr},

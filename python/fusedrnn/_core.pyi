@@ -110,7 +110,7 @@ def viterbi(
 # capsule: torch.Tensor.__dlpack_c_exchange_api__; tensor, parameter: torch.Tensor, torch.nn.Parameter; samples: tuples
 # (tensor, its _cdata, its dispatch keys, its storage's _cdata, data_ptr and nbytes), by which it finds where torch
 # keeps these; keys: those that a plain tensor may have. torch_plain: whether each is None or a plain tensor: on the
-# CPU, no subclass, its numbers in memory as they are, its storage as long as it needs. Then, with settings = (cell,
+# CPU, no subclass, its numbers in memory as they are, its storage as long as it needs. torch_alias: another tensor with the memory of a plain one, in a storage of its own; None: not plain. Then, with settings = (cell,
 # num_layers, num_directions, bias, whether x is one step (B,I) or (I,) of a cell module, batch_first, recompute,
 # clip_cell, clip_grad, whether x is a PackedSequence's data, models, each): torch_forward(settings, x, h0, c0,
 # weights, lengths, tape wanted) -> (y, h_n, c_n, tape), None where there is none; torch_backward(settings, x, h0, c0,
@@ -125,6 +125,7 @@ def torch_setup(
     capsule: object, tensor: type, parameter: type, samples: tuple[tuple[Any, ...], ...], keys: int, /
 ) -> bool: ...
 def torch_plain(*tensors: Any) -> bool: ...
+def torch_alias(tensor: Any, /) -> Any: ...
 def torch_forward(
     settings: tuple[Any, ...], x: Any, h0: Any, c0: Any, weights: Sequence[Any], lengths: Any, tape: bool, /
 ) -> tuple[Any, ...] | None: ...

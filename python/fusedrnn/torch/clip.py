@@ -21,7 +21,11 @@ def _gradients(parameters: Tensor | Iterable[Tensor]) -> tuple[list[Tensor], boo
     gradients = [torch._neg_view(g) if gate.is_flipped(g) else g for g in gradients]
     if gate.is_plain(*gradients):
         return gradients, all(g.dtype in (torch.float32, torch.float64) for g in gradients)
-    gate.check("clip", [f"gradient {n}" for n in range(len(gradients))], gradients)
+    names = [f"gradient {n}" for n in range(len(gradients))]
+    gate.check("clip", names, gradients)
+    for name, gradient in zip(names, gradients, strict=True):
+        if torch._is_functional_tensor(gradient):  # torch's own code aborts the process
+            gate.refuse_foreign("clip", name, gradient)
     return gradients, False
 
 
@@ -39,7 +43,9 @@ def clip_grad_norm_(
     if not plain or not gradients:
         return torch.nn.utils.clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite)
     try:
-        norm = clip.clip_grad_norm_([g.detach().numpy() for g in gradients], max_norm, norm_type, error_if_nonfinite)
+        norm = clip.clip_grad_norm_(
+            [gate.array("clip", "a gradient", g) for g in gradients], max_norm, norm_type, error_if_nonfinite
+        )
     except FloatingPointError as error:
         raise RuntimeError(str(error)) from None  # torch's type
     return torch.tensor(norm, dtype=gradients[0].dtype)
@@ -51,5 +57,5 @@ def clip_grad_value_(parameters: Tensor | Iterable[Tensor], clip_value: float) -
     if not plain:
         torch.nn.utils.clip_grad_value_(parameters, clip_value)
         return
-    views: Any = [g.detach().numpy() for g in gradients]
+    views: Any = [gate.array("clip", "a gradient", g) for g in gradients]
     clip.clip_grad_value_(views, float(clip_value))

@@ -80,7 +80,7 @@ class _Loss(torch.autograd.Function):
         ctx.call = call
         ctx.save_for_backward(log_probs)  # this notices changes in place
         loss = torch.empty(call.log_probs.shape[1], dtype=log_probs.dtype)
-        call.run(loss.numpy(), None, None)
+        call.run(gate.array("ctc_loss", "loss", loss), None, None)
         return loss[0] if call.single else loss
 
     @staticmethod
@@ -96,7 +96,9 @@ class _Gradient(torch.autograd.Function):
         dlog_probs, loss = torch.empty(shape, dtype=dtype), torch.empty(shape[1], dtype=dtype)
         scores = gate.array("backward of ctc_loss", "log_probs", log_probs).reshape(shape)  # it may lie elsewhere now
         weights = np.ascontiguousarray(gate.array("backward of ctc_loss", "dloss", dloss).reshape(-1))
-        dataclasses.replace(call, log_probs=scores).run(loss.numpy(), weights, dlog_probs.numpy())
+        dataclasses.replace(call, log_probs=scores).run(
+            gate.array("ctc_loss", "loss", loss), weights, gate.array("ctc_loss", "dlog_probs", dlog_probs)
+        )
         return dlog_probs[:, 0] if call.single else dlog_probs
 
     @staticmethod

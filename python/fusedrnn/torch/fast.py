@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 
 from .. import config
 from . import gate, operators
-from .how import How, names
+from .how import How
 
 _native = gate.native
 _open = gate.is_open
@@ -172,13 +172,19 @@ def _differentiable(
     cell, is_cell, packed = settings.cell, settings.is_cell, settings.packed
     batch_first = settings.batch_first and not packed  # unpacked it is (T,B,.)
     lstm = cell == "lstm"
-    named = ("x", "h0", "c0", *names(settings.layers, settings.directions, settings.bias), "dy", "dh_n", "dc_n")
-    gate.check(f"backward of {cell}", named, (x, h0, c0, *weights, dy, dhn, dcn))
     kept = [n for n in range(len(needs)) if lstm or n != 2]  # no c
     want = "".join("1" if needs[n] else "0" for n in kept)
     how = How(cell, *settings[1:4], False, False, *settings[6:9], True, want=want)
+    given = dict(zip(how.argument_names, (x, h0, c0, *weights) if lstm else (x, h0, *weights), strict=True))
+    given |= {"dy": dy, "dh_n": dhn, "dc_n": dcn}
+    gate.check(f"backward of {cell}", [*given], [*given.values()])
+    dy, dhn, dcn = (None if t is None else gate.dense(t) for t in (dy, dhn, dcn))
     batched = packed or x.dim() - settings.has_models(0) == (2 if is_cell else 3)
     sizes, rows = lengths, lengths  # of a packed x; of all others
+
+    if packed:  # torch's padding reads them without looking
+        for name, t in (("dy", dy), ("dh_n", dhn), ("dc_n", dcn)):
+            gate.refuse_foreign(f"backward of {cell}", name, t)
 
     def sequence(t: Any, models: bool) -> Any:
         """(T,E,B,n) from a tensor like x."""

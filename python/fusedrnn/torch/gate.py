@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch._C import _functorch
 from torch.overrides import handle_torch_function
+from torch.utils.dlpack import from_dlpack, to_dlpack
 
 from .. import backends
 
@@ -149,22 +150,37 @@ def _bytes(tensor: Tensor) -> tuple[int, int]:
     return (int(tensor.storage_offset()) + reach + 1) * tensor.element_size(), storage.nbytes()
 
 
-def values(door: str, name: str, tensor: Tensor) -> Tensor:
-    """The tensor, detached, as its numbers are in memory: now pointers to it may be taken."""
-    if is_plain(tensor):
-        return tensor.detach()
-    if is_foreign(tensor) or tensor.layout != torch.strided or tensor.is_nested or tensor.is_quantized:
+def refuse_foreign(door: str, name: str, tensor: Any) -> None:
+    """Raise TypeError for a tensor that has no numbers to read."""
+    if isinstance(tensor, Tensor) and (is_foreign(tensor) or tensor.is_nested or tensor.is_quantized):
         raise TypeError(
             f"{door}: {name} is a {type(tensor).__name__} with no numbers in memory that a kernel could read; expected "
             "an ordinary dense tensor. Make one of it before the call."
         )
+
+
+def dense(tensor: Tensor) -> Tensor:
+    """The tensor in ordinary layout: a gradient may come in as a sparse one."""
+    return tensor if tensor.layout == torch.strided else tensor.to_dense()
+
+
+def values(door: str, name: str, tensor: Tensor) -> Tensor:
+    """A tensor like this one, detached, whose memory holds its numbers: now pointers to it may be taken.
+
+    It has the same memory where that is possible, but a storage of its own: one that NumPy has looked at cannot be
+    resized any more, and offloading resizes those of weights.
+    """
+    alias: Tensor | None = native.torch_alias(tensor) if is_open else None
+    if alias is not None:
+        return alias
+    refuse_foreign(door, name, tensor)
     check(door, (name,), (tensor,))
     with torch._C.DisableTorchFunctionSubclass():
-        tensor = tensor.detach()
-        return tensor.clone() if tensor._is_zerotensor() else tensor.resolve_conj().resolve_neg()
+        tensor = dense(tensor.detach())
+        tensor = tensor.clone() if tensor._is_zerotensor() else tensor.resolve_conj().resolve_neg()
+        return from_dlpack(to_dlpack(tensor)) if tensor.is_cpu else tensor  # type: ignore[no-any-return]
 
 
 def array(door: str, name: str, tensor: Tensor) -> np.ndarray:
     """A view of a CPU tensor for reading; a copy where its memory holds other numbers."""
-    with torch._C.DisableTorchFunctionSubclass():
-        return values(door, name, tensor).numpy()
+    return values(door, name, tensor).numpy()

@@ -74,8 +74,10 @@ class How(NamedTuple):
 
     @property
     def argument_names(self) -> list[str]:
-        """Of all p."""
-        return ["x", "h0", "c0"][: 1 + self.states] + names(self.layers, self.directions, self.bias)
+        """Of all p. One layer may be any of a stack's, or a cell's: no number."""
+        weights = names(self.layers, self.directions, self.bias)
+        weights = [name.replace("_l0", "") for name in weights] if self.layers == 1 else weights
+        return ["x", "h0", "c0"][: 1 + self.states] + weights
 
     @property
     def result_names(self) -> tuple[str, ...]:

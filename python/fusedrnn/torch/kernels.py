@@ -137,7 +137,7 @@ class Call:
     def new_results(self) -> tuple[list[Tensor], Results]:
         """Memory for all results, and the views of it."""
         tensors = [torch.empty(shape, dtype=self.kind) for shape in result_shapes(self.how, self.problem)]
-        return tensors, self._results([tensor.numpy() for tensor in tensors])
+        return tensors, self._results([gate.array(self.how.cell, "a result", tensor) for tensor in tensors])
 
     def new_arguments(self, p: Tensors) -> tuple[list[Tensor], Arguments]:
         """Memory for the wanted gradients, and the views of it: what all weight sets share gets their sum."""
@@ -152,7 +152,7 @@ class Call:
             if not self.how.each and tensor is not None and tensor.shape[axis] == 1:
                 shape = (*shape[:axis], 1, *shape[axis + 1 :])
             tensors.append(torch.empty(shape, dtype=self.kind))
-            arrays.append(spread(tensors[-1], axis, self.E).numpy())
+            arrays.append(gate.array(self.how.cell, "a gradient", spread(tensors[-1], axis, self.E)))
         return tensors, self._pack(arrays)
 
     def stored(self, tensors: list[Tensor]) -> tuple[Tensor, ...]:
@@ -195,7 +195,7 @@ def _run_forward(call: Call, out: Results, tape: Tensor) -> None:
     backend: Any = backends.choose()
     flat = None
     if tape.numel():
-        flat = tape.numpy().reshape(-1)
+        flat = gate.array(call.how.cell, "the tape", tape).reshape(-1)
         flat[-1] = backends.NAMES.index(backend.__name__.rpartition(".")[2])
         if backend.tape_elements(call.problem) >= flat.size:
             raise RuntimeError(f"fusedrnn: {backend.__name__}'s tape is longer than How.tape_length says")
@@ -223,7 +223,7 @@ def backward(how: How, lengths: Any, reset: Any, p: Tensors, tape: Tensor | None
         tape = _new_tape(call)
         call.how = how
         _run_forward(call, Results(), tape)
-    flat = tape.numpy().reshape(-1)
+    flat = gate.array(how.cell, "the tape", tape).reshape(-1)
     backend: Any = backends.load(backends.NAMES[int(flat[-1])])
     backend.backward(call.problem, call.p, flat[:-1], call.given(g), out)
     return call.stored(tensors)

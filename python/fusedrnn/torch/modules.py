@@ -190,7 +190,7 @@ class _Layer(nn.RNNBase):
             sizes = _checked_sizes(type(self).__name__, data, sizes)
             if why := self._why_not(data, states, weights, int(sizes[0])):
                 return self._fall_back(why, input._replace(batch_sizes=sizes), hx)
-            tensors = (data, sizes, *states, *weights)
+            tensors = (data, input.batch_sizes, *states, *weights)
             out = gate.call(self._general_packed, tensors, data, sizes, states, weights, recompute)
         y, final = out
         return PackedSequence(y, input.batch_sizes, order, back), self.permute_hidden(final, back)
