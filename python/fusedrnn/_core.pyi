@@ -107,10 +107,11 @@ def viterbi(
 ) -> None: ...
 
 # The short way from torch's tensors to the kernels. torch_setup opens it once (False: this torch is another inside).
-# capsule: torch.Tensor.__dlpack_c_exchange_api__; tensor, parameter: torch.Tensor, torch.nn.Parameter; samples: tuples
-# (tensor, its _cdata, its dispatch keys, its storage's _cdata, data_ptr and nbytes), by which it finds where torch
-# keeps these; keys: those that a plain tensor may have. torch_plain: whether each is None or a plain tensor: on the
-# CPU, no subclass, its numbers in memory as they are, its storage as long as it needs. torch_alias: another tensor with the memory of a plain one, in a storage of its own; None: not plain. Then, with settings = (cell,
+# capsule: torch.Tensor.__dlpack_c_exchange_api__; tensor, parameter: torch.Tensor, torch.nn.Parameter; samples:
+# tuples (tensor, its _cdata, its dispatch keys, its storage's _cdata, data_ptr and nbytes), by which it finds where
+# torch keeps these; keys: those that a plain tensor may have. torch_plain: whether each is None or a plain tensor: on
+# the CPU, no subclass, its numbers in memory as they are, its storage as long as it needs. torch_alias: another
+# tensor with the memory of a plain one, in a storage of its own; None: not plain. Then, with settings = (cell,
 # num_layers, num_directions, bias, whether x is one step (B,I) or (I,) of a cell module, batch_first, recompute,
 # clip_cell, clip_grad, whether x is a PackedSequence's data, models, each): torch_forward(settings, x, h0, c0,
 # weights, lengths, tape wanted) -> (y, h_n, c_n, tape), None where there is none; torch_backward(settings, x, h0, c0,

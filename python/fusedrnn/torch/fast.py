@@ -155,6 +155,16 @@ def _bfloat16(settings: Settings, x: Any, h0: Any, c0: Any, weights: Any, length
     return None if outputs is None else tuple(None if t is None else t.bfloat16() for t in outputs[:3])
 
 
+def _looked_at(how: How, packed: bool, p: list[Any], g: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The gradients of y, h_n and c_n, in ordinary layout; p may have changed since forward, too."""
+    door, names = f"backward of {how.cell}", ("dy", "dh_n", "dc_n")
+    gate.check(door, [*how.argument_names, *names], [*p, *g])
+    if packed:  # torch's padding reads them without looking
+        for name, tensor in zip(names, g, strict=True):
+            gate.refuse_foreign(door, name, tensor)
+    return tuple(None if tensor is None else gate.dense(tensor) for tensor in g)
+
+
 def _differentiable(
     settings: Settings,
     x: Any,
@@ -175,16 +185,10 @@ def _differentiable(
     kept = [n for n in range(len(needs)) if lstm or n != 2]  # no c
     want = "".join("1" if needs[n] else "0" for n in kept)
     how = How(cell, *settings[1:4], False, False, *settings[6:9], True, want=want)
-    given = dict(zip(how.argument_names, (x, h0, c0, *weights) if lstm else (x, h0, *weights), strict=True))
-    given |= {"dy": dy, "dh_n": dhn, "dc_n": dcn}
-    gate.check(f"backward of {cell}", [*given], [*given.values()])
-    dy, dhn, dcn = (None if t is None else gate.dense(t) for t in (dy, dhn, dcn))
+    p = [x, h0, c0, *weights] if lstm else [x, h0, *weights]
+    dy, dhn, dcn = _looked_at(how, packed, p, (dy, dhn, dcn))
     batched = packed or x.dim() - settings.has_models(0) == (2 if is_cell else 3)
     sizes, rows = lengths, lengths  # of a packed x; of all others
-
-    if packed:  # torch's padding reads them without looking
-        for name, t in (("dy", dy), ("dh_n", dhn), ("dc_n", dcn)):
-            gate.refuse_foreign(f"backward of {cell}", name, t)
 
     def sequence(t: Any, models: bool) -> Any:
         """(T,E,B,n) from a tensor like x."""

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch._C import _functorch
+from torch._C import _functorch, _to_dlpack  # type: ignore[attr-defined]
 from torch.overrides import handle_torch_function
-from torch.utils.dlpack import from_dlpack, to_dlpack
+from torch.utils.dlpack import from_dlpack
 
 from .. import backends
 
@@ -178,7 +178,7 @@ def values(door: str, name: str, tensor: Tensor) -> Tensor:
     with torch._C.DisableTorchFunctionSubclass():
         tensor = dense(tensor.detach())
         tensor = tensor.clone() if tensor._is_zerotensor() else tensor.resolve_conj().resolve_neg()
-        return from_dlpack(to_dlpack(tensor)) if tensor.is_cpu else tensor  # type: ignore[no-any-return]
+        return from_dlpack(_to_dlpack(tensor)) if tensor.is_cpu else tensor  # type: ignore[no-any-return]
 
 
 def array(door: str, name: str, tensor: Tensor) -> np.ndarray:
