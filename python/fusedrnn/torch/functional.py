@@ -57,7 +57,7 @@ def why_not(tensors: Sequence[Tensor | None]) -> str:
             return "tensors differ in dtype or device"
         if tensor.layout != torch.strided:
             return f"no kernels for {tensor.layout}"
-        if gate.is_foreign(tensor) and not torch.compiler.is_compiling() and not operators.watched():
+        if not torch.compiler.is_compiling() and gate.is_foreign(tensor) and not operators.watched():
             return f"no kernels for {type(tensor).__name__}"
     return ""
 
