@@ -22,7 +22,7 @@ def _gradients(parameters: Tensor | Iterable[Tensor]) -> tuple[list[Tensor], boo
     if gate.is_plain(*gradients):
         return gradients, all(g.dtype in (torch.float32, torch.float64) for g in gradients)
     names = [f"gradient {n}" for n in range(len(gradients))]
-    gate.check("clip", names, gradients)
+    gate.check("clip", lambda: names, gradients)
     for name, gradient in zip(names, gradients, strict=True):
         if torch._is_functional_tensor(gradient):  # torch's own code aborts the process
             gate.refuse_foreign("clip", name, gradient)

@@ -38,7 +38,7 @@ def ctc_loss(
     if reduction not in ("none", "mean", "sum"):
         raise ValueError(f"ctc_loss: reduction is {reduction!r}; expected 'none', 'mean' or 'sum'.")
     given = log_probs, targets, input_lengths, target_lengths
-    gate.check("ctc_loss", _NAMES, given)
+    gate.check("ctc_loss", lambda: _NAMES, given)
     if log_probs.device.type != "cpu" or log_probs.dtype not in _DTYPES or log_probs.layout != torch.strided:
         why = f"{log_probs.dtype} {log_probs.layout} on {log_probs.device.type}"
     else:

@@ -158,7 +158,7 @@ def _bfloat16(settings: Settings, x: Any, h0: Any, c0: Any, weights: Any, length
 def _looked_at(how: How, packed: bool, p: list[Any], g: tuple[Any, ...]) -> tuple[Any, ...]:
     """The gradients of y, h_n and c_n, in ordinary layout; p may have changed since forward, too."""
     door, names = f"backward of {how.cell}", ("dy", "dh_n", "dc_n")
-    gate.check(door, [*how.argument_names, *names], [*p, *g])
+    gate.check(door, lambda: [*how.argument_names, *names], [*p, *g])
     if packed:  # torch's padding reads them without looking
         for name, tensor in zip(names, g, strict=True):
             gate.refuse_foreign(door, name, tensor)

@@ -57,9 +57,9 @@ def why_not(tensors: Sequence[Tensor | None]) -> str:
             return "tensors differ in dtype or device"
         if tensor.layout != torch.strided:
             return f"no kernels for {tensor.layout}"
-        if not torch.compiler.is_compiling() and gate.is_foreign(tensor) and not operators.watched():
-            return f"no kernels for {type(tensor).__name__}"
-    return ""
+    if torch.compiler.is_compiling() or gate.is_plain(*tensors) or operators.watched():
+        return ""
+    return next((f"no kernels for {type(t).__name__}" for t in tensors if gate.is_foreign(t)), "")
 
 
 def autocast(cell: str, tensors: Sequence[Tensor | None], whole: bool) -> list[Any]:
@@ -168,7 +168,7 @@ def mask(name: str, given: Any, T: int, B: int, batch_first: bool, x: Tensor) ->
 def _read(door: str, name: str, given: Any) -> Tensor:
     """A tensor of what was given, which other operators may read."""
     tensor = torch.as_tensor(given)
-    gate.check(door, (name,), (tensor,))
+    gate.check(door, lambda: [name], (tensor,))
     return tensor
 
 
@@ -338,7 +338,7 @@ def _function(
     h0, c0 = (*parts, None)[:2]
     _check(name, x, h0, c0, weights, settings, batch_first)
     tensors = (x, h0, c0, *weights)
-    gate.check(name, ("x", "h", "c", *names(num_layers, directions, bias)), tensors)
+    gate.check(name, lambda: ["x", "h", "c", *names(num_layers, directions, bias)], tensors)
     return gate.call(batched, tensors, name, settings, x, h0, c0, weights, batch_first, lengths, reset, dropout)
 
 

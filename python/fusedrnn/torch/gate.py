@@ -103,7 +103,7 @@ def has_memory_of_its_own(tensors: Sequence[Any]) -> bool:
 def call(function: Callable[..., Any], tensors: Sequence[Any], *arguments: Any) -> Any:
     """function(*arguments), as torch calls its own: a subclass among the tensors that has a say in torch's functions
     (__torch_function__) is asked, and makes of the results what it makes of torch's."""
-    if torch.compiler.is_compiling() or not torch._C._is_torch_function_enabled():
+    if torch.compiler.is_compiling() or is_plain(*tensors) or not torch._C._is_torch_function_enabled():
         return function(*arguments)
     overriding = [
         t
@@ -115,11 +115,12 @@ def call(function: Callable[..., Any], tensors: Sequence[Any], *arguments: Any) 
     return handle_torch_function(function, overriding, *arguments) if overriding else function(*arguments)
 
 
-def check(door: str, names: Sequence[str], tensors: Sequence[Any]) -> None:
-    """Raise RuntimeError for a tensor whose storage is shorter than it needs. All else may pass; `values` reads it."""
+def check(door: str, names: Callable[[], Sequence[str]], tensors: Sequence[Any]) -> None:
+    """Raise RuntimeError for a tensor whose storage is shorter than it needs. All else may pass; `values` reads it.
+    names: makes the tensors' names, when they are needed."""
     if torch.compiler.is_compiling() or is_plain(*tensors):
         return
-    for name, tensor in zip(names, tensors, strict=True):
+    for name, tensor in zip(names(), tensors, strict=True):
         if not isinstance(tensor, Tensor):
             continue
         while _functorch.is_functorch_wrapped_tensor(tensor):
@@ -174,7 +175,7 @@ def values(door: str, name: str, tensor: Tensor) -> Tensor:
     if alias is not None:
         return alias
     refuse_foreign(door, name, tensor)
-    check(door, (name,), (tensor,))
+    check(door, lambda: [name], (tensor,))
     with torch._C.DisableTorchFunctionSubclass():
         tensor = dense(tensor.detach())
         tensor = tensor.clone() if tensor._is_zerotensor() else tensor.resolve_conj().resolve_neg()

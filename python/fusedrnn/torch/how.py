@@ -73,11 +73,9 @@ class How(NamedTuple):
         return (1,) * (1 + self.states) + (2,) * self.cells
 
     @property
-    def argument_names(self) -> list[str]:
+    def argument_names(self) -> tuple[str, ...]:
         """Of all p. One layer may be any of a stack's, or a cell's: no number."""
-        weights = names(self.layers, self.directions, self.bias)
-        weights = [name.replace("_l0", "") for name in weights] if self.layers == 1 else weights
-        return ["x", "h0", "c0"][: 1 + self.states] + weights
+        return _argument_names(self.states, self.layers, self.directions, self.bias)
 
     @property
     def result_names(self) -> tuple[str, ...]:
@@ -130,6 +128,13 @@ def names(num_layers: int, directions: int, bias: bool) -> list[str]:
     kinds = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")[: 4 if bias else 2]
     ends = ("", "_reverse")[:directions]
     return [f"{kind}_l{layer}{end}" for layer in range(num_layers) for end in ends for kind in kinds]
+
+
+@lru_cache
+def _argument_names(states: int, layers: int, directions: int, bias: bool) -> tuple[str, ...]:
+    weights = names(layers, directions, bias)
+    weights = [name.replace("_l0", "") for name in weights] if layers == 1 else weights
+    return ("x", "h0", "c0")[: 1 + states] + tuple(weights)
 
 
 # An operator's tensors come in groups: p, then the tape or v, then g and t (which always have a place for cells).

@@ -124,9 +124,8 @@ class _Layer(nn.RNNBase):
 
     def _check_memory(self, inputs: dict[str, Any], states: Any, weights: list[Tensor]) -> None:
         """See gate.check."""
-        parts = [f"hx[{n}]" for n in range(len(states))] if len(states) > 1 else ["hx"] * len(states)
-        names = [*inputs, *parts, *self._flat_weights_names]
-        gate.check(type(self).__name__, names, [*inputs.values(), *states, *weights])
+        tensors = [*inputs.values(), *states, *weights]
+        gate.check(type(self).__name__, lambda: [*inputs, *_state_names(states), *self._flat_weights_names], tensors)
 
     def _why_not(self, input: Tensor, states: Any, weights: list[Tensor], rows: int | None = None) -> str:
         """Why torch.nn's own code must run; "" if the kernels can. Wrong arguments too: torch.nn words the errors.
@@ -286,6 +285,10 @@ def _no_projection(options: dict[str, Any]) -> None:
         raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
 
 
+def _state_names(states: Any) -> list[str]:
+    return ["hx"] if len(states) == 1 else [f"hx[{n}]" for n in range(len(states))]
+
+
 def _check_order(name: str, input: PackedSequence) -> None:
     """What torch itself does not look at before it reads."""
     for what, given in input._asdict().items():
@@ -352,9 +355,9 @@ def _general_step(module: Any, cell: str, input: Any, hx: Any) -> Any:
     gates = {"lstm": 4, "gru": 3}.get(cell, 1) * H
     if module.bias_ih is not None:
         weights += [module.bias_ih, module.bias_hh]
-    names = [f"hx[{n}]" for n in range(len(states))] if len(states) > 1 else ["hx"] * len(states)
-    names = ["input", *names, "weight_ih", "weight_hh", "bias_ih", "bias_hh"][: 1 + len(states) + len(weights)]
-    gate.check(type(module).__name__, names, (input, *states, *weights))
+    parameters = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")[: len(weights)]
+    tensors = (input, *states, *weights)
+    gate.check(type(module).__name__, lambda: ["input", *_state_names(states), *parameters], tensors)
     if input.dim() not in (1, 2) or input.is_nested or input.shape[-1] != module.input_size or not module.input_size:
         return _refuse("input's shape")
     single = input.dim() == 1

@@ -68,7 +68,7 @@ def chunks(
             "end of the whole sequence"
         )
     lengths = None if lengths is None else torch.as_tensor(lengths)
-    gate.check("tbptt", ("x", "lengths", "reset"), (x, lengths, reset))
+    gate.check("tbptt", lambda: ("x", "lengths", "reset"), (x, lengths, reset))
     return _walk(module, x, k1, k2, state, lengths, reset)
 
 
