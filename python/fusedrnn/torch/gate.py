@@ -116,13 +116,20 @@ def call(function: Callable[..., Any], tensors: Sequence[Any], *arguments: Any) 
 
 
 def check(door: str, names: Callable[[], Sequence[str]], tensors: Sequence[Any]) -> None:
-    """Raise RuntimeError for a tensor whose storage is shorter than it needs. All else may pass; `values` reads it.
+    """Raise RuntimeError for a tensor whose storage is shorter than it needs, and for one on the meta device beside a
+    first one that has numbers: torch would read what is not there. All else may pass; `values` reads it.
     names: makes the tensors' names, when they are needed."""
     if torch.compiler.is_compiling() or is_plain(*tensors):
         return
+    first = tensors[0] if tensors else None
     for name, tensor in zip(names(), tensors, strict=True):
         if not isinstance(tensor, Tensor):
             continue
+        if tensor.is_meta and isinstance(first, Tensor) and not (first.is_meta or is_foreign(first)):
+            raise RuntimeError(
+                f"{door}: {name} is on the meta device, without numbers; expected {first.device}, where {names()[0]} "
+                "is. Give it numbers before the call: to_empty, or load_state_dict(assign=True)."
+            )
         while _functorch.is_functorch_wrapped_tensor(tensor):
             tensor = _functorch.get_unwrapped(tensor)
         with torch._C.DisableTorchFunctionSubclass():
