@@ -5,6 +5,8 @@
 // No libtorch: tensors are read and made through DLPack's C exchange API, a table of functions that torch hands out as
 // a capsule (torch.Tensor.__dlpack_c_exchange_api__). The structs below are that table's binary interface, version 1.
 #include <cstdint>
+#include <cstring>
+#include <initializer_list>
 #include <vector>
 
 #include "bindings/bindings.h"
@@ -52,6 +54,25 @@ struct DLPackExchangeAPI {
 const DLPackExchangeAPI* api = nullptr;
 PyTypeObject *tensor_type = nullptr, *parameter_type = nullptr;
 
+// Where torch keeps what DLPack does not tell of a tensor: whether its numbers stand in memory as they are (the
+// negative bit, zeros without memory, wrappers of other tensors), and how much memory its storage has. Asking by Python
+// methods would take longer than a small call. These are offsets in torch's objects; torch_setup finds them by
+// comparing with what the methods say of some tensors, and keeps the short way shut where it does not find them.
+struct Places {
+  Py_ssize_t tensor;            // in the Python object: the tensor's address
+  Py_ssize_t keys, storage;     // in the tensor: its dispatch keys, its storage's address
+  Py_ssize_t memory, capacity;  // in the storage: where its memory begins, how many bytes that has
+};
+Places places{};
+uint64_t plain_keys = 0;  // those that a tensor whose numbers stand in memory may have
+
+uint64_t word(uint64_t object, Py_ssize_t place) {
+  uint64_t value;
+  std::memcpy(&value, reinterpret_cast<const char*>(object) + place, sizeof(value));
+  return value;
+}
+uint64_t address(const void* object) { return reinterpret_cast<uint64_t>(object); }
+
 constexpr int kParts = 4;  // W, R, bW, bR
 
 // How a call's tensors lie: the settings tuple, see _core.pyi.
@@ -93,19 +114,35 @@ DLDataType type_of(Dtype dtype) {
 }
 bool is(const DLDataType& a, const DLDataType& b) { return a.code == b.code && a.bits == b.bits && a.lanes == b.lanes; }
 
-// What a plain tensor looks like; false for anything else.
+template <class T>
+T* data_of(const DLTensor& tensor) {
+  return reinterpret_cast<T*>(static_cast<char*>(tensor.data) + tensor.byte_offset);
+}
+
+// Whether all elements lie in the storage's memory, which the caller may have freed or shortened (resize_).
+bool has_memory(uint64_t tensor, const DLTensor& view) {
+  uint64_t last = 0;
+  for (int axis = 0; axis < view.ndim; ++axis) {
+    if (view.shape[axis] == 0) return true;
+    last += static_cast<uint64_t>((view.shape[axis] - 1) * view.strides[axis]);
+  }
+  const uint64_t storage = word(tensor, places.storage);
+  if (storage == 0) return false;
+  const uint64_t memory = word(storage, places.memory), begin = address(data_of<void>(view)) - memory;
+  const uint64_t bytes = static_cast<uint64_t>(view.dtype.bits) * view.dtype.lanes / 8;
+  return memory != 0 && begin + (last + 1) * bytes <= word(storage, places.capacity);
+}
+
+// What a plain tensor looks like; false for anything else. All pointers to torch's memory come from here.
 bool look(PyObject* object, DLTensor* out) {
-  if (Py_TYPE(object) != tensor_type && Py_TYPE(object) != parameter_type) return false;
+  if (!api || (Py_TYPE(object) != tensor_type && Py_TYPE(object) != parameter_type)) return false;
+  const uint64_t tensor = word(address(object), places.tensor);
+  if ((word(tensor, places.keys) & ~plain_keys) != 0) return false;
   if (api->view_of_object(object, out) != 0) {
     PyErr_Clear();
     return false;
   }
-  return out->device.type == 1;
-}
-
-template <class T>
-T* data_of(const DLTensor& tensor) {
-  return reinterpret_cast<T*>(static_cast<char*>(tensor.data) + tensor.byte_offset);
+  return out->device.type == 1 && has_memory(tensor, *out);
 }
 
 // One call: sizes from the tensors, and how canonical axes map to theirs. Tensors are numbered x, h0, c0, weights.
@@ -471,18 +508,87 @@ PyObject* torch_backward(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return outputs.take();
 }
 
-// (capsule, torch.Tensor, torch.nn.Parameter) -> whether the short way is open
+// Whether every one is a plain tensor or None
+PyObject* torch_plain(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  DLTensor view;
+  for (Py_ssize_t n = 0; n < count; ++n)
+    if (args[n] != Py_None && !look(args[n], &view)) Py_RETURN_FALSE;
+  Py_RETURN_TRUE;
+}
+
+// (tensor) -> another tensor with the same memory, detached, in a storage of its own; or None: not plain. NumPy may
+// look at that one: a storage that NumPy has looked at cannot be resized any more, and offloading resizes those of
+// weights.
+PyObject* torch_alias(PyObject*, PyObject* object) {
+  DLTensor view;
+  DLManagedTensorVersioned* managed = nullptr;
+  if (!look(object, &view)) Py_RETURN_NONE;
+  if (api->managed_from_object(object, &managed) != 0) {
+    PyErr_Clear();
+    Py_RETURN_NONE;
+  }
+  void* alias = nullptr;
+  return api->object_from_managed(managed, &alias) == 0 ? static_cast<PyObject*>(alias) : nullptr;
+}
+
+// What torch's methods say of one tensor, beside its Python object.
+struct Sample {
+  uint64_t object, tensor, keys, storage, memory, capacity;
+
+  bool read(PyObject* tuple) {
+    if (!PyTuple_Check(tuple) || PyTuple_GET_SIZE(tuple) != 6) return false;
+    object = address(PyTuple_GET_ITEM(tuple, 0));
+    uint64_t* values[] = {&tensor, &keys, &storage, &memory, &capacity};
+    for (int n = 0; n < 5; ++n) *values[n] = PyLong_AsUnsignedLongLong(PyTuple_GET_ITEM(tuple, n + 1));
+    return !PyErr_Occurred();
+  }
+};
+
+// The first place in an object of so many bytes where every sample has what it should have; -1: none.
+Py_ssize_t find(const std::vector<Sample>& samples, uint64_t Sample::* object, uint64_t Sample::* value,
+                Py_ssize_t bytes) {
+  for (Py_ssize_t place = 0; place + 8 <= bytes; place += 8) {
+    bool all = true;
+    for (const Sample& sample : samples) all = all && word(sample.*object, place) == sample.*value;
+    if (all) return place;
+  }
+  return -1;
+}
+
+bool find_places(PyObject* tuple) {
+  std::vector<Sample> samples(static_cast<size_t>(PyTuple_GET_SIZE(tuple)));
+  for (size_t n = 0; n < samples.size(); ++n)
+    if (!samples[n].read(PyTuple_GET_ITEM(tuple, static_cast<Py_ssize_t>(n)))) return false;
+  // torch's tensor and storage have 26 and 13 words; the search ends at what it looks for, which lies within
+  places.tensor = find(samples, &Sample::object, &Sample::tensor, tensor_type->tp_basicsize);
+  places.keys = find(samples, &Sample::tensor, &Sample::keys, 26 * 8);
+  places.storage = find(samples, &Sample::tensor, &Sample::storage, 26 * 8);
+  places.memory = find(samples, &Sample::storage, &Sample::memory, 13 * 8);
+  places.capacity = find(samples, &Sample::storage, &Sample::capacity, 13 * 8);
+  for (const Py_ssize_t place : {places.tensor, places.keys, places.storage, places.memory, places.capacity})
+    if (place < 0) return false;
+  return true;
+}
+
+// (capsule, torch.Tensor, torch.nn.Parameter, samples, plain keys): see _core.pyi
 PyObject* torch_setup(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  if (count != 3 || !PyType_Check(args[1]) || !PyType_Check(args[2])) {
-    PyErr_SetString(PyExc_TypeError, "torch_setup: expected (capsule, torch.Tensor, torch.nn.Parameter)");
+  if (count != 5 || !PyType_Check(args[1]) || !PyType_Check(args[2]) || !PyTuple_Check(args[3])) {
+    PyErr_SetString(PyExc_TypeError,
+                    "torch_setup: expected (capsule, torch.Tensor, torch.nn.Parameter, samples, plain keys)");
     return nullptr;
   }
   const auto* table = static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(args[0], "dlpack_exchange_api"));
-  if (!table) return nullptr;
+  plain_keys = PyLong_AsUnsignedLongLong(args[4]);
+  if (PyErr_Occurred()) return nullptr;
   if (table->version.major != 1 || !table->view_of_object) Py_RETURN_FALSE;
-  api = table;
+  api = nullptr;
   tensor_type = reinterpret_cast<PyTypeObject*>(Py_NewRef(args[1]));
   parameter_type = reinterpret_cast<PyTypeObject*>(Py_NewRef(args[2]));
+  if (!find_places(args[3])) {
+    if (PyErr_Occurred()) return nullptr;
+    Py_RETURN_FALSE;
+  }
+  api = table;
   Py_RETURN_TRUE;
 }
 
@@ -492,6 +598,8 @@ PyCFunction fast(PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t))
 
 PyMethodDef methods[] = {
     {"torch_setup", fast(torch_setup), METH_FASTCALL, nullptr},
+    {"torch_plain", fast(torch_plain), METH_FASTCALL, nullptr},
+    {"torch_alias", torch_alias, METH_O, nullptr},
     {"torch_forward", fast(torch_forward), METH_FASTCALL, nullptr},
     {"torch_backward", fast(torch_backward), METH_FASTCALL, nullptr},
     {nullptr, nullptr, 0, nullptr},

@@ -109,19 +109,27 @@ def viterbi(
     log_probability: _Array,
 ) -> None: ...
 
-# The short way from torch's tensors to the kernels. torch_setup(torch.Tensor.__dlpack_c_exchange_api__, torch.Tensor,
-# torch.nn.Parameter) opens it once (False: this torch's interface is another). Then, with settings = (cell, num_layers,
-# num_directions, bias, whether x is one step (B,I) or (I,) of a cell module, batch_first, recompute, clip_cell,
-# clip_grad, whether x is a PackedSequence's data, models, each): torch_forward(settings, x, h0, c0, weights, lengths,
-# tape wanted) -> (y, h_n, c_n, tape), None where there is none; torch_backward(settings, x, h0, c0, weights, lengths,
-# tape, dy, dh_n, dc_n, wanted) -> (dx, dh0, dc0, *gradients of weights), `wanted` one bit for each of x, h0, c0 and the
-# weights. lengths: int64 (B,), or the batch_sizes of a packed x, or None. models = E > 0: results and their gradients
-# have an axis E in front, and so have those of x, h0, c0 and the weights (and their gradients) whose bits `each` has;
-# the others are shared, and get the sum. The plain case only: CPU tensors (no subclass) of one dtype, float32 or
-# float64, of torch.nn's shapes, any strides; h0, c0 and the last three may be None; without a tape W and R may be
-# bfloat16 where the rest is float32, and x and h are then rounded to bfloat16 in products. Anything else: None, and
-# nothing written.
-def torch_setup(capsule: object, tensor: type, parameter: type, /) -> bool: ...
+# The short way from torch's tensors to the kernels. torch_setup opens it once (False: this torch is another inside).
+# capsule: torch.Tensor.__dlpack_c_exchange_api__; tensor, parameter: torch.Tensor, torch.nn.Parameter; samples:
+# tuples (tensor, its _cdata, its dispatch keys, its storage's _cdata, data_ptr and nbytes), by which it finds where
+# torch keeps these; keys: those that a plain tensor may have. torch_plain: whether each is None or a plain tensor: on
+# the CPU, no subclass, its numbers in memory as they are, its storage as long as it needs. torch_alias: another
+# tensor with the memory of a plain one, in a storage of its own; None: not plain. Then, with settings = (cell,
+# num_layers, num_directions, bias, whether x is one step (B,I) or (I,) of a cell module, batch_first, recompute,
+# clip_cell, clip_grad, whether x is a PackedSequence's data, models, each): torch_forward(settings, x, h0, c0,
+# weights, lengths, tape wanted) -> (y, h_n, c_n, tape), None where there is none; torch_backward(settings, x, h0, c0,
+# weights, lengths, tape, dy, dh_n, dc_n, wanted) -> (dx, dh0, dc0, *gradients of weights), `wanted` one bit for each
+# of x, h0, c0 and the weights. lengths: int64 (B,), or the batch_sizes of a packed x, or None. models = E > 0:
+# results and their gradients have an axis E in front, and so have those of x, h0, c0 and the weights (and their
+# gradients) whose bits `each` has; the others are shared, and get the sum. The plain case only: CPU tensors (no
+# subclass) of one dtype, float32 or float64, of torch.nn's shapes, any strides; h0, c0 and the last three may be
+# None; without a tape W and R may be bfloat16 where the rest is float32, and x and h are then rounded to bfloat16 in
+# products. Anything else: None, and nothing written.
+def torch_setup(
+    capsule: object, tensor: type, parameter: type, samples: tuple[tuple[Any, ...], ...], keys: int, /
+) -> bool: ...
+def torch_plain(*tensors: Any) -> bool: ...
+def torch_alias(tensor: Any, /) -> Any: ...
 def torch_forward(
     settings: tuple[Any, ...], x: Any, h0: Any, c0: Any, weights: Sequence[Any], lengths: Any, tape: bool, /
 ) -> tuple[Any, ...] | None: ...

@@ -18,26 +18,33 @@ import torch
 from torch import Tensor
 
 from .. import clip
+from . import gate
 
 
 def _listed(tensors: Tensor | Iterable[Tensor]) -> list[Tensor]:
     return [tensors] if isinstance(tensors, Tensor) else list(tensors)
 
 
-def _arrays(tensors: list[Tensor]) -> Any:
+def _arrays(names: list[str], tensors: list[Tensor]) -> Any:
     """The tensors as NumPy sees them; None where it cannot."""
-    plain = all(
-        type(t) is Tensor
-        and t.device.type == "cpu"
-        and t.dtype in (torch.float32, torch.float64)
-        and t.layout == torch.strided
-        for t in tensors
-    )
-    return [t.detach().numpy() for t in tensors] if plain else None
+    # norms and clipping do the same to numbers that stand in memory with the other sign
+    tensors = [torch._neg_view(t) if gate.is_flipped(t) else t for t in tensors]
+    if not gate.is_plain(*tensors):
+        gate.check("clip", lambda: names, tensors)
+        for name, tensor in zip(names, tensors, strict=True):
+            if torch._is_functional_tensor(tensor):  # torch's own code aborts the process
+                gate.refuse_foreign("clip", name, tensor)
+        return None
+    if any(t.dtype not in (torch.float32, torch.float64) for t in tensors):
+        return None
+    return [gate.array("clip", name, t) for name, t in zip(names, tensors, strict=True)]
 
 
-def _gradients(parameters: list[Tensor]) -> list[Tensor]:
-    return [p.grad for p in parameters if p.grad is not None]
+def _gradients(parameters: list[Tensor]) -> tuple[list[Tensor], Any]:
+    """The gradients that are there, and their arrays."""
+    found = [(f"gradient {n}", p.grad) for n, p in enumerate(parameters) if p.grad is not None]
+    gradients = [gradient for _, gradient in found]
+    return gradients, _arrays([name for name, _ in found], gradients)
 
 
 def _written(tensors: list[Tensor]) -> None:
@@ -84,8 +91,7 @@ def clip_grad_norm_(
     if generator and not parameters:
         warnings.warn("clip_grad_norm_: parameters is an empty generator; nothing is clipped.", stacklevel=2)
     max_norm, norm_type = float(max_norm), float(norm_type)
-    gradients = _gradients(parameters)
-    arrays = _arrays(gradients)
+    gradients, arrays = _gradients(parameters)
     if arrays is None or norm_type <= 0:
         return torch.nn.utils.clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite, foreach)
     clip.check_norm("clip_grad_norm_", max_norm, norm_type)
@@ -108,7 +114,7 @@ def get_total_norm(
     tensor(5.)
     """
     tensors, norm_type = _listed(tensors), float(norm_type)
-    arrays = _arrays(tensors)
+    arrays = _arrays([f"tensor {n}" for n in range(len(tensors))], tensors)
     if arrays is None or norm_type <= 0:
         return torch.nn.utils.get_total_norm(tensors, norm_type, error_if_nonfinite, foreach)
     clip.check_norm("get_total_norm", 0.0, norm_type)
@@ -127,8 +133,7 @@ def clip_grads_with_norm_(
     tensor([0.5000, 0.5000, 0.5000, 0.5000])
     """
     parameters, max_norm = _listed(parameters), float(max_norm)
-    gradients = _gradients(parameters)
-    arrays = _arrays(gradients)
+    gradients, arrays = _gradients(parameters)
     if arrays is None:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, total_norm, foreach)
         return
@@ -150,8 +155,7 @@ def clip_grad_value_(parameters: Tensor | Iterable[Tensor], clip_value: float, f
     tensor([0.5000, 0.5000])
     """
     parameters, clip_value = _listed(parameters), float(clip_value)
-    gradients = _gradients(parameters)
-    arrays = _arrays(gradients)
+    gradients, arrays = _gradients(parameters)
     if arrays is None:
         torch.nn.utils.clip_grad_value_(parameters, clip_value, foreach)
         return

@@ -50,6 +50,11 @@ def _cell(how: How, a: Tensor, h: Tensor, c: Any, R: Tensor, b: Tensor | None, W
     return n + torch.sigmoid(az + hz) * (h - n), None
 
 
+def _stack(steps: list[Any], none: Tensor) -> Tensor:
+    """The steps; `none` where there are none."""
+    return torch.stack(steps) if steps else none
+
+
 def _clip(c: Tensor, limit: float) -> Tensor:
     if limit == 0:
         return c
@@ -92,7 +97,7 @@ def forward(how: How, lengths: Tensor | None, reset: Tensor | None, p: Tensors) 
     all_cells = []
     for layer in range(how.layers):
         if lengths is not None:
-            y = torch.stack([torch.where(a, row, 0.0) for a, row in zip(active, y, strict=True)])
+            y = _stack([torch.where(a, row, 0.0) for a, row in zip(active, y, strict=True)], y)
         ys: list[Any] = []
         kept: list[Any] = []
         for d in range(how.directions):
@@ -115,8 +120,8 @@ def forward(how: How, lengths: Tensor | None, reset: Tensor | None, p: Tensors) 
                 h, c = running(t, h_new, h), running(t, c_new, c)
                 row_y[t] = running(t, h, zero)
                 row_c[t] = row_y[t] if c is None else running(t, c, zero_c)
-            ys.append(torch.stack(row_y))
-            kept.append(torch.stack(row_c))
+            ys.append(_stack(row_y, zero.new_empty((0, *zero.shape))))
+            kept.append(_stack(row_c, zero_c.new_empty((0, *zero_c.shape))))
             hns.append(h)
             cns.append(c)
         y = torch.cat(ys, -1)

@@ -3,15 +3,15 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+import dataclasses
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .. import ctc
-from . import functional
-from .kernels import DTYPES
+from . import functional, gate
 
 _READ = (torch.float32, torch.float64)
 
@@ -39,14 +39,29 @@ def ctc_loss(
     """
     if reduction not in ("none", "mean", "sum"):
         raise ValueError(f"ctc_loss: reduction is {reduction!r}; expected 'none', 'mean' or 'sum'.")
-    if log_probs.device.type != "cpu" or log_probs.dtype not in DTYPES or log_probs.layout != torch.strided:
-        functional.set_route(f"torch.nn.functional: {log_probs.dtype} {log_probs.layout} on {log_probs.device.type}")
-        return torch.nn.functional.ctc_loss(
-            log_probs, targets, input_lengths, target_lengths, blank, reduction, zero_infinity
-        )
+    given = log_probs, targets, input_lengths, target_lengths
+    gate.check("ctc_loss", lambda: _NAMES, given)
+    if log_probs.device.type != "cpu" or log_probs.dtype not in _READ or log_probs.layout != torch.strided:
+        why = f"{log_probs.dtype} {log_probs.layout} on {log_probs.device.type}"
+    else:
+        tensors = [tensor for tensor in given if isinstance(tensor, Tensor)]
+        why = "" if gate.has_memory_of_its_own(tensors) else "a tensor without memory of its own"
+    if why:
+        functional.set_route(f"torch.nn.functional: {why}")
+        return torch.nn.functional.ctc_loss(*given, blank, reduction, zero_infinity)
     functional.set_route("fused")
-    given = _numpy(targets), _numpy(input_lengths), _numpy(target_lengths)
-    call = ctc.checked("ctc_loss", log_probs.detach().numpy(), *given, blank, zero_infinity)
+    loss: Tensor = gate.call(_fused, given, *given, blank, reduction, zero_infinity)
+    return loss
+
+
+_NAMES = ("log_probs", "targets", "input_lengths", "target_lengths")
+
+
+def _fused(log_probs: Tensor, targets: Any, input_lengths: Any, target_lengths: Any, *options: Any) -> Tensor:
+    blank, reduction, zero_infinity = options
+    scores, labels = gate.array("ctc_loss", "log_probs", log_probs), _numpy("ctc_loss", "targets", targets)
+    lengths = _numpy("ctc_loss", "input_lengths", input_lengths), _numpy("ctc_loss", "target_lengths", target_lengths)
+    call = ctc.checked("ctc_loss", scores, labels, *lengths, blank, zero_infinity)
     loss: Tensor = _Loss.apply(log_probs, call)
     if reduction == "sum":
         return loss.sum()
@@ -68,30 +83,39 @@ def ctc_align(
     >>> fusedrnn.torch.ctc_align(log_probs, torch.tensor([1, 2])).path
     tensor([0, 1, 2])
     """
-    data = log_probs.detach()
-    if data.device.type == "cpu" and data.dtype in _READ and data.layout == torch.strided:
+    given = log_probs, targets, input_lengths, target_lengths
+    gate.check("ctc_align", lambda: _NAMES, given)
+    path, *rest = gate.call(_aligned, given, *given, blank)
+    return ctc.Alignment(path, *rest)
+
+
+def _aligned(
+    log_probs: Tensor, targets: Any, input_lengths: Any, target_lengths: Any, blank: int
+) -> tuple[Tensor, ...]:
+    """The fields of an Alignment: gate.call knows tuples of tensors."""
+    if log_probs.device.type == "cpu" and log_probs.dtype in _READ and log_probs.layout == torch.strided:
         functional.set_route("fused")
     else:
-        functional.set_route(f"fused, on a copy: {data.dtype} {data.layout} on {data.device.type}")
-        data = (data if data.layout == torch.strided else data.to_dense()).cpu()
-        data = data.float() if data.dtype.is_floating_point and data.dtype not in _READ else data
-    given = _numpy(targets), _numpy(input_lengths), _numpy(target_lengths)
-    found = ctc.ctc_align(data.numpy(), *given, blank)
-    made = {f.name: torch.from_numpy(getattr(found, f.name)).to(log_probs.device) for f in fields(found)}
-    return ctc.Alignment(**made)
+        functional.set_route(f"fused, on a copy: {log_probs.dtype} {log_probs.layout} on {log_probs.device.type}")
+    data = gate.values("ctc_align", "log_probs", log_probs).cpu()
+    data = data.float() if data.dtype.is_floating_point and data.dtype not in _READ else data
+    others = zip(_NAMES[1:], (targets, input_lengths, target_lengths), strict=True)
+    found = ctc.ctc_align(data.numpy(), *(_numpy("ctc_align", name, value) for name, value in others), blank=blank)
+    arrays = (getattr(found, field.name) for field in dataclasses.fields(found))
+    return tuple(torch.from_numpy(array).clone().to(log_probs.device) for array in arrays)
 
 
-def _numpy(value: Any) -> Any:
-    return value.detach().cpu().numpy() if isinstance(value, Tensor) else value
+def _numpy(door: str, name: str, value: Any) -> Any:
+    return gate.values(door, name, value).cpu().numpy() if isinstance(value, Tensor) else value
 
 
 class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, log_probs: Tensor, call: ctc.Call) -> Tensor:
         ctx.call = call
-        ctx.save_for_backward(log_probs)  # call.log_probs lies in its memory; this notices changes in place
-        loss = log_probs.new_empty(call.log_probs.shape[1])
-        call.run(loss.numpy(), None, None)
+        ctx.save_for_backward(log_probs)  # this notices changes in place
+        loss = torch.empty(call.log_probs.shape[1], dtype=log_probs.dtype)
+        call.run(gate.array("ctc_loss", "loss", loss), None, None)
         return loss[0] if call.single else loss
 
     @staticmethod
@@ -103,9 +127,13 @@ class _Loss(torch.autograd.Function):
 class _Gradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, dloss: Tensor, log_probs: Tensor, call: ctc.Call) -> Tensor:
-        shape = call.log_probs.shape
-        dlog_probs, loss = log_probs.new_empty(shape), log_probs.new_empty(shape[1])
-        call.run(loss.numpy(), dloss.detach().reshape(-1).contiguous().numpy(), dlog_probs.numpy())
+        shape, dtype = call.log_probs.shape, log_probs.dtype
+        dlog_probs, loss = torch.empty(shape, dtype=dtype), torch.empty(shape[1], dtype=dtype)
+        scores = gate.array("backward of ctc_loss", "log_probs", log_probs).reshape(shape)  # it may lie elsewhere now
+        weights = np.ascontiguousarray(gate.array("backward of ctc_loss", "dloss", dloss).reshape(-1))
+        dataclasses.replace(call, log_probs=scores).run(
+            gate.array("ctc_loss", "loss", loss), weights, gate.array("ctc_loss", "dlog_probs", dlog_probs)
+        )
         return dlog_probs[:, 0] if call.single else dlog_probs
 
     @staticmethod

@@ -21,7 +21,7 @@ from .. import backends
 from ..arrays import DeviceArray
 from ..backends import Problem, Results
 from ..cells import CELLS
-from . import composite, kernels
+from . import composite, gate, kernels
 from .how import How
 
 Tensors = Sequence[Tensor | None]
@@ -80,6 +80,10 @@ class Call(kernels.Call):
 
     def __init__(self, how: How, p: Tensors, extra: Tensors, axes: Sequence[int], lengths: Any, reset: Any) -> None:
         super().__init__(how, p, extra, axes, None, None)
+        if lengths is not None:
+            lengths = gate.values(how.cell, "lengths", lengths)
+        if reset is not None:
+            reset = gate.values(how.cell, "reset", reset)
         for given, axis in ((lengths, 0), (reset, 1)):
             if given is not None and given.shape[axis] != self.E and given.shape[axis] != 1:
                 super().__init__(how, p, (*extra, given), (*axes, axis), None, None)
@@ -89,8 +93,10 @@ class Call(kernels.Call):
         if reset is not None:
             problem.reset = seen(kernels.spread(reset, 1, self.E), "uint8")
 
-    def array(self, tensor: Tensor | None, axis: int) -> Any:
-        return None if tensor is None else seen(kernels.spread(tensor.detach(), axis, self.E))
+    def array(self, tensor: Tensor | None, axis: int, name: str) -> Any:
+        if tensor is None:
+            return None
+        return seen(kernels.spread(gate.values(self.how.cell, name, tensor), axis, self.E))
 
     def new_results(self) -> tuple[list[Tensor], Results]:
         shapes = kernels.result_shapes(self.how, self.problem)
@@ -169,7 +175,7 @@ def jvp(how: How, lengths: Any, reset: Any, p: Tensors, v: Tensors) -> tuple[Ten
     call = Call(how, p, v, how.argument_axes, lengths, reset)
     tensors, out = call.new_results()
     backend: Any = backends.choose(on_cuda=True)
-    backend.jvp(call.problem, call.p, call.arguments(v), out)
+    backend.jvp(call.problem, call.p, call.arguments(v, "tangent of "), out)
     return tuple(tensors)
 
 
@@ -177,7 +183,7 @@ def hvp(how: How, lengths: Any, reset: Any, p: Tensors, v: Tensors, g: Tensors, 
     call = Call(how, p, (*v, *g, *t), (*how.argument_axes, *how.result_axes, *how.result_axes), lengths, reset)
     tensors, out = call.new_arguments(p)
     backend: Any = backends.choose(on_cuda=True)
-    backend.hvp(call.problem, call.p, call.arguments(v), call.given(g), call.given(t), out)
+    backend.hvp(call.problem, call.p, call.arguments(v, "tangent of "), call.given(g), call.given(t), out)
     return tuple(tensors)
 
 

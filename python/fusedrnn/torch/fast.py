@@ -14,21 +14,12 @@ from torch import Tensor
 from torch._C import _functorch
 from torch.autograd import forward_ad
 
-from .. import backends, config
-from . import operators
+from .. import config
+from . import gate, operators
 from .how import How
 
-_native: Any = backends.load("native")
-
-
-def _set_up() -> bool:
-    interface = getattr(Tensor, "__dlpack_c_exchange_api__", None)
-    if _native is None or interface is None:
-        return False
-    return bool(_native.torch_setup(interface, Tensor, torch.nn.Parameter))
-
-
-_open = _set_up()
+_native = gate.native
+_open = gate.is_open
 
 
 class _NotPlain(Exception):
@@ -155,11 +146,23 @@ def _bfloat16(settings: Settings, x: Any, h0: Any, c0: Any, weights: Any, length
     """Inference with W and R as they are stored; all else is widened here, and what comes out is rounded once."""
     if any(t is not None and t.dtype is not torch.bfloat16 for t in (h0, c0, *weights)):
         return None
+    if not gate.is_plain(x, h0, c0, *weights):
+        return None
     per = 4 if settings.bias else 2  # W, R and, with bias, two vectors
     widened = [w if n % per < 2 else w.float() for n, w in enumerate(weights)]
     states = (None if t is None else t.float() for t in (h0, c0))
     outputs = _native.torch_forward(settings, x.float(), *states, widened, lengths, False)
     return None if outputs is None else tuple(None if t is None else t.bfloat16() for t in outputs[:3])
+
+
+def _looked_at(how: How, packed: bool, p: list[Any], g: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The gradients of y, h_n and c_n, in ordinary layout; p may have changed since forward, too."""
+    door, names = f"backward of {how.cell}", ("dy", "dh_n", "dc_n")
+    gate.check(door, lambda: [*how.argument_names, *names], [*p, *g])
+    if packed:  # torch's padding reads them without looking
+        for name, tensor in zip(names, g, strict=True):
+            gate.refuse_foreign(door, name, tensor)
+    return tuple(None if tensor is None else gate.dense(tensor) for tensor in g)
 
 
 def _differentiable(
@@ -176,11 +179,14 @@ def _differentiable(
     needs: Any,
 ) -> Any:
     """The gradients, as functions of all that goes in."""
-    cell, is_cell, packed, batch_first = settings.cell, settings.is_cell, settings.packed, settings.batch_first
+    cell, is_cell, packed = settings.cell, settings.is_cell, settings.packed
+    batch_first = settings.batch_first and not packed  # unpacked it is (T,B,.)
     lstm = cell == "lstm"
     kept = [n for n in range(len(needs)) if lstm or n != 2]  # no c
     want = "".join("1" if needs[n] else "0" for n in kept)
     how = How(cell, *settings[1:4], False, False, *settings[6:9], True, want=want)
+    p = [x, h0, c0, *weights] if lstm else [x, h0, *weights]
+    dy, dhn, dcn = _looked_at(how, packed, p, (dy, dhn, dcn))
     batched = packed or x.dim() - settings.has_models(0) == (2 if is_cell else 3)
     sizes, rows = lengths, lengths  # of a packed x; of all others
 

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import dropout as draw
 
-from . import composite, cuda, exits, onnx_nodes, operators
-from .how import How
+from . import composite, cuda, exits, gate, onnx_nodes, operators
+from .how import How, names
 from .kernels import DTYPES
 
+_ONEDNN = torch.backends.mkldnn.is_available()
 _route = "none: nothing ran yet"
 
 
@@ -56,17 +57,36 @@ def why_not(tensors: Sequence[Tensor | None], proj_size: int = 0) -> str:
             return "tensors differ in dtype or device"
         if tensor.layout != torch.strided:
             return f"no kernels for {tensor.layout}"
-    return ""
+    if torch.compiler.is_compiling() or gate.is_plain(*tensors) or operators.watched():
+        return ""
+    return next((f"no kernels for {type(t).__name__}" for t in tensors if gate.is_foreign(t)), "")
 
 
-def autocast(tensors: Sequence[Tensor | None]) -> list[Any]:
-    """The tensors as torch.autocast would have them, if it is on."""
-    first = next(tensor for tensor in tensors if tensor is not None)
-    kind = first.device.type
+def autocast(cell: str, tensors: Sequence[Tensor | None], whole: bool) -> list[Any]:
+    """x, the states and the weights as torch.autocast would have torch.nn take them, if it is on.
+
+    On a CPU only the products of torch.nn are in autocast's dtype. A GRU and an LSTM add them to a state, which stays
+    in its own dtype if that is wider, and so do all results. whole: an LSTM over a padded batch is different: torch
+    casts all of it, because oneDNN runs it (but not if it trains on float16).
+    """
+    x = next(tensor for tensor in tensors if tensor is not None)
+    kind = x.device.type
     if kind == "meta" or not torch.is_autocast_enabled(kind):
         return list(tensors)
-    to = torch.get_autocast_dtype(kind)
-    return [t.to(to) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors]
+    to = out = torch.get_autocast_dtype(kind)
+    by_onednn = _ONEDNN and whole and cell == "lstm" and not (x.dtype == torch.float16 and torch.is_grad_enabled())
+    states = 2 if cell == "lstm" else 1
+    wide = any(t is not None and t.dtype == torch.float64 for t in tensors)
+    if kind == "cpu" and not cell.startswith("rnn") and not by_onednn and not wide:
+        last = tensors[states]
+        out = torch.promote_types(to, x.dtype if last is None else last.dtype)
+
+    def cast(n: int, t: Tensor | None) -> Tensor | None:
+        if t is None or not t.is_floating_point() or t.dtype == torch.float64:
+            return t
+        return t.to(out) if 1 <= n <= states else t.to(to).to(out)
+
+    return [cast(n, t) for n, t in enumerate(tensors)]
 
 
 def run(
@@ -78,15 +98,18 @@ def run(
     lengths: Tensor | None,
     reset: Tensor | None,
     dropout: float,
+    sizes: Tensor | None = None,
+    whole: bool = True,
 ) -> tuple[Tensor, ...]:
-    """All results of a stack, from x (T,B,I) and the rest without an axis E. Dropout: drawn as torch.nn draws it."""
+    """All results of a stack, from x (T,B,I) and the rest without an axis E. Dropout: drawn as torch.nn draws it.
+    sizes: the batch_sizes of an x that was packed; whole: as `autocast` has it."""
     states = (h0, c0) if settings.states == 2 else (h0,)
     if way := exits.exit_of(x):
         set_route(f"{'torch operators' if way == exits.TRACE else 'ONNX nodes'}: {way}")
         if way == exits.TRACE:
             return exits.record(settings, x, states, weights, (lengths, reset), dropout)
         return onnx_nodes.write(settings, x, states, weights, lengths, reset)
-    tensors = autocast((x, *states, *weights))
+    tensors = autocast(settings.cell, (x, *states, *weights), whole)
     if settings.proj_size:
         settings = settings._replace(recompute=False)  # the engine of projections always keeps all
     if (why := why_not(tensors, settings.proj_size)) == "":
@@ -106,21 +129,23 @@ def run(
     lengths = None if lengths is None else lengths.unsqueeze(0)
     reset = None if reset is None else reset.unsqueeze(1)
     if settings.layers > 1 and (dropout or settings.weights > operators.MOST_WEIGHTS):
-        results = _layers(call, settings, lengths, reset, p, dropout)
+        results = _layers(call, settings, lengths, reset, p, dropout, sizes)
     else:
         results = call(settings, lengths, reset, p)
     return tuple(result.squeeze(axis) for result, axis in zip(results, settings.result_axes, strict=True))
 
 
-def _layers(call: Any, settings: How, lengths: Any, reset: Any, p: list[Any], dropout: float) -> tuple[Tensor, ...]:
+def _layers(
+    call: Any, settings: How, lengths: Any, reset: Any, p: list[Any], dropout: float, sizes: Tensor | None
+) -> tuple[Tensor, ...]:
     """Layer by layer, with dropout between: its random numbers, vmap's randomness and compile are
-    torch's own affair."""
+    torch's own affair. torch.nn draws no numbers for the padding of a packed x."""
     one = settings._replace(layers=1)
     y, states, weights = p[0], p[1 : 1 + settings.states], p[1 + settings.states :]
     kept: list[Any] = []
     for layer in range(settings.layers):
         if layer and dropout:
-            y = draw(y, dropout, True)
+            y = draw(y, dropout, True) if sizes is None else _draw_packed(y, dropout, lengths, sizes)
         rows = slice(layer * settings.directions, (layer + 1) * settings.directions)
         part = weights[layer * one.weights : (layer + 1) * one.weights]
         y, *rest = call(one, lengths, reset, [y, *(None if s is None else s[rows] for s in states), *part])
@@ -128,9 +153,16 @@ def _layers(call: Any, settings: How, lengths: Any, reset: Any, p: list[Any], dr
     return (y, *(torch.cat(parts) for parts in zip(*kept, strict=True)))
 
 
+def _draw_packed(y: Tensor, dropout: float, lengths: Tensor, sizes: Tensor) -> Tensor:
+    packed = torch._VF._pack_padded_sequence(y.squeeze(1), lengths[0], False)[0]  # type: ignore[attr-defined]
+    packed = draw(packed, dropout, True)
+    y = torch._VF._pad_packed_sequence(packed, sizes, False, 0.0, len(sizes))[0]  # type: ignore[attr-defined]
+    return y.unsqueeze(1)
+
+
 def mask(name: str, given: Any, T: int, B: int, batch_first: bool, x: Tensor) -> Tensor:
     """reset as (T,B), checked."""
-    reset = torch.as_tensor(given, device=x.device)
+    reset = _read(name, "reset", given).to(x.device)
     expected = (B, T) if batch_first else (T, B)
     if tuple(reset.shape) != expected:
         axes = "(B, T)" if batch_first else "(T, B)"
@@ -140,10 +172,17 @@ def mask(name: str, given: Any, T: int, B: int, batch_first: bool, x: Tensor) ->
     return reset.t() if batch_first else reset
 
 
+def _read(door: str, name: str, given: Any) -> Tensor:
+    """A tensor of what was given, which other operators may read."""
+    tensor = torch.as_tensor(given)
+    gate.check(door, lambda: [name], (tensor,))
+    return tensor
+
+
 def counts(name: str, given: Any, B: int, x: Tensor) -> Tensor:
     """lengths as int64 (B,), checked (their values: where they are used)."""
-    lengths = torch.as_tensor(given)
-    if lengths.is_floating_point() or lengths.dtype == torch.bool:
+    lengths = _read(name, "lengths", given)
+    if lengths.is_floating_point() or lengths.is_complex() or lengths.is_quantized or lengths.dtype == torch.bool:
         raise TypeError(f"{name}: lengths has dtype {lengths.dtype}; expected integers, one for each row")
     if tuple(lengths.shape) != (B,):
         raise ValueError(
@@ -244,14 +283,6 @@ def rnn(
     )
 
 
-def names(num_layers: int, directions: int, bias: bool, projected: bool = False) -> list[str]:
-    """torch.nn's parameter names, in its order."""
-    kinds = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")[: 4 if bias else 2]
-    kinds += ("weight_hr",) if projected else ()
-    ends = ("", "_reverse")[:directions]
-    return [f"{kind}_l{layer}{end}" for layer in range(num_layers) for end in ends for kind in kinds]
-
-
 def _flat(name: str, params: Any, num_layers: int, directions: int) -> list[Tensor]:
     stacks, lstm = num_layers * directions, name == "lstm"
     if isinstance(params, Mapping):
@@ -316,7 +347,10 @@ def _function(
         raise TypeError(f"{name}: state is a {type(state).__name__}; expected a pair (h, c)")
     h0, c0 = (*parts, None)[:2]
     _check(name, x, h0, c0, weights, settings, batch_first)
-    return batched(name, settings, x, h0, c0, weights, batch_first, lengths, reset, dropout)
+    tensors = (x, h0, c0, *weights)
+    called = names(num_layers, directions, settings.bias, settings.proj_size > 0)
+    gate.check(name, lambda: ["x", "h", "c", *called], tensors)
+    return gate.call(batched, tensors, name, settings, x, h0, c0, weights, batch_first, lengths, reset, dropout)
 
 
 def _check(name: str, x: Tensor, h0: Any, c0: Any, weights: Any, settings: How, batch_first: bool) -> None:

@@ -75,6 +75,16 @@ class How(NamedTuple):
         """Where E is, for each result."""
         return (1,) * (1 + self.states) + (2,) * self.cells
 
+    @property
+    def argument_names(self) -> tuple[str, ...]:
+        """Of all p. One layer may be any of a stack's, or a cell's: no number."""
+        return _argument_names(self.states, self.layers, self.directions, self.bias, self.proj_size > 0)
+
+    @property
+    def result_names(self) -> tuple[str, ...]:
+        """Of all results."""
+        return ("y", "h_n", "c_n")[: 1 + self.states] + ("cells",) * self.cells
+
     def text(self) -> str:
         """As operators take it; `read` is the inverse."""
         flags = f"{self.bias:d} {self.reverse:d} {self.reset_to_initial:d} {self.recompute:d}"
@@ -116,6 +126,21 @@ def read(text: str) -> How:
         rest[11] == "1",
         int(rest[12]) if len(rest) > 12 else 0,  # programs exported by earlier versions end before it
     )
+
+
+def names(num_layers: int, directions: int, bias: bool, projected: bool = False) -> list[str]:
+    """torch.nn's parameter names, in its order."""
+    kinds = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")[: 4 if bias else 2]
+    kinds += ("weight_hr",) if projected else ()
+    ends = ("", "_reverse")[:directions]
+    return [f"{kind}_l{layer}{end}" for layer in range(num_layers) for end in ends for kind in kinds]
+
+
+@lru_cache
+def _argument_names(states: int, layers: int, directions: int, bias: bool, projected: bool) -> tuple[str, ...]:
+    weights = names(layers, directions, bias, projected)
+    weights = [name.replace("_l0", "") for name in weights] if layers == 1 else weights
+    return ("x", "h0", "c0")[: 1 + states] + tuple(weights)
 
 
 # An operator's tensors come in groups: p, then the tape or v, then g and t (which always have a place for cells).

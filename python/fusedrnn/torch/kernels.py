@@ -13,6 +13,7 @@ from torch import Tensor
 from .. import backends
 from ..backends import Arguments, Problem, Results, Variant
 from ..cells import CELLS
+from . import gate
 from .how import How
 
 Tensors = Sequence[Tensor | None]
@@ -95,33 +96,31 @@ class Call:
             variant=Variant(_LSTM, how.proj_size) if how.proj_size else None,
         )
         if lengths is not None:
-            self.problem.lengths = _lengths(spread(lengths, 0, self.E).numpy(), T)
+            self.problem.lengths = _lengths(gate.array(how.cell, "lengths", spread(lengths, 0, self.E)), T)
         if reset is not None:
-            self.problem.reset = spread(reset, 1, self.E).numpy()
+            self.problem.reset = gate.array(how.cell, "reset", spread(reset, 1, self.E))
         self.p = self.arguments(p)
 
-    def array(self, tensor: Tensor | None, axis: int) -> Any:
+    def array(self, tensor: Tensor | None, axis: int, name: str) -> Any:
         """A view (16-bit: a wider copy) for reading."""
         if tensor is None:
             return None
-        return spread(tensor.detach().to(self.kind), axis, self.E).numpy()
+        return spread(gate.values(self.how.cell, name, tensor).to(self.kind), axis, self.E).numpy()
 
-    def arguments(self, p: Tensors) -> Arguments:
+    def arguments(self, p: Tensors, prefix: str = "") -> Arguments:
         """Of all p, or of tangents of p: each may be None."""
-        if self.problem.bf16_weights:
-            first, per = 1 + self.how.states, self.how.per_layer
-            return self._pack(
-                [
-                    self._bits(tensor) if n >= first and (n - first) % per < 2 else self.array(tensor, axis)
-                    for n, (tensor, axis) in enumerate(zip(p, self.how.argument_axes, strict=True))
-                ]
-            )
-        return self._pack([self.array(*pair) for pair in zip(p, self.how.argument_axes, strict=True)])
+        first, per = 1 + self.how.states, self.how.per_layer
+        arrays: list[Any] = []
+        for n, (tensor, axis, name) in enumerate(zip(p, self.how.argument_axes, self.how.argument_names, strict=True)):
+            half = self.problem.bf16_weights and n >= first and (n - first) % per < 2
+            arrays.append((self._bits if half else self.array)(tensor, axis, prefix + name))
+        return self._pack(arrays)
 
-    def _bits(self, weight: Tensor | None) -> np.ndarray:
+    def _bits(self, weight: Tensor | None, axis: int, name: str) -> np.ndarray:
         """A view of a bfloat16 weight as the kernels take it: NumPy has no such numbers."""
         assert weight is not None
-        return spread(weight.detach().view(torch.int16), 0, self.E).numpy().view(np.uint16)
+        weight = gate.values(self.how.cell, name, weight)
+        return spread(weight.view(torch.int16), axis, self.E).numpy().view(np.uint16)
 
     def _pack(self, arrays: list[Any]) -> Arguments:
         states = self.how.states
@@ -135,7 +134,8 @@ class Call:
 
     def given(self, g: Tensors) -> Results:
         """Cotangents of the results, or tangents of those: each may be None."""
-        return self._results([self.array(*pair) for pair in zip(g, self.how.result_axes, strict=True)])
+        parts = zip(g, self.how.result_axes, self.how.result_names, strict=True)
+        return self._results([self.array(tensor, axis, f"d{name}") for tensor, axis, name in parts])
 
     def _results(self, arrays: list[Any]) -> Results:
         cells = arrays[-1] if self.how.cells else None
@@ -144,7 +144,7 @@ class Call:
     def new_results(self) -> tuple[list[Tensor], Results]:
         """Memory for all results, and the views of it."""
         tensors = [torch.empty(shape, dtype=self.kind) for shape in result_shapes(self.how, self.problem)]
-        return tensors, self._results([tensor.numpy() for tensor in tensors])
+        return tensors, self._results([gate.array(self.how.cell, "a result", tensor) for tensor in tensors])
 
     def new_arguments(self, p: Tensors) -> tuple[list[Tensor], Arguments]:
         """Memory for the wanted gradients, and the views of it: what all weight sets share gets their sum."""
@@ -159,7 +159,7 @@ class Call:
             if not self.how.each and tensor is not None and tensor.shape[axis] == 1:
                 shape = (*shape[:axis], 1, *shape[axis + 1 :])
             tensors.append(torch.empty(shape, dtype=self.kind))
-            arrays.append(spread(tensors[-1], axis, self.E).numpy())
+            arrays.append(gate.array(self.how.cell, "a gradient", spread(tensors[-1], axis, self.E)))
         return tensors, self._pack(arrays)
 
     def stored(self, tensors: list[Tensor]) -> tuple[Tensor, ...]:
@@ -204,7 +204,7 @@ def _run_forward(call: Call, out: Results, tape: Tensor) -> None:
     backend: Any = backends.choose()
     flat = None
     if tape.numel():
-        flat = tape.numpy().reshape(-1)
+        flat = gate.array(call.how.cell, "the tape", tape).reshape(-1)
         flat[-1] = backends.NAMES.index(backend.__name__.rpartition(".")[2])
         if backend.tape_elements(call.problem) >= flat.size:
             raise RuntimeError(f"fusedrnn: {backend.__name__}'s tape is longer than How.tape_length says")
@@ -233,7 +233,7 @@ def backward(how: How, lengths: Any, reset: Any, p: Tensors, tape: Tensor | None
         tape = _new_tape(call)
         call.how = how
         _run_forward(call, Results(), tape)
-    flat = tape.numpy().reshape(-1)
+    flat = gate.array(how.cell, "the tape", tape).reshape(-1)
     backend: Any = backends.load(backends.NAMES[int(flat[-1])])
     backend.backward(call.problem, call.p, flat[:-1], call.given(g), out)
     return call.stored(tensors)
@@ -252,7 +252,7 @@ def jvp(how: How, lengths: Any, reset: Any, p: Tensors, v: Tensors) -> tuple[Ten
     call = Call(how, p, v, how.argument_axes, lengths, reset)
     tensors, out = call.new_results()
     backend = _tangents(how)
-    backend.jvp(call.problem, call.p, call.arguments(v), out)
+    backend.jvp(call.problem, call.p, call.arguments(v, "tangent of "), out)
     return call.stored(tensors)
 
 
@@ -265,5 +265,5 @@ def hvp(
     tensors, out = call.new_arguments(p)
     more, results = call.new_results() if tout else ([], None)
     backend = _tangents(how)
-    backend.hvp(call.problem, call.p, call.arguments(v), call.given(g), call.given(t), out, results)
+    backend.hvp(call.problem, call.p, call.arguments(v, "tangent of "), call.given(g), call.given(t), out, results)
     return call.stored([*tensors, *more])

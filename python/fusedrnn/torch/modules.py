@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from . import exits, fast, functional, operators
+from . import exits, fast, functional, gate, operators
 from .how import How
 
 _FEW_STEPS = 8  # of a projection, in which torch.nn's own code is as fast as the kernels or faster
@@ -120,6 +120,7 @@ class _Layer(exits.Scriptable, nn.RNNBase):
             return self._fall_back(way, input, hx)
         states = hx if self.mode == "LSTM" and isinstance(hx, tuple | list) else (hx,)
         weights = [getattr(self, name) for name in self._flat_weights_names]
+        self._check_memory({"input": input}, states, weights)
         why = self._why_not(input, states, weights)
         if bare and not (why or way):
             why = self._few_steps(input.shape[1 if self.batch_first and input.dim() == 3 else 0])
@@ -130,14 +131,20 @@ class _Layer(exits.Scriptable, nn.RNNBase):
         h0, c0 = (*states, None, None)[:2]
         settings = self._settings(recompute, return_cells)
         dropout = self.dropout if self.training else 0.0
-        return functional.batched(name, settings, input, h0, c0, weights, self.batch_first, lengths, reset, dropout)
+        rest = h0, c0, weights, self.batch_first, lengths, reset, dropout
+        return gate.call(functional.batched, (input, h0, c0, *weights), name, settings, input, *rest)
+
+    def _check_memory(self, inputs: dict[str, Any], states: Any, weights: list[Tensor]) -> None:
+        """See gate.check."""
+        tensors = [*inputs.values(), *states, *weights]
+        gate.check(type(self).__name__, lambda: [*inputs, *_state_names(states), *self._flat_weights_names], tensors)
 
     def _why_not(self, input: Tensor, states: Any, weights: list[Tensor], rows: int | None = None) -> str:
         """Why torch.nn's own code must run; "" if the kernels can. Wrong arguments too: torch.nn words the errors.
         rows: of a packed input."""
-        if input.dim() not in (2, 3) or input.shape[-1] != self.input_size:
+        if input.dim() not in (2, 3) or input.is_nested or input.shape[-1] != self.input_size:
             return "input's shape"
-        if 0 in input.shape:
+        if not self.input_size:
             return "an empty input"
         S, H = self.num_layers * (2 if self.bidirectional else 1), self.hidden_size
         if input.dim() == 3:
@@ -156,10 +163,12 @@ class _Layer(exits.Scriptable, nn.RNNBase):
         ):
             if weight.shape != shape:
                 return "a weight's shape"
-        given = [input, *(state for state in states if state is not None), *weights]
         if input.dtype != weights[0].dtype and not torch.is_autocast_enabled(input.device.type):
             return "input's dtype"
-        return functional.why_not(functional.autocast(given), self.proj_size)
+        whole = rows is None
+        states = (*states, None)[:2] if self.mode == "LSTM" else states
+        given = functional.autocast(_CELLS[self.mode], [input, *states, *weights], whole)
+        return functional.why_not(given, self.proj_size)
 
     def _few_steps(self, T: int) -> str:
         """Why torch.nn's own code should run a call that asks for no more than it can; "" if the kernels should."""
@@ -183,28 +192,33 @@ class _Layer(exits.Scriptable, nn.RNNBase):
         data, sizes, order, back = input
         weights = [getattr(self, name) for name in self._flat_weights_names]
         states = hx if self.mode == "LSTM" and isinstance(hx, tuple | list) else (hx,)
-        sorted_states = states
+        if not gate.is_plain(sizes, order, back, *states):
+            _check_order(type(self).__name__, input)
+            self._check_memory(input._asdict(), states, weights)
         if order is not None:
-            sorted_states = tuple(
-                s.index_select(1, order) if isinstance(s, Tensor) and s.dim() == 3 else s for s in states
-            )
-        given = sorted_states if self.mode == "LSTM" and hx is not None else sorted_states[0]
-        out = self._fast(data, given, sizes, recompute, packed=True)
-        if out is not None:
-            y, final = out
-            return PackedSequence(y, sizes, order, back), self.permute_hidden(final, back)
-        if not self._why_not(data, (None,), weights):
-            states = sorted_states
-        why = self._why_not(data, states, weights, int(sizes[0])) or self._few_steps(len(sizes))
-        if why and not ((self.clip_cell or self.clip_grad) and why.startswith("no kernels for")):
-            return self._fall_back(why, input, hx)
+            states = tuple(s.index_select(1, order) if isinstance(s, Tensor) and s.dim() == 3 else s for s in states)
+        out = self._fast(data, states if self.mode == "LSTM" and hx is not None else states[0], sizes, recompute, True)
+        if out is None:
+            _check_order(type(self).__name__, input)
+            self._check_memory(input._asdict(), states, weights)
+            sizes = _checked_sizes(type(self).__name__, data, sizes)
+            why = self._why_not(data, states, weights, int(sizes[0])) or self._few_steps(len(sizes))
+            if why and not ((self.clip_cell or self.clip_grad) and why.startswith("no kernels for")):
+                return self._fall_back(why, input._replace(batch_sizes=sizes), hx)
+            tensors = (data, input.batch_sizes, *states, *weights)
+            out = gate.call(self._general_packed, tensors, data, sizes, states, weights, recompute)
+        y, final = out
+        return PackedSequence(y, input.batch_sizes, order, back), self.permute_hidden(final, back)
+
+    def _general_packed(self, data: Tensor, sizes: Tensor, states: Any, weights: list[Tensor], recompute: Any) -> Any:
+        """The data of y, and the final state; rows sorted."""
         x, rows = torch._VF._pad_packed_sequence(data, sizes, False, 0.0, len(sizes))  # type: ignore[attr-defined]
         h0, c0 = (*states, None, None)[:2]
         dropout = self.dropout if self.training else 0.0
-        y, *final = functional.run(self._settings(recompute, False), x, h0, c0, weights, rows, None, dropout)
+        settings = self._settings(recompute, False)
+        y, *final = functional.run(settings, x, h0, c0, weights, rows, None, dropout, sizes, whole=False)
         packed = torch._VF._pack_padded_sequence(y, rows, False)[0]  # type: ignore[attr-defined]
-        state = self.permute_hidden(tuple(final) if self.mode == "LSTM" else final[0], back)  # type: ignore[arg-type]
-        return PackedSequence(packed, sizes, order, back), state
+        return packed, tuple(final) if self.mode == "LSTM" else final[0]
 
     def flatten_parameters(self) -> None:
         """Nothing: weights are read where they lie (on a GPU torch.nn's own code still finds them in one piece)."""
@@ -287,6 +301,43 @@ def _no_projection(options: dict[str, Any]) -> None:
         raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
 
 
+def _state_names(states: Any) -> list[str]:
+    return ["hx"] if len(states) == 1 else [f"hx[{n}]" for n in range(len(states))]
+
+
+def _check_order(name: str, input: PackedSequence) -> None:
+    """What torch itself does not look at before it reads."""
+    for what, given in input._asdict().items():
+        if not isinstance(given, Tensor) and (given is not None or not what.endswith("indices")):
+            raise TypeError(
+                f"{name}: {what} of the PackedSequence is a {type(given).__name__}; expected a tensor. Use "
+                "torch.nn.utils.rnn.pack_padded_sequence, which makes all four."
+            )
+        if given is not None and what.endswith("indices") and given.device != input.data.device:
+            raise ValueError(
+                f"{name}: {what} of the PackedSequence is on {given.device}; expected {input.data.device}, where its "
+                "data is. PackedSequence.to moves all of them."
+            )
+
+
+def _checked_sizes(name: str, data: Tensor, sizes: Tensor) -> Tensor:
+    """batch_sizes, to be read by anyone."""
+    if sizes.device.type != "cpu" or sizes.dtype != torch.int64 or sizes.dim() != 1:
+        raise ValueError(
+            f"{name}: batch_sizes of the PackedSequence is {sizes.dtype} of shape {tuple(sizes.shape)} on "
+            f"{sizes.device}; expected int64 of one dimension on the CPU. Use torch.nn.utils.rnn.pack_padded_sequence."
+        )
+    sizes = gate.values(name, "batch_sizes", sizes)
+    rows = data.shape[0] if data.dim() else 0
+    given = sizes.tolist()
+    if not given or given[-1] < 1 or sum(given) != rows or given != sorted(given, reverse=True):
+        raise ValueError(
+            f"{name}: batch_sizes of the PackedSequence is {given}; expected how many rows live at each step: at least "
+            f"1, never more than before, {rows} in all, as its data has. Use torch.nn.utils.rnn.pack_padded_sequence."
+        )
+    return sizes
+
+
 def _step(module: Any, cell: str, input: Any, hx: Any) -> Any:
     """One step of a cell module; None where torch.nn's own code must run."""
     out = None if torch.compiler.is_compiling() else _fast_step(module, cell, input, hx)
@@ -322,7 +373,10 @@ def _general_step(module: Any, cell: str, input: Any, hx: Any) -> Any:
     gates = {"lstm": 4, "gru": 3}.get(cell, 1) * H
     if module.bias_ih is not None:
         weights += [module.bias_ih, module.bias_hh]
-    if input.dim() not in (1, 2) or input.shape[-1] != module.input_size or 0 in input.shape:
+    parameters = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")[: len(weights)]
+    tensors = (input, *states, *weights)
+    gate.check(type(module).__name__, lambda: ["input", *_state_names(states), *parameters], tensors)
+    if input.dim() not in (1, 2) or input.is_nested or input.shape[-1] != module.input_size or not module.input_size:
         return _refuse("input's shape")
     single = input.dim() == 1
     expected = (H,) if single else (input.shape[0], H)
@@ -333,17 +387,23 @@ def _general_step(module: Any, cell: str, input: Any, hx: Any) -> Any:
             return _refuse("hx's shape")
     if [w.shape for w in weights] != [(gates, module.input_size), (gates, H), (gates,), (gates,)][: len(weights)]:
         return _refuse("a weight's shape")
-    given = [input, *(state for state in states if state is not None), *weights]
     if input.dtype != weights[0].dtype and not torch.is_autocast_enabled(input.device.type):
         return _refuse("input's dtype")
-    if why := functional.why_not(functional.autocast(given)):
+    h0, c0 = (*states, None)[:2]
+    given = [input, h0, c0] if cell == "lstm" else [input, h0]
+    if why := functional.why_not(functional.autocast(cell, [*given, *weights], whole=False)):
         return _refuse(why)
-    settings = How(cell, bias=len(weights) == 4)
+    return gate.call(_run_step, (*given, *weights), cell, input, h0, c0, weights)
+
+
+def _run_step(cell: str, input: Tensor, h0: Any, c0: Any, weights: list[Tensor]) -> Any:
+    single = input.dim() == 1
     at: Any = (None, None) if single else (None,)
-    h0, c0 = (*(None if state is None else state[at] for state in states), None)[:2]
-    _, *final = functional.run(settings, input[at], h0, c0, weights, None, None, 0.0)
-    place: Any = (0, 0) if single else 0
-    return tuple(state[place] for state in final) if cell == "lstm" else final[0][place]
+    h0, c0 = (None if state is None else state[at] for state in (h0, c0))
+    settings = How(cell, bias=len(weights) == 4)
+    _, *final = functional.run(settings, input[at], h0, c0, weights, None, None, 0.0, whole=False)
+    final = [state.squeeze(0).squeeze(0) if single else state.squeeze(0) for state in final]
+    return tuple(final) if cell == "lstm" else final[0]
 
 
 def _refuse(why: str) -> None:

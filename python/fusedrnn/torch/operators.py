@@ -29,7 +29,7 @@ from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import forward_ad
 
 from ..cells import CELLS
-from . import composite, cuda, flops, how, kernels, onnx_nodes
+from . import composite, cuda, flops, gate, how, kernels, onnx_nodes
 from .how import How
 
 Tensors = tuple[Tensor | None, ...]
@@ -111,7 +111,7 @@ def _reverse(
         none = (None,) * len(cut[2])
         want = _digits(cut[0])
         down = settings._replace(want=want, each=False)
-        alone = any(cut[0]) and _is_alone((*p, *along, *g)) and not _watched()
+        alone = any(cut[0]) and _is_alone((*p, *along, *g)) and not watched()
         if alone:  # nobody asks for more derivatives: one pass for both
             both = kernels.hvp(down, lengths, reset, p, along, g, none[: len(g)], tout=any(cut[2]))
             dp, dg = _placed(settings, want, both), both[want.count("1") :] or dg
@@ -261,7 +261,7 @@ def _make_function(name: str) -> Any:
 _FUNCTIONS = {name: _make_function(name) for name in _NAMES}
 
 
-def _watched() -> bool:
+def watched() -> bool:
     """Whether a mode or a tracer looks on, which must see operators."""
     return bool(torch._C._len_torch_dispatch_stack()) or torch._C._get_tracing_state() is not None
 
@@ -269,11 +269,7 @@ def _watched() -> bool:
 def _is_plain(tensors: Sequence[Any]) -> bool:
     """Whether the kernel can read them: on the CPU, under no vmap, and not under torch's first one, which gradcheck
     still uses."""
-    return (
-        not torch._C._are_functorch_transforms_active()
-        and tensors[0].is_cpu
-        and not any(t is not None and _functorch.is_legacy_batchedtensor(t) for t in tensors)
-    )
+    return not torch._C._are_functorch_transforms_active() and tensors[0].is_cpu and gate.has_memory_of_its_own(tensors)
 
 
 def _is_alone(tensors: Sequence[Any]) -> bool:
@@ -286,7 +282,7 @@ def apply(name: str, settings: How, lengths: Any, reset: Any, *tensors: Any) -> 
     """An operation with its rules, under whatever transforms are at work."""
     function = _FUNCTIONS[name]
     apply: Any = function.apply
-    if not _watched():
+    if not watched():
         lengths, reset, *rest = unwrap_dead_wrappers((lengths, reset, *tensors))
         tensors = tuple(rest)
         if torch._C._are_functorch_transforms_active():
@@ -414,7 +410,7 @@ def _present(name: str, settings: How, outputs: Sequence[Any]) -> tuple[Any, ...
 
 
 def _call_operator(name: str, settings: How, lengths: Any, reset: Any, *tensors: Any) -> tuple[Any, ...]:
-    if not _watched() and _is_plain(tensors):
+    if not watched() and _is_plain(tensors):
         return _run(name, settings, lengths, reset, tensors)  # nobody looks on
     op = _OPERATORS[name, settings.states, settings.weights]
     return _present(name, settings, op(*tensors, lengths, reset, settings.text()))

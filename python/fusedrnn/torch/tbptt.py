@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import functional
+from . import functional, gate
 
 
 @dataclass(slots=True)
@@ -77,6 +77,7 @@ def chunks(
         )
     if x.dim() not in (2, 3):
         raise ValueError(f"tbptt: x has shape {tuple(x.shape)}; expected (T,B,I), (B,T,I) with batch_first, or (T,I)")
+    gate.check("tbptt", lambda: ("x", "lengths", "reset"), (x, lengths, reset))
     axis = 1 if module.batch_first and x.dim() == 3 else 0
     T, B = x.shape[axis], x.shape[1 - axis] if x.dim() == 3 else 1
     if reset is not None:
