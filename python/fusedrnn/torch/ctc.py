@@ -100,7 +100,8 @@ def _aligned(
     data = gate.values("ctc_align", "log_probs", log_probs).cpu()
     data = data.float() if data.dtype.is_floating_point and data.dtype not in _READ else data
     others = zip(_NAMES[1:], (targets, input_lengths, target_lengths), strict=True)
-    found = ctc.ctc_align(data.numpy(), *(_numpy("ctc_align", name, value) for name, value in others), blank=blank)
+    labels, *lengths = (_numpy("ctc_align", name, value) for name, value in others)
+    found = ctc.ctc_align(data.numpy(), labels, lengths[0], lengths[1], blank)
     arrays = (getattr(found, field.name) for field in dataclasses.fields(found))
     return tuple(torch.from_numpy(array).clone().to(log_probs.device) for array in arrays)
 
