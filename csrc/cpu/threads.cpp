@@ -20,11 +20,11 @@ namespace fusedrnn::cpu {
 namespace {
 
 constexpr int64_t kMicrosecond = 1000, kMillisecond = 1000 * kMicrosecond;
-constexpr int64_t kStay = 50 * kMicrosecond;   // a member that waits keeps its thread so long
+constexpr int64_t kStay = 200 * kMicrosecond;  // a member that waits keeps its thread so long
 constexpr int64_t kSpin = 50 * kMicrosecond;   // the caller that waits does not sleep before
 constexpr int64_t kGrace = 20 * kMicrosecond;  // ... nor run a member that a thread may be on its way to
 constexpr int64_t kIdle = 200 * kMicrosecond;  // nor does a thread without a member
-constexpr int64_t kSleep = 50 * kMillisecond;  // the longest sleep, so that a signal is heard meanwhile
+constexpr int64_t kSleep = kMillisecond;       // the longest sleep: see Barrier::arrive
 constexpr int64_t kSignals = 100 * kMillisecond;
 
 // ---- how many threads the machine has for us, from what earlier calls met ------------------------------------------
@@ -233,7 +233,7 @@ void FullCrew::ring() {
   wake_all(&bell);
 }
 
-// Sleeps until something is there to do. What comes after `asleep` has been raised rings.
+// Sleeps until something may be there to do.
 template <class F>
 Seat* FullCrew::sleep(int number, int64_t since, const F& is_awaited) {
   waiting_since.store(since, std::memory_order_relaxed);

@@ -27,7 +27,7 @@ class Barrier {
   FUSEDRNN_FORCE uint32_t arrive(int rank, int size) {
     if (size > kLines) return count(size);
     const uint32_t now = __atomic_load_n(&lines_[rank].value, __ATOMIC_RELAXED) + 1;
-    __atomic_exchange_n(&lines_[rank].value, now, __ATOMIC_SEQ_CST);
+    __atomic_store_n(&lines_[rank].value, now, __ATOMIC_RELEASE);
     return now;
   }
   // Whether all have arrived. One that is ahead has gone through this meeting and waits at the next.
