@@ -30,8 +30,8 @@ constexpr int64_t kSignals = 100 * kMillisecond;
 // ---- how many threads the machine has for us, from what earlier calls met ------------------------------------------
 
 // Calls tell how long they waited for threads that had no core. Where that is more than a few percent of the time, the
-// next calls use fewer threads: at first for 4 ms, and twice as long each time that trying again shows the machine
-// busy still. Where the system counts more tasks than cores, twice in a row, they do not try at all.
+// next calls use fewer threads: for 4 ms at first, and twice as long each time that trying again shows the same. So
+// they do while the system counts more tasks than cores: other programs' bursts of a few milliseconds are waited out.
 class Crowd {
  public:
   std::atomic<bool> ignored{false};
@@ -43,10 +43,14 @@ class Crowd {
     int64_t looked = looked_.load(relaxed);
     if (now - looked < kMillisecond || !looked_.compare_exchange_strong(looked, now)) return wanted;
     const int crowding = tasks_without_a_core();
-    const bool again = crowding && crowding_.exchange(crowding, relaxed) && now - looked < 20 * kMillisecond;
-    if (!crowding) crowding_.store(0, relaxed);
-    if (!again) return wanted;
-    limit(wanted - crowding, now);
+    const bool again = crowding_.exchange(crowding, relaxed) > 0 && now - looked < kLongBurst + 20 * kMillisecond;
+    if (crowding == 0 || !again) {
+      burst_.store(kShortBurst, relaxed);
+      return wanted;
+    }
+    const int64_t burst = burst_.load(relaxed);
+    burst_.store(std::min(2 * burst, kLongBurst), relaxed);
+    limit(wanted - crowding, now + burst);
     return allowed_.load(relaxed);
   }
   // `lost` nanoseconds of waiting, which `allowed` threads would not have met.
@@ -55,25 +59,29 @@ class Crowd {
     const int64_t forgiven = (now - debt_since_.exchange(now, relaxed)) / 32;
     const int64_t debt = std::max<int64_t>(0, debt_.load(relaxed) - forgiven) + lost;
     debt_.store(debt, relaxed);
-    if (debt < kMillisecond) return;
+    if (debt < 3 * kMillisecond) return;
     debt_.store(0, relaxed);
-    limit(allowed, now);
+    const int64_t before = pause_.load(relaxed);
+    const bool again = now - paused_until_.load(relaxed) < std::max(4 * before, 40 * kMillisecond);
+    const int64_t pause = again ? std::min(2 * before, 2000 * kMillisecond) : 4 * kMillisecond;
+    pause_.store(pause, relaxed);
+    paused_until_.store(now + pause, relaxed);
+    limit(allowed, now + pause);
   }
 
  private:
   static constexpr std::memory_order relaxed = std::memory_order_relaxed;
+  static constexpr int64_t kShortBurst = 2 * kMillisecond, kLongBurst = 64 * kMillisecond;
 
-  void limit(int allowed, int64_t now) {
-    const int64_t before = pause_.load(relaxed);
-    const bool again = now - until_.load(relaxed) < std::max(4 * before, 40 * kMillisecond);
-    const int64_t pause = again ? std::min(2 * before, 2000 * kMillisecond) : 4 * kMillisecond;
-    pause_.store(pause, relaxed);
+  void limit(int allowed, int64_t until) {
     allowed_.store(std::max(allowed, 1), relaxed);
-    until_.store(now + pause, relaxed);
+    until_.store(until, relaxed);
   }
 
-  std::atomic<int64_t> until_{0}, looked_{0}, pause_{4 * kMillisecond}, debt_{0}, debt_since_{0};
   std::atomic<int> allowed_{1}, crowding_{0};
+  std::atomic<int64_t> until_{0};
+  std::atomic<int64_t> looked_{0}, burst_{kShortBurst};
+  std::atomic<int64_t> debt_{0}, debt_since_{0}, pause_{4 * kMillisecond}, paused_until_{0};
 } crowd;
 
 thread_local Signals signals;
