@@ -42,7 +42,7 @@ class Released {
  public:
   explicit Released(double flops) {
     if (flops < flops_worth_a_release) return;
-    before_ = cpu::set_signals({hear, this});
+    before_ = cpu::set_signals(in_main_thread() ? cpu::Signals{hear, this} : cpu::Signals{});
     state_ = PyEval_SaveThread();
   }
   ~Released() {

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Threads and instruction sets: which are there, which are used.
+#include <pthread.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -21,6 +22,8 @@ namespace {
 std::atomic<uint64_t> setting{0};
 thread_local uint64_t seen = 0;
 
+unsigned long main_thread = 0;
+
 void set_num_threads(int n) {
   if (n < 1) throw py::value_error("set_num_threads: n is " + std::to_string(n) + "; expected n >= 1");
   const uint64_t serial = (setting.load() >> 32) + 1;
@@ -35,6 +38,8 @@ void set_isa(const std::string& name) {
 }
 
 }  // namespace
+
+bool in_main_thread() { return PyThread_get_thread_ident() == main_thread; }
 
 int threads_now() {
   const uint64_t now = setting.load(std::memory_order_relaxed);
@@ -52,6 +57,9 @@ void register_threads(py::module_& module) {
     } catch (const cpu::Interrupted&) {  // Python's exception is set
     }
   });
+  main_thread = py::module_::import("threading").attr("main_thread")().attr("ident").cast<unsigned long>();
+  // a child has one thread, which is its main one
+  pthread_atfork(nullptr, nullptr, [] { main_thread = PyThread_get_thread_ident(); });
   module.attr("isas_built") = cpu::isas_built();
   module.attr("isas_found") = cpu::isas_found();
   module.def("isa", [] { return std::string(cpu::isa()); });

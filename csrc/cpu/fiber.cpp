@@ -120,6 +120,20 @@ Fiber::~Fiber() {
 #endif
 }
 
+bool Fiber::can_switch() {
+#if defined(__x86_64__)
+  uint64_t shadow = 0;
+  asm volatile("rdsspq %0" : "+r"(shadow));  // changes nothing where there is none
+  return shadow == 0;
+#elif defined(__aarch64__)
+  uint64_t off;
+  asm volatile("mov x16, #1\n\thint #40\n\tmov %0, x16" : "=r"(off) : : "x16");  // chkfeat: guarded control stack
+  return off != 0;
+#else
+  return true;  // swapcontext knows what to do
+#endif
+}
+
 void Fiber::create(std::byte* stack, void (*entry)()) {
   bottom_ = stack;
   size_ = Stacks::kBytes;

@@ -46,6 +46,9 @@ class Fiber {
   Fiber(const Fiber&) = delete;
   Fiber& operator=(const Fiber&) = delete;
 
+  // False where the processor keeps a second stack of return addresses (shadow stacks), which a switch would break.
+  static bool can_switch();
+
   // `entry` never returns: its last act is switch_to(..., true). It begins with arrived().
   void create(std::byte* stack, void (*entry)());
   void adopt_caller();  // this object stands for the stack that is running now

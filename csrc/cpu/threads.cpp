@@ -123,7 +123,7 @@ thread_local Seat* starting = nullptr;
 struct FullCrew : Crew {
   void (*body)(void*, const Team&) = nullptr;
   void* argument = nullptr;
-  int ranks = 1, threads = 1;
+  int ranks = 1;
   Barrier barrier;
   std::unique_ptr<Seat[]> seats;
   int seats_made = 0;
@@ -132,7 +132,7 @@ struct FullCrew : Crew {
   bool in_use = false;
   bool helps = false;  // the caller runs others' members: after a grace period, until another thread runs one
   uint32_t bell = 0;   // sleepers sleep on it
-  std::atomic<int> seats_ended{0}, threads_left{0}, surplus{0}, dismissed{0};
+  std::atomic<int> threads{1}, seats_ended{0}, threads_left{0}, surplus{0}, dismissed{0};
   std::atomic<bool> over{false};
   std::atomic<int64_t> waiting_since{0}, late{0}, lost{0};
   int64_t began = 0, looked = 0, asked = 0;
@@ -350,7 +350,10 @@ void FullCrew::finish() {
 void FullCrew::ask(int64_t now) {
   if (!signals.arrived || now - asked < kSignals) return;
   asked = now;
-  if (!signals.arrived(signals.context)) return;
+  const Signals listening = set_signals({});  // a handler may call us: that call is not to ask the same again
+  const bool arrived = listening.arrived(listening.context);
+  set_signals(listening);
+  if (!arrived) return;
   __atomic_store_n(&stopped, 1, __ATOMIC_SEQ_CST);
   ring();
   if (ranks > 1) caller_waits([&] { return !any_held(); });
@@ -449,7 +452,7 @@ void parallel(int threads, void (*body)(void* argument, const Team& team), void*
     ~Use() { in_use = false; }
   } use{crew.in_use};
   crew.in_use = true;
-  if (threads > 1) threads = omp_in_parallel() ? 1 : crowd.threads(threads);
+  if (threads > 1) threads = omp_in_parallel() || !Fiber::can_switch() ? 1 : crowd.threads(threads);
   if (threads <= 1) return run_alone(crew, body, argument);
   crew.begin(threads, body, argument);
   bool interrupted = false;
