@@ -36,8 +36,11 @@ int threads_now();
 // more.
 inline constexpr double flops_worth_a_release = 1e6;
 
-// The GIL is given up between construction and destruction if `flops` are worth it. Meanwhile signals are heard
-// (Ctrl-C): a call that one of them ends throws cpu::Interrupted, with Python's exception set.
+// Whether this is Python's main thread, the one that runs signal handlers (threads.cpp).
+bool in_main_thread();
+
+// The GIL is given up between construction and destruction if `flops` are worth it. Meanwhile the main thread hears
+// signals (Ctrl-C): a call that one of them ends throws cpu::Interrupted, with Python's exception set.
 class Released {
  public:
   explicit Released(double flops) {
