@@ -513,11 +513,11 @@ def outcome(door, kinds):
         return None, error
 
 
-def cases_of(name, door, chance):
+def cases_of(name, door, chance, pairs):
     """Each tensor in each foreign kind (in backward the gradients only), and pairs of all kinds by chance."""
     chosen = [what for what in door.tensors if "backward" not in name or what.startswith("d")]
     yield from ({what: kind} for what in chosen for kind in FOREIGN)
-    for _ in range(15):
+    for _ in range(pairs):
         yield {what: chance.choice([*FOREIGN, *SAME_NUMBERS]) for what in chance.sample([*door.tensors], 2)}
 
 
@@ -527,7 +527,7 @@ INTEGERS = ("targets", "input_lengths", "target_lengths")  # of ctc_loss: torch 
 REFUSED |= set(itertools.product(INTEGERS, FOREIGN))
 
 
-def foreign():
+def foreign(pairs=15):
     """What torch.nn computes is computed, and comes back in the same types; all else may be an error."""
     torch.backends.mkldnn.set_flags(False)  # it makes a new LSTM for each size, in 10 ms
     chance = random.Random(1)
@@ -535,7 +535,7 @@ def foreign():
     for name, make_door in DOORS.items():
         like_torch = "library" in inspect.signature(make_door).parameters and "lengths" not in name
         theirs = make_door(nn) if like_torch else None
-        for kinds in cases_of(name, door := make_door(), chance):
+        for kinds in cases_of(name, door := make_door(), chance, int(pairs)):
             print(name, kinds, flush=True)
             tried += 1
             found, ours = outcome(door, kinds)
@@ -553,4 +553,4 @@ def foreign():
 
 
 if __name__ == "__main__":
-    {"no memory": no_memory, "foreign": foreign}[sys.argv[1]]()
+    {"no memory": no_memory, "foreign": foreign}[sys.argv[1]](*sys.argv[2:])
