@@ -133,7 +133,8 @@ py::list ctc_beam(py::object log_probs, const py::object& lengths, int64_t blank
   std::vector<std::vector<cpu::Spelling>> found;
   const int threads = threads_now();
   {
-    const Released released(1e3 * static_cast<double>(call.T) * static_cast<double>(call.B * beam_width));
+    const Released released(static_cast<double>(call.T * call.B) *
+                            (1e3 * static_cast<double>(beam_width) + static_cast<double>(call.C)));
     found = cpu::ctc_beam(call, threads);
   }
   py::list out;

@@ -224,7 +224,6 @@ class Call {
     g.ended = checked_.written_flags(get<"ended">(given), "ended", "(E, B)", {s.E, s.B});
     if (!g.ended) checked_.type_error("ended is None");
     g.seen = checked_.written_flags(get<"seen">(given), "seen", "(B, I)", {s.B, s.I});
-    g.first = integer<"first">(given, 0);
     g.first_row = integer<"first_row">(given, 0);
     g.top_k = integer<"top_k">(given, 0);
     g.temperature = real<"temperature">(given);

@@ -196,7 +196,7 @@ void fill_exp(const Ctc& c, int64_t t, int64_t b) {
 }
 
 template <class S>
-void walk_row(const Walk<S>& w, int64_t b, bool filled) {
+void walk_row(const Team& team, const Walk<S>& w, int64_t b, bool filled) {
   using Step = typename Walk<S>::Step;
   const Ctc& c = w.c;
   const int64_t labels = c.label_counts[b], T = c.lengths[b];
@@ -206,6 +206,7 @@ void walk_row(const Walk<S>& w, int64_t b, bool filled) {
   w.begin(slot(-1), 0);
   bool sound = true;
   for (int64_t t = 0; t < T; t += kRenewal) {
+    team.listen();
     const int64_t count = T - t < kRenewal ? T - t : kRenewal;
     sound = w.emissions(b, t, count) && sound;
     for (int64_t k = 0; k < count; ++k) w.ahead(slot(t + k - 1), slot(t + k), k);
@@ -236,6 +237,7 @@ void walk_row(const Walk<S>& w, int64_t b, bool filled) {
   w.begin(w.step(w.beta, 0), labels);
   w.begin(w.step(w.beta, 1), labels);
   for (int64_t end = T; end > 0;) {
+    team.listen();
     const int64_t t = (end - 1) / kRenewal * kRenewal;
     w.emissions(b, t, end - t);
     for (int64_t k = end - t - 1; k >= 0; --k) {
@@ -266,8 +268,7 @@ void some_rows(void* argument, const Team& team) {
   for (;;) {
     const int64_t b = __atomic_fetch_add(&rows.next, 1, __ATOMIC_RELAXED);
     if (b >= c.B) return;
-    team.listen();
-    walk_row(walk, b, filled);
+    walk_row(team, walk, b, filled);
   }
 }
 

@@ -103,13 +103,14 @@ struct Walk {
 };
 
 template <class S>
-void align_row(const Walk& w, int64_t b) {
+void align_row(const Team& team, const Walk& w, int64_t b) {
   const Ctc& c = w.c;
   const int64_t count = c.label_counts[b], T = c.lengths[b], blank = c.blank * c.log_probs.stride[2];
   const S* p = static_cast<const S*>(c.log_probs.data) + b * c.log_probs.stride[1];
   w.begin(b);
   V marks(0.0);
   for (int64_t t = 0; t < T; ++t, p += c.log_probs.stride[0]) {
+    if (t % kSteps == 0) team.listen();
     for (int64_t j = 0; j < count; ++j) w.emit[j] = static_cast<double>(p[w.at[j]]);
     const double score = static_cast<double>(p[blank]);
     marks = marked(marks + w.ahead(t, score), V(score));
@@ -141,8 +142,7 @@ void some_rows(void* argument, const Team& team) {
   for (;;) {
     const int64_t b = __atomic_fetch_add(&rows.next, 1, __ATOMIC_RELAXED);
     if (b >= rows.c->B) return;
-    team.listen();
-    align_row<S>(walk, b);
+    align_row<S>(team, walk, b);
   }
 }
 

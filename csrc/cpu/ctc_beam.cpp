@@ -40,12 +40,15 @@ class Search {
  public:
   Search(const BeamSearch& call, int64_t b) : c_(call), b_(b) {}
 
-  std::vector<Spelling> run() {
+  std::vector<Spelling> run(const Team& team) {
     prefixes_ = {{-1, -1}};
     beam_ = {{0, -1, -1, 0.0, kNone, 0.0}};
     child_of_.assign(static_cast<size_t>(c_.C), -1);
-    for (int64_t t = 0; t < c_.lengths[b_]; ++t)
+    for (int64_t t = 0; t < c_.lengths[b_]; ++t) {
+      if (team.is_given_up()) return {};
+      if (!team.seat) team.listen();
       if (!step(t)) return {{{}, std::numeric_limits<double>::quiet_NaN()}};
+    }
     std::vector<Spelling> out;
     for (const Entry& entry : beam_) {
       if (static_cast<int64_t>(out.size()) == c_.top) break;
@@ -165,9 +168,11 @@ void some_rows(void* argument, const Team& team) {
   try {
     for (;;) {
       const int64_t b = __atomic_fetch_add(&rows.next, 1, __ATOMIC_RELAXED);
-      if (b >= rows.c->B) return;
-      (*rows.out)[static_cast<size_t>(b)] = Search(*rows.c, b).run();
+      if (b >= rows.c->B || team.is_given_up()) return;
+      (*rows.out)[static_cast<size_t>(b)] = Search(*rows.c, b).run(team);
     }
+  } catch (const Interrupted&) {
+    throw;
   } catch (...) {  // no memory; it must not leave the parallel region
     rows.failed[team.rank] = std::current_exception();
   }

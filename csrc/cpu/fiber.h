@@ -25,11 +25,11 @@ class Stacks {
   void reserve(size_t count);  // throws std::bad_alloc; also takes the poison of abandoned frames off
   std::byte* stack(size_t index) const { return base_ + index * kStride + kGuard; }
 
-  static constexpr size_t kGuard = 16384;  // a page, on every machine
+  static constexpr size_t kGuard = 65536;  // the largest page that a kernel may have
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-  static constexpr size_t kBytes = 256 * 1024 - kGuard;
+  static constexpr size_t kBytes = 256 * 1024;
 #else
-  static constexpr size_t kBytes = 128 * 1024 - kGuard;
+  static constexpr size_t kBytes = 128 * 1024;
 #endif
 
  private:

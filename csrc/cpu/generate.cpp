@@ -174,7 +174,7 @@ class Generate {
 
   void draw(const Team& team, int64_t s, int64_t i) {
     const int64_t row = rows_[i];
-    const Drawn it = draw_token(logits_ + i * ld_logits_, n_.I, g_, problem_.seed, g_.first + s, row, exponentials,
+    const Drawn it = draw_token(logits_ + i * ld_logits_, n_.I, g_, problem_.seed, s, row, exponentials,
                                 drawing_ + kDrawScratch * n_.I * team.rank);
     outcomes_[i] = it.outcome;
     if (it.outcome != Outcome::drawn) return;
@@ -225,7 +225,7 @@ class Generate {
   void fail(int64_t s) {
     int64_t i = 0;
     while (outcomes_[i] <= Outcome::ended) ++i;
-    failure_ = {outcomes_[i], g_.first + s, rows_[i]};
+    failure_ = {outcomes_[i], s, rows_[i]};
   }
 
   void give_state(int64_t i, int now) {

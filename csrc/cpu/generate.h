@@ -12,8 +12,7 @@ namespace fusedrnn::cpu {
 // (hn, cn: the state after the last token that a row read; a row that has ended reads no more).
 struct Generation {
   int64_t steps = 0;
-  int64_t first = 0;      // number of the first step: the random numbers of a step depend on it
-  int64_t first_row = 0;  // ... and on the row: row b is number first_row + b
+  int64_t first_row = 0;  // row b is number first_row + b: random numbers depend on it, and on the step
   Array<2> head;          // (I,H): logits = h head^T + head_bias
   Array<1> head_bias;     // (I); null: 0
   // In this order:

@@ -66,7 +66,7 @@ double log_sum(const S* p, int64_t n, double* m, double* e) {
 }
 
 template <class S>
-void walk_row(const Model<S>& w, S* memory, double* sums, int64_t b) {
+void walk_row(const Team& team, const Model<S>& w, S* memory, double* sums, int64_t b) {
   using M = Model<S>;
   const Hmm& c = *w.c;
   const int64_t n = w.n, T = c.lengths[b], N = c.N, plane = 2 * n;
@@ -79,6 +79,7 @@ void walk_row(const Model<S>& w, S* memory, double* sums, int64_t b) {
   double m = 1, e = 0, log_likelihood = 0;
   bool sound = (T < 1 || w.sound_initial) && (T < 2 || w.sound_transitions);
   for (int64_t t = 0; t < T; ++t) {
+    team.listen();
     sound = emit(t) && sound;
     const S* last = alpha(t - 1);
     for (int64_t j = 0; j < n; j += M::lanes) {
@@ -108,6 +109,7 @@ void walk_row(const Model<S>& w, S* memory, double* sums, int64_t b) {
   const Wide<S> p{Vec<S>(static_cast<S>(1 / m)), Vec<S>(static_cast<S>(e))};
   for (int64_t j = 0; j < N * n; ++j) pairs[j] = 0;
   for (int64_t t = T - 1; t >= 0; --t) {
+    team.listen();
     S *now = beta + plane * (t & 1), *after = beta + plane * ((t + 1) & 1);
     if (t < T - 1) {  // after = y beta of step t + 1
       emit(t + 1);
@@ -144,10 +146,7 @@ void some_groups(void* argument, const Team& team) {
     if (g >= w.groups) return;
     double* sums = w.sums + g * size;
     for (int64_t j = 0; j < size; ++j) sums[j] = 0;
-    for (int64_t b = g; b < w.c->B; b += kGroups) {
-      team.listen();
-      walk_row(w, w.memory + team.rank * w.elements, sums, b);
-    }
+    for (int64_t b = g; b < w.c->B; b += kGroups) walk_row(team, w, w.memory + team.rank * w.elements, sums, b);
   }
 }
 
@@ -209,7 +208,7 @@ FUSEDRNN_FORCE double logarithm(S x, bool& sound) {
 }
 
 template <class S>
-void best_row(const Best& w, double* memory, int64_t b) {
+void best_row(const Team& team, const Best& w, double* memory, int64_t b) {
   constexpr int lanes = Vec<double>::lanes;
   using V = Vec<double>;
   const Hmm& c = *w.c;
@@ -221,6 +220,7 @@ void best_row(const Best& w, double* memory, int64_t b) {
   };
   bool sound = T < 2 || w.sound;
   for (int64_t t = 0; t < T; ++t) {
+    team.listen();
     double *now = memory + n * (t & 1), *last = memory + n * ((t + 1) & 1);
     if (t == 0)
       for (int64_t j = 0; j < N; ++j) now[j] = logarithm(static_cast<const S*>(c.initial)[j], sound);
@@ -261,8 +261,7 @@ void some_best(void* argument, const Team& team) {
   for (;;) {
     const int64_t b = __atomic_fetch_add(&w.next, 1, __ATOMIC_RELAXED);
     if (b >= w.c->B) return;
-    team.listen();
-    best_row<S>(w, w.memory + team.rank * w.elements, b);
+    best_row<S>(team, w, w.memory + team.rank * w.elements, b);
   }
 }
 

@@ -72,6 +72,7 @@ int processors() {
 int tasks_without_a_core() {
 #if defined(__linux__)
   static const long cores = sysconf(_SC_NPROCESSORS_ONLN);
+  if (omp_get_num_procs() < cores) return 0;  // others' cores may have the tasks
   std::FILE* file = std::fopen("/proc/loadavg", "re");
   if (!file) return 0;
   long running = 0;

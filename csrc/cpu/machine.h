@@ -10,7 +10,8 @@ namespace fusedrnn::cpu {
 // Cores that this process may use: those of its affinity, and not more than a container's quota has whole ones.
 int processors();
 
-// Tasks that run or would like to, in the whole machine, beyond its cores; 0 where the system does not tell.
+// Tasks that run or would like to, in the whole machine, beyond its cores; 0 where the system does not tell,
+// and where this process may use some of the cores only.
 int tasks_without_a_core();
 
 // How often the calling thread lost its core though it wanted to go on; 0 where the system does not tell.

@@ -106,11 +106,11 @@ struct alignas(64) Seat {
   Host* host = nullptr;  // of the thread that holds it
   int rank = 0;
   bool begun = false, done = false;
-  const Barrier* barrier = nullptr;  // what it waits for, once it has begun
+  std::atomic<const Barrier*> barrier{nullptr};  // what it waits for, once it has begun
   uint32_t ticket = 0;
   int size = 0;
 
-  bool is_ready() const { return !begun || barrier->is_complete(ticket, size); }
+  bool is_ready() const { return !begun || barrier.load(std::memory_order_relaxed)->is_complete(ticket, size); }
 };
 
 namespace {
@@ -134,6 +134,7 @@ struct FullCrew : Crew {
   uint32_t bell = 0;   // sleepers sleep on it
   std::atomic<int> threads{1}, seats_ended{0}, threads_left{0}, surplus{0}, dismissed{0};
   std::atomic<bool> over{false};
+  std::atomic<const Barrier*> caller_at{nullptr};  // what the caller's member waits for
   std::atomic<int64_t> waiting_since{0}, late{0}, lost{0};
   int64_t began = 0, looked = 0, asked = 0;
   int32_t looks = 0;  // meetings between two looks
@@ -155,6 +156,7 @@ struct FullCrew : Crew {
   void was_late(Host& host);
   void ask(int64_t now);
   bool any_held() const;
+  bool is_awaited(const Barrier* barrier) const;
 };
 
 FullCrew& of(const Team& team) { return *static_cast<FullCrew*>(team.crew); }
@@ -180,6 +182,7 @@ void FullCrew::begin(int members, void (*function)(void*, const Team&), void* it
   away = members - 1;
   over.store(false, std::memory_order_relaxed);
   helps = false;
+  caller_at.store(nullptr, std::memory_order_relaxed);
   if (members == 1) return;
   barrier = Barrier();
   seats_ended.store(0, std::memory_order_relaxed);
@@ -198,6 +201,7 @@ void FullCrew::begin(int members, void (*function)(void*, const Team&), void* it
     seat.crew = this;
     seat.rank = i + 1;
     seat.begun = seat.done = false;
+    seat.barrier.store(nullptr, std::memory_order_relaxed);
     seat.fiber.create(stacks.stack(static_cast<size_t>(i)), enter);
     seat.state.store(Seat::free, std::memory_order_relaxed);
   }
@@ -216,7 +220,7 @@ Seat* FullCrew::find(int number) {
     if (seat.state.load(std::memory_order_relaxed) != state ||
         !seat.state.compare_exchange_strong(state, Seat::held, std::memory_order_acquire))
       continue;
-    if (seat.is_ready()) return &seat;
+    if (!__atomic_load_n(&stopped, __ATOMIC_SEQ_CST) && seat.is_ready()) return &seat;
     seat.state.store(Seat::free, std::memory_order_release);
   }
   return nullptr;
@@ -228,7 +232,7 @@ void FullCrew::run(Seat& seat, Host& host) {
   seat.begun = true;
   starting = &seat;
   host.fiber.switch_to(seat.fiber);
-  const bool done = seat.done;
+  const bool done = seat.done;  // it has ended, or is given up
   seat.state.store(done ? Seat::ended : Seat::free, std::memory_order_seq_cst);
   if (!done) return;
   seats_ended.fetch_add(1);
@@ -329,6 +333,16 @@ bool FullCrew::any_held() const {
   return false;
 }
 
+// Whether some member waits for this barrier's meeting, and no thread stands by it.
+bool FullCrew::is_awaited(const Barrier* meeting) const {
+  if (caller_at.load(std::memory_order_relaxed) == meeting) return true;
+  for (int i = 0; i < ranks - 1; ++i) {
+    const Seat& seat = seats[static_cast<size_t>(i)];
+    if (seat.barrier.load(std::memory_order_relaxed) == meeting && seat.state.load() == Seat::free) return true;
+  }
+  return false;
+}
+
 // The caller's own member, and what the others have left to do when it has done its part.
 void FullCrew::run_caller() {
   body(argument, Team{0, ranks, &barrier, this, nullptr});
@@ -403,7 +417,11 @@ void Crew::meet(const Team& team, uint32_t ticket) {
   FullCrew& crew = of(team);
   const auto is_complete = [&] { return team.barrier->is_complete(ticket, team.size); };
   Seat* const seat = team.seat;
-  if (!seat) return crew.caller_waits(is_complete);
+  if (!seat) {
+    crew.caller_at.store(team.barrier, std::memory_order_relaxed);
+    crew.caller_waits(is_complete);
+    return crew.caller_at.store(nullptr, std::memory_order_relaxed);
+  }
   if (!seat->host->is_caller) {
     int64_t since = 0;
     for (int spins = 1; !__atomic_load_n(&crew.away, __ATOMIC_RELAXED); ++spins) {
@@ -416,7 +434,7 @@ void Crew::meet(const Team& team, uint32_t ticket) {
       if (now - since > kStay) break;
     }
   }
-  seat->barrier = team.barrier;
+  seat->barrier.store(team.barrier, std::memory_order_relaxed);
   seat->ticket = ticket;
   seat->size = team.size;
   seat->fiber.switch_to(seat->host->fiber);  // who comes back finds the meeting complete
@@ -424,13 +442,17 @@ void Crew::meet(const Team& team, uint32_t ticket) {
 
 void Crew::wake(const Team& team) {
   FullCrew& crew = of(team);
+  if (!crew.is_awaited(team.barrier)) return;
   crew.was_late(team.seat ? *team.seat->host : crew.caller);
   crew.ring();
 }
 
 void Crew::look(const Team& team) {
   FullCrew& crew = of(team);
-  if (team.seat) team.seat->fiber.switch_to(team.seat->host->fiber, true);  // the call is given up
+  if (team.seat) {  // the call is given up, and this member with it
+    team.seat->done = true;
+    team.seat->fiber.switch_to(team.seat->host->fiber, true);
+  }
   const int64_t now = nanoseconds();
   if (now - crew.looked < 10 * kMillisecond && crew.looks < 1 << 20)
     crew.looks *= 2;

@@ -22,8 +22,8 @@ FUSEDRNN_FORCE void relax() {
 // Members write a line each and read the others': one trip between cores and back. Many members share a counter.
 class Barrier {
  public:
-  // This member's ticket of the meeting at which it has arrived. A full fence: whoever sleeps has seen this, or is
-  // seen.
+  // This member's ticket of the meeting at which it has arrived. No full fence, which would cost as much as the meeting:
+  // so a thread that goes to sleep just now may be missed. It looks again within a millisecond.
   FUSEDRNN_FORCE uint32_t arrive(int rank, int size) {
     if (size > kLines) return count(size);
     const uint32_t now = __atomic_load_n(&lines_[rank].value, __ATOMIC_RELAXED) + 1;
@@ -101,6 +101,8 @@ struct Team {
   FUSEDRNN_FORCE void listen() const {
     if (seat ? __atomic_load_n(&crew->stopped, __ATOMIC_RELAXED) != 0 : --crew->until_look <= 0) Crew::look(*this);
   }
+  // Whether a signal has ended the call: for members that own memory, and so return instead of being forgotten.
+  FUSEDRNN_FORCE bool is_given_up() const { return seat && __atomic_load_n(&crew->stopped, __ATOMIC_RELAXED) != 0; }
   // This member's part of n things: [begin(n), end(n)).
   FUSEDRNN_FORCE int64_t begin(int64_t n) const { return n * rank / size; }
   FUSEDRNN_FORCE int64_t end(int64_t n) const { return n * (rank + 1) / size; }

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +11,6 @@ import numpy as np
 from . import arrays, backends, check, layers, ops, sampling
 from . import params as parameters
 from .backends import Arguments, Generation, Problem, Results
-
-_SLICE = 0.1  # seconds between two returns to Python, where Ctrl-C is heard
 
 
 def generate(
@@ -85,7 +82,7 @@ def generate(
     texts = model.texts(prompt, state, steps, how)
     chosen = backends.choose(layer.backend)
     for text in texts:
-        _in_slices(chosen, model, text, how) if hasattr(chosen, "generate") else _plainly(model, text, how)
+        _in_kernels(chosen, model, text, how) if hasattr(chosen, "generate") else _plainly(model, text, how)
     axes = (slice(None) if model.E else 0, 0 if prompt.ndim == 1 else slice(None))  # of E and B
     drawn = np.stack([text.drawn for text in texts], 1)
     results: list[Any] = [drawn[:, *axes]]
@@ -256,8 +253,8 @@ def _prompt(op: str, prompt: Any, model: _Model) -> np.ndarray:
     return array
 
 
-def _in_slices(native: Any, model: _Model, text: _Text, how: sampling.Sampling) -> None:
-    """The loop in C++, some steps a call: about _SLICE seconds of them."""
+def _in_kernels(native: Any, model: _Model, text: _Text, how: sampling.Sampling) -> None:
+    """The loop in C++."""
     layer, B = model.layer, len(text.ended)
     sizes = {"T": 1, "E": 1, "B": B, "I": model.V, "H": layer.hidden_size, "L": layer.num_layers}
     problem = Problem(layer._cell, **sizes, clip_cell=layer._clip_cell or 0.0, seed=how.seed)
@@ -265,30 +262,21 @@ def _in_slices(native: Any, model: _Model, text: _Text, how: sampling.Sampling) 
     for number in range(layer.num_layers):
         parts = (text.params.get(f"{kind}_l{number}") for kind in parameters.KINDS)
         weights.append(tuple(None if a is None else a[None] for a in parts))
-    g = Generation(text.head_weight, text.head_bias, None, text.ended[None], np.array(how.stop, np.int64), text.seen)
+    stop = np.array(how.stop, np.int64)
+    g = Generation(text.head_weight, text.head_bias, text.drawn, text.ended[None], stop, text.seen)
+    g.log_probs = text.kept if how.log_probs else None
     g.of_model, g.first_row = how.log_probs == "model", text.number * B
     g.temperature, g.top_k, g.top_p, g.repetition_penalty = (
         how.temperature, how.top_k, how.top_p, how.repetition_penalty,
     )  # fmt: skip
-    size = 16
-    while g.first < len(text.drawn) and not text.ended.all():
-        part = slice(g.first, g.first + size)
-        g.drawn = text.drawn[part]
-        g.log_probs = text.kept[part] if how.log_probs else None
-        given = Arguments(text.tokens[:, None], params=weights)
-        given.h0, given.c0 = [*(a[:, None] for a in text.state), None][:2]
-        after = [np.empty_like(a) for a in text.state]
-        out = Results(None, *(a[:, None] for a in after))
-        begun = time.perf_counter()
-        failure = native.generate(problem, given, out, g)
-        seconds = time.perf_counter() - begun
-        if failure:
-            step, row, what = failure
-            model.refuse(text, what, row, step)
-        text.state, text.tokens = after, g.drawn[-1:]
-        g.first += len(g.drawn)
-        size = max(1, min(2 * size, int(size * _SLICE / max(seconds, 1e-9))))
-    text.drawn[g.first :] = text.tokens  # what rows repeat that have all ended
+    given = Arguments(text.tokens[:, None], params=weights)
+    given.h0, given.c0 = [*(a[:, None] for a in text.state), None][:2]
+    after = [np.empty_like(a) for a in text.state]
+    failure = native.generate(problem, given, Results(None, *(a[:, None] for a in after)), g)
+    if failure:
+        step, row, what = failure
+        model.refuse(text, what, row, step)
+    text.state = after
 
 
 @np.errstate(invalid="ignore", over="ignore")  # `draw` tells of it

@@ -157,13 +157,16 @@ class _Layer:
                 result = lane.forward(x, state, self.parameters)
                 if result is not None:
                     return result
-        # The new tape takes over the old one's memory; a call that fails leaves the old one whole.
+        # The new tape takes over the old one's memory. A call that is refused leaves the old one whole. One that a
+        # signal ends does not: the lane raises for no other reason, and the long way takes the old buffer first.
         tape = self.__dict__.pop("_tape", _NOT_CALLED)
-        recorded = type(tape) is Recorded
+        old, memory = tape, tape.memory if type(tape) is Recorded else None
         try:
             if lane is not None and self.training and not self.dropout:
                 settings = self.recompute, self.clip_grad
-                result = lane.record(x, state, self.parameters, *settings, tape.memory if recorded else None)
+                tape = _NOT_CALLED
+                result = lane.record(x, state, self.parameters, *settings, memory)
+                tape = old
                 if result is not None:
                     y, last, weights, memory = result
                     state = tuple(state) if isinstance(state, list) else state
@@ -174,8 +177,8 @@ class _Layer:
             options |= {"seed": seed or 0, "training": self.training, "reuse": tape if type(tape) is ops.Tape else None}
             *result, new = self._run(x, state, **options)
             tape = new or tape
-        except Exception as error:
-            if self.training and isinstance(tape, str):
+        except BaseException as error:
+            if self.training and (isinstance(tape, str) or getattr(tape, "buffer", tape) is None):
                 tape = _RAISED.format(type(error).__name__)
             raise
         finally:

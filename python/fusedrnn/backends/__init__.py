@@ -110,7 +110,7 @@ class Results:
 
 @dataclass(slots=True)
 class Generation:
-    """What is drawn, and how: see csrc/cpu/generate.h. Steps go on from call to call, so all arrays do."""
+    """What is drawn, and how: see csrc/cpu/generate.h."""
 
     head: Any  # (I,H)
     head_bias: Any  # (I,)
@@ -120,8 +120,7 @@ class Generation:
     seen: Any = None  # bool (B,I), read and written: tokens that a row has seen; with a penalty
     log_probs: Any = None  # float64 (steps,B), written
     of_model: bool = False  # log_probs are those of softmax(logits), not of what the tokens were drawn from
-    first: int = 0  # numbers of the first step and row: random numbers depend on them
-    first_row: int = 0
+    first_row: int = 0  # number of the first row: random numbers depend on it
     temperature: float = 1.0
     top_k: int = 0  # 0: all
     top_p: float = 1.0

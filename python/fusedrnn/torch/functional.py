@@ -40,20 +40,22 @@ def set_route(text: str) -> None:
     _route = text
 
 
-def why_not(tensors: Sequence[Tensor | None], proj_size: int = 0) -> str:
-    """Why the kernels cannot take these tensors; "" if they can."""
+def why_not(tensors: Sequence[Tensor | None], proj_size: int = 0, dtypes: Sequence[Any] | None = None) -> str:
+    """Why the kernels cannot take these tensors; "" if they can. dtypes: those that `autocast` will give them."""
     first = next(tensor for tensor in tensors if tensor is not None)
     if first.device.type == "cuda":
         if why := cuda.why_not() or (proj_size and "no kernels for proj_size on cuda"):
             return why
     elif first.device.type not in ("cpu", "meta"):
         return f"no kernels for {first.device.type}"
-    for tensor in tensors:
+    dtypes = [None if t is None else t.dtype for t in tensors] if dtypes is None else dtypes
+    common = next(dtype for dtype in dtypes if dtype is not None)
+    for tensor, dtype in zip(tensors, dtypes, strict=True):
         if tensor is None:
             continue
-        if tensor.dtype not in DTYPES:
-            return f"no kernels for {tensor.dtype}"
-        if tensor.dtype != first.dtype or tensor.device != first.device:
+        if dtype not in DTYPES:
+            return f"no kernels for {dtype}"
+        if dtype != common or tensor.device != first.device:
             return "tensors differ in dtype or device"
         if tensor.layout != torch.strided:
             return f"no kernels for {tensor.layout}"
@@ -62,31 +64,47 @@ def why_not(tensors: Sequence[Tensor | None], proj_size: int = 0) -> str:
     return next((f"no kernels for {type(t).__name__}" for t in tensors if gate.is_foreign(t)), "")
 
 
-def autocast(cell: str, tensors: Sequence[Tensor | None], whole: bool) -> list[Any]:
-    """x, the states and the weights as torch.autocast would have torch.nn take them, if it is on.
+def by_onednn(cell: str, x: Tensor, whole: bool) -> bool:
+    """Whether autocast is on and torch has oneDNN run this: an LSTM over a padded batch, not trained on float16."""
+    if x.device.type != "cpu" or not (_ONEDNN and whole and cell == "lstm" and torch.is_autocast_enabled("cpu")):
+        return False
+    return not (x.dtype == torch.float16 and torch.is_grad_enabled())
+
+
+def cast_dtypes(cell: str, tensors: Sequence[Tensor | None], whole: bool) -> list[Any]:
+    """The dtypes in which torch.nn would have x, the states and the weights under torch.autocast, if it is on.
 
     On a CPU only the products of torch.nn are in autocast's dtype. A GRU and an LSTM add them to a state, which stays
-    in its own dtype if that is wider, and so do all results. whole: an LSTM over a padded batch is different: torch
-    casts all of it, because oneDNN runs it (but not if it trains on float16).
+    in its own dtype if that is wider, and so do all results. Where oneDNN runs it, all of it is cast. whole: a padded
+    batch, all of it in one call.
     """
     x = next(tensor for tensor in tensors if tensor is not None)
     kind = x.device.type
+    dtypes = [None if t is None else t.dtype for t in tensors]
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return dtypes
+    out = torch.get_autocast_dtype(kind)
+    if kind == "cpu" and not (cell.startswith("rnn") or by_onednn(cell, x, whole) or torch.float64 in dtypes):
+        last = tensors[2 if cell == "lstm" else 1]
+        out = torch.promote_types(out, x.dtype if last is None else last.dtype)
+    return [out if d is not None and d.is_floating_point and d != torch.float64 else d for d in dtypes]
+
+
+def autocast(cell: str, tensors: Sequence[Tensor | None], whole: bool) -> list[Any]:
+    """The tensors in the dtypes of `cast_dtypes`; x and weights rounded to autocast's, as for torch.nn's products."""
+    kind = next(tensor for tensor in tensors if tensor is not None).device.type
     if kind == "meta" or not torch.is_autocast_enabled(kind):
         return list(tensors)
-    to = out = torch.get_autocast_dtype(kind)
-    by_onednn = _ONEDNN and whole and cell == "lstm" and not (x.dtype == torch.float16 and torch.is_grad_enabled())
-    states = 2 if cell == "lstm" else 1
-    wide = any(t is not None and t.dtype == torch.float64 for t in tensors)
-    if kind == "cpu" and not cell.startswith("rnn") and not by_onednn and not wide:
-        last = tensors[states]
-        out = torch.promote_types(to, x.dtype if last is None else last.dtype)
+    rounded = torch.get_autocast_dtype(kind)
+    states = range(1, 3 if cell == "lstm" else 2)
 
-    def cast(n: int, t: Tensor | None) -> Tensor | None:
+    def cast(n: int, t: Tensor | None, dtype: Any) -> Tensor | None:
         if t is None or not t.is_floating_point() or t.dtype == torch.float64:
             return t
-        return t.to(out) if 1 <= n <= states else t.to(to).to(out)
+        return t.to(dtype) if n in states else t.to(rounded).to(dtype)
 
-    return [cast(n, t) for n, t in enumerate(tensors)]
+    dtypes = cast_dtypes(cell, tensors, whole)
+    return [cast(n, t, dtype) for n, (t, dtype) in enumerate(zip(tensors, dtypes, strict=True))]
 
 
 def run(

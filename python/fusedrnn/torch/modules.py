@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.utils.rnn import PackedSequence
 
 from . import exits, fast, functional, gate, operators
@@ -123,7 +124,7 @@ class _Layer(exits.Scriptable, nn.RNNBase):
         self._check_memory({"input": input}, states, weights)
         why = self._why_not(input, states, weights)
         if bare and not (why or way):
-            why = self._few_steps(input.shape[1 if self.batch_first and input.dim() == 3 else 0])
+            why = self._faster(input.shape[1 if self.batch_first and input.dim() == 3 else 0], input)
         if why and not ((not bare or self.clip_grad) and why.startswith("no kernels for")):
             if more:
                 raise ValueError(f"{name}: lengths, reset and return_cells need the fused kernels; not for {why}")
@@ -147,6 +148,7 @@ class _Layer(exits.Scriptable, nn.RNNBase):
         if not self.input_size:
             return "an empty input"
         S, H = self.num_layers * (2 if self.bidirectional else 1), self.hidden_size
+        whole = rows is None
         if input.dim() == 3:
             rows = input.shape[0 if self.batch_first else 1]
         expected = [(S, units) if rows is None else (S, rows, units) for units in (self.proj_size or H, H)]
@@ -165,16 +167,22 @@ class _Layer(exits.Scriptable, nn.RNNBase):
                 return "a weight's shape"
         if input.dtype != weights[0].dtype and not torch.is_autocast_enabled(input.device.type):
             return "input's dtype"
-        whole = rows is None
-        states = (*states, None)[:2] if self.mode == "LSTM" else states
-        given = functional.autocast(_CELLS[self.mode], [input, *states, *weights], whole)
-        return functional.why_not(given, self.proj_size)
+        given = [input, *((*states, None)[:2] if self.mode == "LSTM" else states), *weights]
+        dtypes = functional.cast_dtypes(_CELLS[self.mode], given, whole)
+        return functional.why_not(given, self.proj_size, dtypes)
 
-    def _few_steps(self, T: int) -> str:
-        """Why torch.nn's own code should run a call that asks for no more than it can; "" if the kernels should."""
-        if not self.proj_size or self.clip_cell or self.clip_grad or torch.compiler.is_compiling() or T >= _FEW_STEPS:
+    def _faster(self, T: int, input: Any = None) -> str:
+        """Why torch.nn's own code should run a call that asks for no more than it can, because it is faster; "" if the
+        kernels should. input: of one call that asks for no gradients."""
+        if self.clip_cell or self.clip_grad or torch.compiler.is_compiling():
             return ""
-        return "" if torch._C._are_functorch_transforms_active() else f"proj_size in fewer than {_FEW_STEPS} steps"
+        if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+            return ""
+        if self.proj_size:
+            return f"proj_size in fewer than {_FEW_STEPS} steps" if T < _FEW_STEPS else ""
+        if input is None or torch.is_grad_enabled() or not functional.by_onednn(_CELLS[self.mode], input, True):
+            return ""
+        return "oneDNN under autocast"
 
     def _fall_back(self, why: str, input: Any, hx: Any) -> Any:
         functional.set_route(f"torch.nn: {why}")
@@ -202,7 +210,7 @@ class _Layer(exits.Scriptable, nn.RNNBase):
             _check_order(type(self).__name__, input)
             self._check_memory(input._asdict(), states, weights)
             sizes = _checked_sizes(type(self).__name__, data, sizes)
-            why = self._why_not(data, states, weights, int(sizes[0])) or self._few_steps(len(sizes))
+            why = self._why_not(data, states, weights, int(sizes[0])) or self._faster(len(sizes))
             if why and not ((self.clip_cell or self.clip_grad) and why.startswith("no kernels for")):
                 return self._fall_back(why, input._replace(batch_sizes=sizes), hx)
             tensors = (data, input.batch_sizes, *states, *weights)
@@ -391,9 +399,10 @@ def _general_step(module: Any, cell: str, input: Any, hx: Any) -> Any:
         return _refuse("input's dtype")
     h0, c0 = (*states, None)[:2]
     given = [input, h0, c0] if cell == "lstm" else [input, h0]
-    if why := functional.why_not(functional.autocast(cell, [*given, *weights], whole=False)):
+    given = [*given, *weights]
+    if why := functional.why_not(given, 0, functional.cast_dtypes(cell, given, whole=False)):
         return _refuse(why)
-    return gate.call(_run_step, (*given, *weights), cell, input, h0, c0, weights)
+    return gate.call(_run_step, given, cell, input, h0, c0, weights)
 
 
 def _run_step(cell: str, input: Tensor, h0: Any, c0: Any, weights: list[Tensor]) -> Any:
