@@ -559,7 +559,6 @@ def test_errors(backend, changes, message):
         ({"stop": np.array([11])}, "stop has 11; expected 0 <= token < I = 11"),
         ({"stop": [1]}, "stop is a list"),
         ({"head": None}, "head is None"),
-        ({"first": -1}, "first is -1"),
         ({"first_row": -1}, "first_row is -1"),
         ({"temperature": -1.0}, "temperature is -1.0"),
         ({"top_k": -1}, "top_k is -1"),

@@ -182,7 +182,8 @@ class _Layer(exits.Scriptable, nn.RNNBase):
             return f"proj_size in fewer than {_FEW_STEPS} steps" if T < _FEW_STEPS else ""
         if input is None or torch.is_grad_enabled() or not functional.by_onednn(_CELLS[self.mode], input, True):
             return ""
-        return "oneDNN under autocast"
+        wide = torch.get_autocast_dtype("cpu") != torch.bfloat16 or not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        return "" if wide else "oneDNN under autocast"
 
     def _fall_back(self, why: str, input: Any, hx: Any) -> Any:
         functional.set_route(f"torch.nn: {why}")
