@@ -868,6 +868,45 @@ def test_bfloat16_weights_are_read_as_they_lie(kind, monkeypatch):
     assert not made[-1].bf16_weights
 
 
+@pytest.mark.parametrize("lengths", [[2, 2, 2], [3, 2, 2]])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_states_of_packed_rows_are_checked(kind, lengths):
+    """torch.nn's LSTM reads beyond such a state where all lengths are equal."""
+    module = getattr(fusedrnn.torch, kind)(3, 4)
+    packed = pack_padded_sequence(torch.randn(3, 3, 3), lengths)
+    for shape in ((1, 1, 4), (1, 5, 4), (2, 3, 4), (1, 3, 3), (1, 3, 40), (1, 1, 3, 4)):
+        h = torch.zeros(shape)
+        with pytest.raises(RuntimeError, match="xpected hidden"):
+            module(packed, (h, h) if kind == "LSTM" else h)
+
+
+@pytest.mark.parametrize("kind", [*LAYERS, *CELLS])
+def test_weights_of_other_shapes_are_refused(kind):
+    """torch.nn reads beyond some of them, and takes others for what they are not."""
+    end = "" if kind in CELLS else "_l0"
+    for name in ("weight_ih", "weight_hh", "bias_ih"):
+        for cut in (slice(0, 0), slice(0, 1), slice(None, None, 2)):
+            module = getattr(fusedrnn.torch, kind)(3, 4)
+            weight = getattr(module, name + end)
+            setattr(module, name + end, nn.Parameter(weight.detach()[cut].clone()))
+            x = torch.randn(2, 3) if kind in CELLS else torch.randn(5, 2, 3)
+            for given in (x,) if kind in CELLS else (x, pack_padded_sequence(x, [5, 5])):
+                with pytest.raises(RuntimeError, match=f"{kind}: {name}{end} has shape .* expected .* input_size=3"):
+                    module(given)
+
+
+def test_projections_without_steps_and_under_autocast():
+    theirs, ours = nn.LSTM(3, 4, proj_size=2), fusedrnn.torch.LSTM(3, 4, proj_size=2)
+    y, (h, c) = ours(torch.randn(0, 2, 3))
+    assert y.shape == (0, 2, 2) and h.shape == (1, 2, 2) and c.shape == (1, 2, 4)
+    for T in (5, 9):
+        x = torch.randn(T, 2, 3)
+        for given in (x, pack_padded_sequence(x, [T, T - 1])):
+            with torch.autocast("cpu", torch.bfloat16):
+                found, expected = flat(ours(given)), flat(theirs(given))
+            assert [t.dtype for t in found] == [t.dtype for t in expected]
+
+
 def test_autocast():
     theirs, ours = pair("LSTM", 8, 16, 2)
     x = torch.randn(10, 4, 8)

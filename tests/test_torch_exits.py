@@ -310,6 +310,10 @@ def test_a_trace_of_functions_and_what_it_cannot_hold():
     for name in ("reset", "return_cells", "clip_cell"):
         with pytest.raises(ValueError, match=f"torch.jit.trace: {name} is set"):
             torch.jit.trace(refused()[name], (x,))
+    clipped = fusedrnn.torch.GRU(I, H)
+    clipped.clip_grad = 0.1
+    with pytest.raises(ValueError, match="torch.jit.trace: clip_grad is set"):
+        torch.jit.trace(clipped, (x,))
 
 
 def test_a_saved_trace_needs_no_fusedrnn_and_nothing_warns(tmp_path):

@@ -22,8 +22,8 @@ FUSEDRNN_FORCE void relax() {
 // Members write a line each and read the others': one trip between cores and back. Many members share a counter.
 class Barrier {
  public:
-  // This member's ticket of the meeting at which it has arrived. No full fence, which would cost as much as the meeting:
-  // so a thread that goes to sleep just now may be missed. It looks again within a millisecond.
+  // This member's ticket of the meeting at which it has arrived. No full fence, which would cost as much as the
+  // meeting: so a thread that goes to sleep just now may be missed. It looks again within a millisecond.
   FUSEDRNN_FORCE uint32_t arrive(int rank, int size) {
     if (size > kLines) return count(size);
     const uint32_t now = __atomic_load_n(&lines_[rank].value, __ATOMIC_RELAXED) + 1;

@@ -107,7 +107,10 @@ def _aligned(
 
 
 def _numpy(door: str, name: str, value: Any) -> Any:
-    return gate.values(door, name, value).cpu().numpy() if isinstance(value, Tensor) else value
+    if not isinstance(value, Tensor):
+        return value
+    value = gate.values(door, name, value).cpu()  # torch takes labels and lengths of any dtype
+    return (value.long() if value.dtype.is_floating_point or value.dtype == torch.bool else value).numpy()
 
 
 class _Loss(torch.autograd.Function):

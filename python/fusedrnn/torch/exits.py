@@ -53,6 +53,7 @@ def record(
     """For torch.jit.trace: all results by torch's own operators. more: lengths and reset, which those do not have."""
     missing = {
         "clip_cell": settings.clip_cell,
+        "clip_grad": settings.clip_grad,
         "lengths": more[0] is not None,
         "reset": more[1] is not None,
         "return_cells": settings.cells,

@@ -125,6 +125,8 @@ def check(door: str, names: Callable[[], Sequence[str]], tensors: Sequence[Any])
     for name, tensor in zip(names(), tensors, strict=True):
         if not isinstance(tensor, Tensor):
             continue
+        if tensor.is_nested and tensor is not first:
+            refuse_foreign(door, name, tensor)
         if tensor.is_meta and isinstance(first, Tensor) and not (first.is_meta or is_foreign(first)):
             raise RuntimeError(
                 f"{door}: {name} is on the meta device, without numbers; expected {first.device}, where {names()[0]} "

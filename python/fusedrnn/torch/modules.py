@@ -7,6 +7,7 @@ fusedrnn.torch.route() tells. They are no subclasses of nn.RNN, nn.LSTM and nn.G
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -114,10 +115,10 @@ class _Layer(exits.Scriptable, nn.RNNBase):
         if isinstance(input, PackedSequence):
             if way == exits.ONNX and torch.compiler.is_compiling():
                 raise ValueError(f"{name}: got a PackedSequence in {way}; expected a padded tensor. Use lengths=.")
-            if way and bare:
+            if way and bare and not self.clip_grad:
                 return self._fall_back(way, input, hx)
             return self._packed(input, hx, lengths, reset, return_cells, recompute)
-        if way == exits.TRACE and bare:
+        if way == exits.TRACE and bare and not self.clip_grad:
             return self._fall_back(way, input, hx)
         states = hx if self.mode == "LSTM" and isinstance(hx, tuple | list) else (hx,)
         weights = [getattr(self, name) for name in self._flat_weights_names]
@@ -178,14 +179,22 @@ class _Layer(exits.Scriptable, nn.RNNBase):
             return ""
         if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
             return ""
+        if self.proj_size and torch.is_autocast_enabled("cpu"):
+            return "proj_size under autocast" if T else ""
         if self.proj_size:
-            return f"proj_size in fewer than {_FEW_STEPS} steps" if T < _FEW_STEPS else ""
+            return f"proj_size in fewer than {_FEW_STEPS} steps" if 0 < T < _FEW_STEPS else ""
         if input is None or torch.is_grad_enabled() or not functional.by_onednn(_CELLS[self.mode], input, True):
             return ""
         wide = torch.get_autocast_dtype("cpu") != torch.bfloat16 or not torch.ops.mkldnn._is_mkldnn_bf16_supported()
         return "" if wide else "oneDNN under autocast"
 
     def _fall_back(self, why: str, input: Any, hx: Any) -> Any:
+        # what torch.nn does not check itself, and reads beyond the end
+        if why == "hx's shape" and isinstance(input, PackedSequence):
+            self.check_forward_args(input.data, hx, input.batch_sizes)
+        if why == "a weight's shape":
+            shapes = functional.weight_shapes(self._settings(None, False), self.input_size, self.hidden_size)
+            _check_weights(self, zip(self._flat_weights_names, shapes, strict=True))
         functional.set_route(f"torch.nn: {why}")
         return self._torch.forward(self, input, hx)
 
@@ -394,8 +403,9 @@ def _general_step(module: Any, cell: str, input: Any, hx: Any) -> Any:
             return _refuse("hx's type")
         if any(not isinstance(state, Tensor) or state.shape != expected for state in states):
             return _refuse("hx's shape")
-    if [w.shape for w in weights] != [(gates, module.input_size), (gates, H), (gates,), (gates,)][: len(weights)]:
-        return _refuse("a weight's shape")
+    shapes = [(gates, module.input_size), (gates, H), (gates,), (gates,)][: len(weights)]
+    if [w.shape for w in weights] != shapes:
+        _check_weights(module, zip(("weight_ih", "weight_hh", "bias_ih", "bias_hh"), shapes, strict=False))
     if input.dtype != weights[0].dtype and not torch.is_autocast_enabled(input.device.type):
         return _refuse("input's dtype")
     h0, c0 = (*states, None)[:2]
@@ -414,6 +424,17 @@ def _run_step(cell: str, input: Tensor, h0: Any, c0: Any, weights: list[Tensor])
     _, *final = functional.run(settings, input[at], h0, c0, weights, None, None, 0.0, whole=False)
     final = [state.squeeze(0).squeeze(0) if single else state.squeeze(0) for state in final]
     return tuple(final) if cell == "lstm" else final[0]
+
+
+def _check_weights(module: nn.Module, shapes: Iterable[tuple[str, tuple[int, ...]]]) -> None:
+    """Raise RuntimeError for a weight of another shape than the module's sizes ask for."""
+    for name, shape in shapes:
+        got = tuple(getattr(module, name).shape)
+        if got != shape:
+            raise RuntimeError(
+                f"{type(module).__name__}: {name} has shape {got}; expected {shape}, with input_size="
+                f"{module.input_size} and hidden_size={module.hidden_size}. Was it replaced, pruned or sharded?"
+            )
 
 
 def _refuse(why: str) -> None:

@@ -65,6 +65,11 @@ def chunks(
     for name, k in (("k1", k1), ("k2", k2)):
         if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
             raise ValueError(f"tbptt: {name} is {k!r}; expected a number of steps >= 1")
+    if not hasattr(module, "bidirectional"):
+        raise TypeError(
+            f"tbptt: module is a {type(module).__name__}; expected a fusedrnn.torch RNN, LSTM or GRU. Step a cell in a "
+            "loop of your own."
+        )
     if module.bidirectional:
         raise ValueError(
             "tbptt: the module is bidirectional; expected one direction, because the reverse direction begins at the "
