@@ -612,3 +612,15 @@ def test_ctrl_c_is_heard(backend):
         seconds = time.monotonic() - begun
     assert rest == "interrupted (3, 4)\n" and child.returncode == 0
     assert seconds < 2, f"Ctrl-C was heard after {seconds:.1f} s"
+
+
+def test_borders_of_top_k_and_forms_of_stop(backend):
+    layer, head, bias = new("GRU", {})
+    prompt = np.array([1, 2])
+    plain = fusedrnn.generate(layer, head, bias, prompt, 20, seed=3)
+    np.testing.assert_array_equal(fusedrnn.generate(layer, head, bias, prompt, 20, seed=3, top_k=2**62), plain)
+    expected = fusedrnn.generate(layer, head, bias, prompt, 20, seed=3, stop=[0, 1])
+    for stop in ((0, 1), {0, 1}, range(2), np.array([0, 1])):
+        np.testing.assert_array_equal(fusedrnn.generate(layer, head, bias, prompt, 20, seed=3, stop=stop), expected)
+    one = fusedrnn.generate(layer, head, bias, prompt, 20, seed=3, stop=1)
+    np.testing.assert_array_equal(fusedrnn.generate(layer, head, bias, prompt, 20, seed=3, stop=np.array(1)), one)

@@ -45,7 +45,7 @@ def checked(op: str, V: int, given: dict[str, Any]) -> Sampling:
     temperature = check.number(op, "temperature", given["temperature"])
     if not 0 <= temperature < np.inf:
         check.fail(op, "temperature", f"is {temperature}", "a finite number >= 0", "0 takes the largest logit.")
-    top_k = 0 if given["top_k"] is None else check.integer(op, "top_k", given["top_k"], 1, 2**63 - 1)
+    top_k = 0 if given["top_k"] is None else min(check.integer(op, "top_k", given["top_k"], 1, 2**63 - 1), V)
     top_p = check.number(op, "top_p", given["top_p"])
     if not 0 < top_p <= 1:
         check.fail(op, "top_p", f"is {top_p}", "0 < top_p <= 1", "1 leaves all tokens; temperature=0 the largest.")
@@ -62,9 +62,9 @@ def checked(op: str, V: int, given: dict[str, Any]) -> Sampling:
 def _stop(op: str, stop: Any, V: int) -> tuple[int, ...]:
     if stop is None:
         return ()
-    if isinstance(stop, np.ndarray) and stop.ndim == 1:
-        stop = list(stop)
-    if not isinstance(stop, list | tuple | set | frozenset):
+    if isinstance(stop, np.ndarray) and stop.ndim < 2:
+        stop = list(stop) if stop.ndim else stop[()]
+    if not isinstance(stop, list | tuple | set | frozenset | range):
         return (check.integer(op, "stop", stop, 0, V - 1),)
     return tuple(sorted({check.integer(op, f"stop[{n}]", token, 0, V - 1) for n, token in enumerate(stop)}))
 
