@@ -369,7 +369,7 @@ class Backward {
   // By rows, no step needs a meeting; but every member reads all of R at every step, so it must fit its own cache.
   bool by_rows(const Part& a) const {
     const int64_t bytes = n_.H * cell_.gates * ld_ * int64_t{sizeof(S)} * P;
-    return cell_.state_product && a.team.size > 1 && sets_.N >= 8 * a.team.size && bytes <= int64_t{512} << 10;
+    return cell_.state_product && a.team.size > 1 && sets_.N >= 8 * a.team.size && bytes <= kWeightsByRows;
   }
 
   void step(Part& a, int64_t s, int64_t s0, const Share& mine) {

@@ -29,6 +29,7 @@ namespace {
 
 struct Table {
   const char* name;
+  int bits;  // of a register
   void (*forward)(const Call&);
   void (*backward)(const Call&);
   void (*jvp)(const Call&);
@@ -69,8 +70,9 @@ bool has_avx512() {
 }
 #endif
 
-#define FUSEDRNN_TABLE(isa, found)                                        \
+#define FUSEDRNN_TABLE(isa, bits, found)                                  \
   {#isa,                                                                  \
+   bits,                                                                  \
    isa::forward,                                                          \
    isa::backward,                                                         \
    isa::jvp,                                                              \
@@ -90,15 +92,15 @@ bool has_avx512() {
 
 // Weakest first.
 const Table kTables[] = {
-    FUSEDRNN_TABLE(baseline, always),
+    FUSEDRNN_TABLE(baseline, 128, always),
 #if defined(FUSEDRNN_HAVE_AVX2)
-    FUSEDRNN_TABLE(avx2, has_avx2),
+    FUSEDRNN_TABLE(avx2, 256, has_avx2),
 #endif
 #if defined(FUSEDRNN_HAVE_AVX512)
-    FUSEDRNN_TABLE(avx512, has_avx512),
+    FUSEDRNN_TABLE(avx512, 512, has_avx512),
 #endif
 #if defined(FUSEDRNN_HAVE_NEON)
-    FUSEDRNN_TABLE(neon, always),
+    FUSEDRNN_TABLE(neon, 128, always),
 #endif
 };
 
@@ -111,22 +113,58 @@ const Table& table() {
   return *chosen.load(std::memory_order_acquire);
 }
 
-// Threads that pay for their meetings: a barrier a step against the step's work.
-int useful_threads(const Problem& problem, int threads) {
+// What a step costs several threads, in ns: a meeting, more of it for each thread, and to fetch what others have made.
+// Measured on two cores with AVX-512; so are the flops per ns and bit of a register, for one row and for many.
+constexpr double kMeeting = 350, kMember = 100, kFetched = 0.88;
+constexpr double kFlopsOfRow = 0.17, kFlopsOfRows = 0.25;
+constexpr double kWorthwhile = 0.85;  // of the time on one thread
+constexpr double kApart = 2e6;        // flops of a call whose threads have nothing to fetch
+
+struct StepCost {
+  double alone, meetings, fetched;
+
+  int threads(int most) const {
+    const double free = (alone - fetched) / (kMember * std::max(meetings, 1.0));
+    const int count = std::clamp(static_cast<int>(std::sqrt(std::clamp(free, 0.0, 1e9))), 2, most);
+    const double together = alone / count + meetings * (kMeeting + kMember * count) + fetched * (1 - 1.0 / count);
+    return together <= kWorthwhile * alone ? count : 1;
+  }
+};
+
+// Threads that pay for their meetings.
+int useful_threads(const Problem& problem, const Arguments& p, bool back, int threads) {
   if (threads < 0) return -threads;
-  const Sizes& n = problem.sizes;
-  const double flops = work(problem), tasks = static_cast<double>(n.E) * n.D;
-  const double step = flops / (static_cast<double>(n.T > 0 ? n.T : 1) * n.L * tasks);
-  if (flops < 2e5 || (step < 1e5 && (tasks < 2 || flops < 2e6))) return 1;
   // More threads than cores could only wait for one another.
-  return threads < 1 ? 1 : std::min(threads, processors());
+  threads = threads < 1 ? 1 : std::min(threads, processors());
+  const Sizes& n = problem.sizes;
+  const CellFacts& cell = facts_of(problem.cell);
+  double flops = work(problem);
+  // A token takes a row of W and multiplies nothing.
+  if (p.tokens.data)
+    flops -= 2.0 * static_cast<double>(n.T * n.E * n.B * n.D * n.I) * cell.gates * static_cast<double>(n.H);
+  if (threads == 1 || flops < 2e5) return 1;
+  const double element = problem.dtype == Dtype::f64 ? 8 : 4;
+  const int64_t tasks = back ? n.E : n.E * n.D, inputs = back ? 0 : n.I;
+  const bool by_rows = !p.tokens.data && !p.context.data && !problem.variant.given && n.B >= 8 * threads &&
+                       element * static_cast<double>((inputs + n.H) * cell.gates * n.H) <= double{kWeightsByRows};
+  const bool apart = by_rows || !cell.state_product;
+  if (2 * tasks > threads || (apart && !back)) return flops >= kApart ? threads : 1;
+  const double rate = table().bits * (n.B < 4 ? kFlopsOfRow : kFlopsOfRows) * 4 / element;
+  StepCost step;
+  step.alone = flops / rate / static_cast<double>(std::max<int64_t>(n.T, 1) * n.L * n.E * n.D);
+  step.meetings = apart ? 0 : problem.variant.given || problem.cell == CellKind::gru_reset_before ? 2 : 1;
+  step.fetched = kFetched * element * static_cast<double>(n.B * n.H);
+  // The products over all steps read what others have made, too.
+  if (back) step.alone *= 2, step.fetched *= (1 + 0.57 * cell.gates) * (apart ? 0.72 : 1);
+  const int count = step.threads(threads / static_cast<int>(tasks));
+  return count > 1 || (tasks > 1 && flops >= kApart) ? count * static_cast<int>(tasks) : 1;
 }
 
-Call make_call(const Problem& problem, const Arguments& p, int threads) {
+Call make_call(const Problem& problem, const Arguments& p, bool back, int threads) {
   Call call{};
   call.problem = &problem;
   call.p = p;
-  call.threads = useful_threads(problem, threads);
+  call.threads = useful_threads(problem, p, back, threads);
 #if defined(FUSEDRNN_HAVE_AVX512)
   call.pairs = __builtin_cpu_supports("avx512bf16");
 #endif
@@ -153,7 +191,7 @@ size_t tape_elements(const Problem& problem) {
 }
 
 void forward(const Problem& problem, const Arguments& p, const Results& out, void* tape, int threads) {
-  Call call = make_call(problem, p, threads);
+  Call call = make_call(problem, p, false, threads);
   call.out = out;
   call.tape = tape;
   (problem.variant.given ? table().forward_stepwise : table().forward)(call);
@@ -161,7 +199,7 @@ void forward(const Problem& problem, const Arguments& p, const Results& out, voi
 
 void backward(const Problem& problem, const Arguments& p, const void* tape, const Results& g, const Arguments& dp,
               int threads) {
-  Call call = make_call(problem, p, threads);
+  Call call = make_call(problem, p, true, threads);
   call.g = g;
   call.tape = const_cast<void*>(tape);
   call.dp = dp;
@@ -169,7 +207,7 @@ void backward(const Problem& problem, const Arguments& p, const void* tape, cons
 }
 
 void jvp(const Problem& problem, const Arguments& p, const Arguments& v, const Results& tout, int threads) {
-  Call call = make_call(problem, p, threads);
+  Call call = make_call(problem, p, false, threads);
   call.v = v;
   call.out = tout;
   table().jvp(call);
@@ -177,7 +215,7 @@ void jvp(const Problem& problem, const Arguments& p, const Arguments& v, const R
 
 void hvp(const Problem& problem, const Arguments& p, const Arguments& v, const Results& g, const Results& t,
          const Arguments& tdp, int threads, const Results& tout) {
-  Call call = make_call(problem, p, threads);
+  Call call = make_call(problem, p, true, threads);
   call.v = v;
   call.g = g;
   call.t = t;
@@ -187,7 +225,7 @@ void hvp(const Problem& problem, const Arguments& p, const Arguments& v, const R
 }
 
 Failure generate(const Problem& problem, const Arguments& p, const Results& out, const Generation& g, int threads) {
-  return table().generate(problem, p, out, g, useful_threads(problem, threads));
+  return table().generate(problem, p, out, g, useful_threads(problem, p, false, threads));
 }
 
 std::vector<const char*> isas_built() {

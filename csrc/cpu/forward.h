@@ -189,10 +189,9 @@ class Forward {
   struct Share {
     int64_t first, end, u0, u1, r0, r1;
   };
-  // By rows, no step needs a meeting; but every member reads all weights at every step, so they must fit its own cache.
   bool cut_by_rows(const Team& team, int64_t inputs) const {
     const int64_t bytes = (inputs + n_.H) * cell_.gates * ld_ * int64_t{sizeof(S)} * P;
-    return team.size > 1 && sets_.N >= 8 * team.size && bytes <= int64_t{512} << 10;
+    return team.size > 1 && sets_.N >= 8 * team.size && bytes <= kWeightsByRows;
   }
 
   // Pairs of x's rows, which then take x's place, and of h.

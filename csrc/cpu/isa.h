@@ -6,6 +6,9 @@
 
 namespace fusedrnn::cpu {
 
+// By rows, no step needs a meeting; but every member reads all weights at every step, so they must fit its own cache.
+constexpr int64_t kWeightsByRows = int64_t{512} << 10;  // bytes
+
 // One call of any of the four operations. Parts that an operation does not use are null.
 struct Call {
   const Problem* problem;
