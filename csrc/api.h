@@ -19,7 +19,21 @@
 
 namespace fusedrnn {
 
-enum class CellKind : int32_t { rnn_tanh, rnn_relu, lstm, gru, gru_reset_before, cifg, mingru, minlstm };
+// The cells: X(name, gates, kept, cell_state, state_product), as CellFacts explains. Every list of cells in C++ is made
+// from this one, so a new cell is one line here.
+#define FUSEDRNN_CELLS(X)                \
+  X(rnn_tanh, 1, 0, false, true)         \
+  X(rnn_relu, 1, 0, false, true)         \
+  X(lstm, 4, 4, true, true)              \
+  X(gru, 3, 4, false, true)              \
+  X(gru_reset_before, 3, 3, false, true) \
+  X(cifg, 3, 3, true, true)              \
+  X(mingru, 2, 2, false, false)          \
+  X(minlstm, 3, 4, false, false)
+
+#define FUSEDRNN_KIND(name, ...) name,
+enum class CellKind : int32_t { FUSEDRNN_CELLS(FUSEDRNN_KIND) };
+#undef FUSEDRNN_KIND
 
 // What everyone outside the engines may ask about a cell; csrc/cells says the same to the engines.
 struct CellFacts {
@@ -29,12 +43,9 @@ struct CellFacts {
   bool cell_state;     // has c
   bool state_product;  // has R
 };
-constexpr CellFacts cell_facts[] = {
-    // in the order of CellKind
-    {"rnn_tanh", 1, 0, false, true}, {"rnn_relu", 1, 0, false, true},         {"lstm", 4, 4, true, true},
-    {"gru", 3, 4, false, true},      {"gru_reset_before", 3, 3, false, true}, {"cifg", 3, 3, true, true},
-    {"mingru", 2, 2, false, false},  {"minlstm", 3, 4, false, false},
-};
+#define FUSEDRNN_FACTS(name, ...) {#name, __VA_ARGS__},
+constexpr CellFacts cell_facts[] = {FUSEDRNN_CELLS(FUSEDRNN_FACTS)};
+#undef FUSEDRNN_FACTS
 constexpr const CellFacts& facts_of(CellKind kind) { return cell_facts[static_cast<int>(kind)]; }
 enum class Dtype : int32_t { f32, f64, bf16, f16 };
 

@@ -2,9 +2,11 @@
 // LSTM with coupled input and forget gates, one unit, one step (Greff et al. 2017, "CIFG"; ONNX's input_forget).
 //   a = x W^T + bW + h' R^T + bR;  i, o = sigmoid(a_i, a_o);  g = tanh(a_g);  f = 1 - i
 //   c = clip(f c' + i g);  h = o tanh(c)
-// V is a number: a SIMD vector, a Dual of one, or a CUDA float. sigmoid, tanh, clamp and inside are found by V's
-// namespace; whoever includes this defines FUSEDRNN_INLINE (static, forced inline, __device__ under nvcc).
+// V is a number: a SIMD vector, a Dual of one, or a CUDA float. clamp and inside are found by V's namespace. Whoever
+// includes this defines FUSEDRNN_INLINE (static, forced inline, __device__ under nvcc).
 #pragma once
+
+#include "functions.h"
 
 namespace fusedrnn::cells {
 
@@ -18,15 +20,15 @@ struct Cifg {
   static constexpr int x_sum[3] = {0, 1, 2};
   static constexpr int h_sum[3] = {0, 1, 2};
 
-  template <class V, class S>
-  FUSEDRNN_INLINE void forward(const V* a, const V&, const V& c_prev, S clip, V* k, V& h, V& c) {
-    k[0] = sigmoid(a[0]);
-    k[1] = tanh(a[1]);
-    k[2] = sigmoid(a[2]);
+  template <class V, class S, class F = Functions>
+  FUSEDRNN_INLINE void forward(const V* a, const V&, const V& c_prev, S clip, V* k, V& h, V& c, const F& f = F()) {
+    k[0] = f.gate(f.peep(0, a[0], c_prev));
+    k[1] = f.candidate(a[1]);
     V keep, add;
     flow(k, keep, add);
     c = clamp(keep * c_prev + add, clip);
-    h = k[2] * tanh(c);
+    k[2] = f.gate(f.peep(2, a[2], c));
+    h = k[2] * f.state(c);
   }
 
   // c = clip(keep c' + add)
@@ -36,15 +38,15 @@ struct Cifg {
     add = k[0] * k[1];
   }
 
-  template <class V, class S>
+  template <class V, class S, class F = Functions>
   FUSEDRNN_INLINE void backward(const V* k, const V&, const V&, const V& c_prev, const V& c, S clip, const V& dh,
-                                const V& dc_in, V* da, V& dh_prev, V& dc_prev) {
-    const V tc = tanh(c);
-    const V dc = inside(dc_in + dh * k[2] * (1 - tc * tc), c, clip);
-    da[0] = dc * (k[1] - c_prev) * k[0] * (1 - k[0]);
-    da[1] = dc * k[0] * (1 - k[1] * k[1]);
-    da[2] = dh * tc * k[2] * (1 - k[2]);
-    dc_prev = dc * (1 - k[0]);
+                                const V& dc_in, V* da, V& dh_prev, V& dc_prev, const F& f = F()) {
+    const V seen = f.state(c);
+    da[2] = f.gate_back(dh * seen, k[2]);
+    const V dc = inside(f.peep_back(2, dc_in + f.state_back(dh * k[2], seen), da[2]), c, clip);
+    da[0] = f.gate_back(dc * (k[1] - c_prev), k[0]);
+    da[1] = f.candidate_back(dc * k[0], k[1]);
+    dc_prev = f.peep_back(0, dc * (1 - k[0]), da[0]);
     dh_prev = V(0);
   }
 };

@@ -2,9 +2,11 @@
 // LSTM, one unit, one step (Hochreiter & Schmidhuber 1997, forget gate of Gers 2000; gate order of PyTorch and cuDNN).
 //   a = x W^T + bW + h' R^T + bR;  i, f, o = sigmoid(a_i, a_f, a_o);  g = tanh(a_g)
 //   c = clip(f c' + i g);  h = o tanh(c)
-// V is a number: a SIMD vector, a Dual of one, or a CUDA float. sigmoid, tanh, clamp and inside are found by V's
-// namespace; whoever includes this defines FUSEDRNN_INLINE (static, forced inline, __device__ under nvcc).
+// V is a number: a SIMD vector, a Dual of one, or a CUDA float. clamp and inside are found by V's namespace. Whoever
+// includes this defines FUSEDRNN_INLINE (static, forced inline, __device__ under nvcc).
 #pragma once
+
+#include "functions.h"
 
 namespace fusedrnn::cells {
 
@@ -18,16 +20,16 @@ struct Lstm {
   static constexpr int x_sum[4] = {0, 1, 2, 3};  // gate -> sum that takes its row of x W^T + bW
   static constexpr int h_sum[4] = {0, 1, 2, 3};  // gate -> sum that takes its row of h' R^T + bR
 
-  template <class V, class S>
-  FUSEDRNN_INLINE void forward(const V* a, const V&, const V& c_prev, S clip, V* k, V& h, V& c) {
-    k[0] = sigmoid(a[0]);
-    k[1] = sigmoid(a[1]);
-    k[2] = tanh(a[2]);
-    k[3] = sigmoid(a[3]);
+  template <class V, class S, class F = Functions>
+  FUSEDRNN_INLINE void forward(const V* a, const V&, const V& c_prev, S clip, V* k, V& h, V& c, const F& f = F()) {
+    k[0] = f.gate(f.peep(0, a[0], c_prev));
+    k[1] = f.gate(f.peep(1, a[1], c_prev));
+    k[2] = f.candidate(a[2]);
     V keep, add;
     flow(k, keep, add);
     c = clamp(keep * c_prev + add, clip);
-    h = k[3] * tanh(c);
+    k[3] = f.gate(f.peep(2, a[3], c));
+    h = k[3] * f.state(c);
   }
 
   // c = clip(keep c' + add)
@@ -38,16 +40,16 @@ struct Lstm {
   }
 
   // dh, dc: gradients of this step's h and c. da: of the sums. dh_prev: what reaches h' past the product (none here).
-  template <class V, class S>
+  template <class V, class S, class F = Functions>
   FUSEDRNN_INLINE void backward(const V* k, const V&, const V&, const V& c_prev, const V& c, S clip, const V& dh,
-                                const V& dc_in, V* da, V& dh_prev, V& dc_prev) {
-    const V tc = tanh(c);
-    const V dc = inside(dc_in + dh * k[3] * (1 - tc * tc), c, clip);
-    da[0] = dc * k[2] * k[0] * (1 - k[0]);
-    da[1] = dc * c_prev * k[1] * (1 - k[1]);
-    da[2] = dc * k[0] * (1 - k[2] * k[2]);
-    da[3] = dh * tc * k[3] * (1 - k[3]);
-    dc_prev = dc * k[1];
+                                const V& dc_in, V* da, V& dh_prev, V& dc_prev, const F& f = F()) {
+    const V seen = f.state(c);
+    da[3] = f.gate_back(dh * seen, k[3]);
+    const V dc = inside(f.peep_back(2, dc_in + f.state_back(dh * k[3], seen), da[3]), c, clip);
+    da[0] = f.gate_back(dc * k[2], k[0]);
+    da[1] = f.gate_back(dc * c_prev, k[1]);
+    da[2] = f.candidate_back(dc * k[0], k[2]);
+    dc_prev = f.peep_back(0, f.peep_back(1, dc * k[1], da[1]), da[0]);
     dh_prev = V(0);
   }
 };

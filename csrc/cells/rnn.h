@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // Vanilla RNN, one unit, one step (Elman 1990).   h = act(x W^T + bW + h' R^T + bR),   act = tanh or relu
-// V is a number: a SIMD vector, a Dual of one, or a CUDA float. tanh, relu and positive are found by V's namespace;
-// whoever includes this defines FUSEDRNN_INLINE (static, forced inline, __device__ under nvcc).
+// V is a number: a SIMD vector, a Dual of one, or a CUDA float. Whoever includes this
+// defines FUSEDRNN_INLINE (static, forced inline, __device__ under nvcc).
 #pragma once
+
+#include "functions.h"
 
 namespace fusedrnn::cells {
 
@@ -17,21 +19,15 @@ struct Rnn {
   static constexpr int x_sum[1] = {0};
   static constexpr int h_sum[1] = {0};
 
-  template <class V, class S>
-  FUSEDRNN_INLINE void forward(const V* a, const V&, const V&, S, V*, V& h, V&) {
-    if constexpr (Relu)
-      h = relu(a[0]);
-    else
-      h = tanh(a[0]);
+  template <class V, class S, class F = RnnFunctions<Relu>>
+  FUSEDRNN_INLINE void forward(const V* a, const V&, const V&, S, V*, V& h, V&, const F& f = F()) {
+    h = f.gate(a[0]);
   }
 
-  template <class V, class S>
+  template <class V, class S, class F = RnnFunctions<Relu>>
   FUSEDRNN_INLINE void backward(const V*, const V&, const V& h, const V&, const V&, S, const V& dh, const V&, V* da,
-                                V& dh_prev, V&) {
-    if constexpr (Relu)
-      da[0] = positive(dh, h);  // dh where h > 0, else 0
-    else
-      da[0] = dh * (1 - h * h);
+                                V& dh_prev, V&, const F& f = F()) {
+    da[0] = f.gate_back(dh, h);
     dh_prev = V(0);
   }
 };

@@ -54,45 +54,23 @@ struct CellTable {
   void (*backward)(const BackwardTile<S, P>&);
   void (*backward_gate)(const BackwardTile<S, P>&);
 };
-// Defined in the files of that name.
-template <class S, int P>
-const CellTable<S, P>& lstm_table();
-template <class S, int P>
-const CellTable<S, P>& gru_table();
-template <class S, int P>
-const CellTable<S, P>& gru_reset_before_table();
-template <class S, int P>
-const CellTable<S, P>& rnn_tanh_table();
-template <class S, int P>
-const CellTable<S, P>& rnn_relu_table();
-
-template <class S, int P>
-const CellTable<S, P>& cifg_table();
-template <class S, int P>
-const CellTable<S, P>& mingru_table();
-template <class S, int P>
-const CellTable<S, P>& minlstm_table();
+// Each is defined in the file of its cell.
+#define FUSEDRNN_DECLARE_TABLE(name, ...) \
+  template <class S, int P>               \
+  const CellTable<S, P>& name##_table();
+FUSEDRNN_CELLS(FUSEDRNN_DECLARE_TABLE)
+#undef FUSEDRNN_DECLARE_TABLE
 
 template <class S, int P>
 const CellTable<S, P>& table_of(CellKind cell) {
   switch (cell) {
-    case CellKind::cifg:
-      return cifg_table<S, P>();
-    case CellKind::mingru:
-      return mingru_table<S, P>();
-    case CellKind::minlstm:
-      return minlstm_table<S, P>();
-    case CellKind::lstm:
-      return lstm_table<S, P>();
-    case CellKind::gru:
-      return gru_table<S, P>();
-    case CellKind::gru_reset_before:
-      return gru_reset_before_table<S, P>();
-    case CellKind::rnn_relu:
-      return rnn_relu_table<S, P>();
-    default:
-      return rnn_tanh_table<S, P>();
+#define FUSEDRNN_TABLE_OF_KIND(name, ...) \
+  case CellKind::name:                    \
+    return name##_table<S, P>();
+    FUSEDRNN_CELLS(FUSEDRNN_TABLE_OF_KIND)
+#undef FUSEDRNN_TABLE_OF_KIND
   }
+  __builtin_unreachable();
 }
 
 // Where sums go in a row of da: so that those of the product with x, and those of the product with h, are each

@@ -194,15 +194,15 @@ class Stepwise {
       const S limit = static_cast<S>(v_.clip_gates);
       change_row(a, ldH, [&](V x) { return clamp(x, limit); });
     }
-    activate(v_.activations[k], a, ldH);
+    activate_row(v_.activations[k], a, ldH);
   }
   // d *= act'(a), from y = act(a): 0 where the argument was clipped, which y at one of the two ends tells.
   void act_back(int k, const S* y, S* d, bool gate) const {
-    times_slope(v_.activations[k], y, d, ldH);
+    times_slope_row(v_.activations[k], y, d, ldH);
     if (!gate || v_.clip_gates <= 0) return;
     S ends[2][L];
     for (int j = 0; j < L; ++j) ends[0][j] = static_cast<S>(-v_.clip_gates), ends[1][j] = -ends[0][j];
-    for (int side = 0; side < 2; ++side) activate(v_.activations[k], ends[side], L);
+    for (int side = 0; side < 2; ++side) activate_row(v_.activations[k], ends[side], L);
     const S low = smaller(ends[0][0], ends[1][0]), high = larger(ends[0][0], ends[1][0]);
     const V zero(S(0)), lo(low), hi(high);
     units(ldH, [&](int64_t u) {

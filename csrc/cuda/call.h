@@ -37,13 +37,8 @@ constexpr const char* kWrongToken =
     "x of an earlier call had a token that is no input; expected 0 <= token < I. It counted as the zero vector (this "
     "call was not run): check the tokens before they go to the device";
 
-Status run_rnn_tanh(const Call& call);
-Status run_rnn_relu(const Call& call);
-Status run_lstm(const Call& call);
-Status run_gru(const Call& call);
-Status run_gru_reset_before(const Call& call);
-Status run_cifg(const Call& call);
-Status run_mingru(const Call& call);
-Status run_minlstm(const Call& call);
+#define FUSEDRNN_RUN(name, ...) Status run_##name(const Call& call);
+FUSEDRNN_CELLS(FUSEDRNN_RUN)
+#undef FUSEDRNN_RUN
 
 }  // namespace fusedrnn::cuda

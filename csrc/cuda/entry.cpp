@@ -8,22 +8,11 @@ namespace {
 
 Status run_any(const Call& call) {
   switch (call.problem->cell) {
-    case CellKind::rnn_tanh:
-      return run_rnn_tanh(call);
-    case CellKind::rnn_relu:
-      return run_rnn_relu(call);
-    case CellKind::lstm:
-      return run_lstm(call);
-    case CellKind::gru:
-      return run_gru(call);
-    case CellKind::gru_reset_before:
-      return run_gru_reset_before(call);
-    case CellKind::cifg:
-      return run_cifg(call);
-    case CellKind::mingru:
-      return run_mingru(call);
-    case CellKind::minlstm:
-      return run_minlstm(call);
+#define FUSEDRNN_RUN(name, ...) \
+  case CellKind::name:          \
+    return run_##name(call);
+    FUSEDRNN_CELLS(FUSEDRNN_RUN)
+#undef FUSEDRNN_RUN
   }
   return std::string("cell ") + facts_of(call.problem->cell).name + " is none that the CUDA kernels know";
 }
