@@ -66,7 +66,7 @@ def test_first_line_is_the_licence(path):
     ("folder", "ours"),
     [
         ("api.h", r"$^"),
-        ("cells", r"$^"),
+        ("cells", r"cells/functions\.h"),
         ("cpu", r"api\.h|cells/.*|cpu/.*"),
         ("cuda", r"api\.h|cells/.*|cuda/.*"),
         ("bindings", r"api\.h|cpu/cpu\.h|cuda/cuda\.h|bindings/.*"),
@@ -82,8 +82,8 @@ def test_who_includes_whom(folder, ours):
                 assert re.fullmatch(ours, name), f"{path.relative_to(ROOT)} includes {name}"
             elif folder != "bindings":
                 assert not re.search(r"python|pybind11|numpy|dlpack|torch|jax", name, re.I), f"{path}: {name}"
-            if folder == "cells":
-                pytest.fail(f"{path.relative_to(ROOT)} includes {name}; the formulas include nothing")
+            if folder == "cells" and not name.startswith("cells/"):
+                pytest.fail(f"{path.relative_to(ROOT)} includes {name}; the formulas include nothing else")
 
 
 def test_one_file_for_each_kind_of_array():
