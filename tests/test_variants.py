@@ -446,12 +446,12 @@ def test_jvp_and_hvp_of_a_variant_run_on_the_reference(caplog):
             "recompute is True; expected False",
         ),
         (
-            lambda: fusedrnn.generate(fusedrnn.GRU(5, 4, zoneout=0.1), random(5, 4), None, np.array([1]), 3),
-            "generate: layer has zoneout; expected a layer without",
+            lambda: fusedrnn.generate(fusedrnn.GRU(5, 4, proj_size=3), random(5, 4), None, np.array([1]), 3),
+            "generate: layer has proj_size; expected a layer without",
         ),
         (
-            lambda: fusedrnn.GRU(5, 4, zoneout=0.1)(np.array([[1]])),
-            "gru: x has dtype int64; expected float32 or float64 with these options",
+            lambda: fusedrnn.GRU(5, 4, layer_norm=True)(np.array([[1]])),
+            "gru: x has dtype int64; expected float32 or float64 with proj_size or layer_norm",
         ),
         (
             lambda: fusedrnn.lstm(random(2, 2, 3), None, fusedrnn.params.init("lstm", 3, 4), proj_size=2),
@@ -462,3 +462,135 @@ def test_jvp_and_hvp_of_a_variant_run_on_the_reference(caplog):
 def test_wrong_options(make, message):
     with pytest.raises((TypeError, ValueError), match=message):
         make()
+
+
+# ---- the options of the elementwise part, with everything else ----
+
+TOGETHER = [
+    (
+        "lstm",
+        {
+            "peepholes": True,
+            "clip_gates": 0.3,
+            "zoneout": (0.2, 0.3),
+            "recurrent_dropout": 0.4,
+            "activations": ["Sigmoid", "ScaledTanh", "Softplus"],
+        },
+    ),
+    ("lstm", {"coupled": True, "peepholes": True, "zoneout": (0.2, 0.3)}),
+    ("gru", {"recurrent_dropout": 0.3, "activations": ["HardSigmoid", "Softsign"]}),
+    ("gru", {"reset_after": False, "clip_gates": 0.4, "zoneout": 0.3, "recurrent_dropout": 0.3}),
+    ("rnn", {"zoneout": 0.3, "recurrent_dropout": 0.3, "activations": [("Elu", 0.7)]}),
+]
+WALKS: list[dict[str, Any]] = [
+    {},
+    {"num_layers": 2, "bidirectional": True, "lengths": np.array([3, 7, 0, 5, 7])},
+    {"reverse": True, "reset": np.random.default_rng(0).random((T, B)) < 0.3, "reset_to": "initial", "clip_grad": 0.1},
+]
+
+
+class Together:
+    """One cell with options and a walk: float64 arrays for it, and its results by name."""
+
+    def __init__(self, op: str, options: dict[str, Any], walk: dict[str, Any], hidden: int = 33) -> None:
+        kind = {"gru": "gru_reset_before"} if options.get("reset_after") is False else {"lstm": "cifg"}
+        coupled = "coupled" in options or "reset_after" in options
+        self.op, self.options, self.walk = op, {**options, **walk}, walk
+        L, self.D = walk.get("num_layers", 1), 1 + walk.get("bidirectional", False)
+        make: dict[str, Any] = {"peepholes": True} if options.get("peepholes") else {}
+        cell = kind[op] if coupled else {"rnn": "rnn_tanh"}.get(op, op)
+        sizes = {"num_layers": L, "bidirectional": self.D == 2, "seed": 1}
+        self.params = fusedrnn.params.init(cell, I, hidden, dtype=np.float64, **sizes, **make)
+        h, c = (random(L * self.D, B, hidden, seed=s).astype(np.float64) for s in (2, 3))
+        self.state: Any = (h, c) if op == "lstm" else h
+        self.x = random(T, B, I, seed=4).astype(np.float64)
+
+    def run(self, x: Any, params: Any = None, **more: Any) -> tuple[dict[str, np.ndarray], Any, np.ndarray]:
+        call = getattr(fusedrnn.ops, self.op)
+        given = self.params if params is None else params
+        y, state, tape = call(x, self.state, given, training=True, **self.options, **more)
+        dy = random(*y.shape, seed=5).astype(np.float64)
+        grads = getattr(fusedrnn.ops, f"{self.op}_backward")(tape, dy, dstate=state)
+        return named({"y": y, "last": state, **grads}), tape, dy
+
+
+def named(results: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Pairs of arrays by name and number."""
+    found = {}
+    for name, value in results.items():
+        found |= {f"{name}{n}": a for n, a in enumerate(value)} if isinstance(value, tuple) else {name: value}
+    return found
+
+
+def same(label: str, got: dict[str, np.ndarray], want: dict[str, np.ndarray], budget: float = 1e-11) -> None:
+    assert got.keys() == want.keys(), label
+    for name, array in want.items():
+        close.check(f"{label}: {name}", got[name], array, budget)
+
+
+@pytest.mark.parametrize("walk", WALKS, ids=lambda w: "-".join(w) or "plain")
+@pytest.mark.parametrize(("op", "options"), TOGETHER, ids=lambda v: v if isinstance(v, str) else "-".join(v))
+def test_options_with_tokens_context_and_recompute(backend, op, options, walk):
+    it = Together(op, options, walk)
+    plain = it.run(it.x)[0]
+    same("recompute", it.run(it.x, recompute=True)[0], plain)
+    tokens = np.random.default_rng(6).integers(0, I, (T, B))
+    hot = it.run(np.eye(I)[tokens])[0]
+    del hot["x"]
+    for recompute in (False, True):
+        same("tokens", it.run(tokens, recompute=recompute)[0], hot)
+    K, params, wide = 3, dict(it.params), dict(it.params)
+    context = random(B, K, seed=7).astype(np.float64)
+    for name in ["weight_ih_l0", "weight_ih_l0_reverse"][: it.D]:
+        more = random(len(params[name]), K, seed=8).astype(np.float64)
+        params[name.replace("ih", "ch")] = more
+        wide[name] = np.concatenate([params[name], more], 1)
+    features = np.concatenate([it.x, np.broadcast_to(context, (T, B, K))], 2)
+    want = it.run(features, wide)[0]
+    want["context"] = want["x"][..., I:].sum(0)
+    for name in ["weight_ih_l0", "weight_ih_l0_reverse"][: it.D]:
+        want[name.replace("ih", "ch")], want[name] = want[name][:, I:], want[name][:, :I]
+    want["x"] = want["x"][..., :I]
+    for recompute in (False, True):
+        same("context", it.run(it.x, params, context=context, recompute=recompute)[0], want)
+
+
+@pytest.mark.parametrize("walk", WALKS, ids=lambda w: "-".join(w) or "plain")
+@pytest.mark.parametrize(("op", "options"), TOGETHER, ids=lambda v: v if isinstance(v, str) else "-".join(v))
+def test_tangents_of_options_are_the_kernels_own(kernels, caplog, op, options, walk):
+    it = Together(op, options, walk)
+    along = {name: random(*a.shape, seed=9).astype(np.float64) for name, a in {"x": it.x, **it.params}.items()}
+    found = []
+    for name in (None, "reference"):
+        _, tape, dy = it.run(it.x, backend=name)
+        with caplog.at_level("INFO", logger="fusedrnn"):
+            jvp = fusedrnn.ops.jvp(tape, along)
+        hvp = fusedrnn.ops.hvp(tape, along, dy, tdy=0.3 * dy)
+        found.append(named({"y": jvp[0], "last": jvp[1], **hvp}))
+    assert "runs on the reference" not in caplog.text
+    same("tangents", *found, budget=1e-9)
+
+
+@pytest.mark.parametrize(("op", "options"), TOGETHER, ids=lambda v: v if isinstance(v, str) else "-".join(v))
+def test_ensembles_and_bfloat16_weights_with_options(backend, op, options):
+    it = Together(op, options, {"lengths": np.array([3, 7, 0, 5, 7])})
+    many = {name: np.stack([a, 1.1 * a, 0.7 * a]) for name, a in it.params.items()}
+    same("ensemble", it.run(it.x, many)[0], it.run(it.x, many, backend="reference")[0])
+    call, narrow = getattr(fusedrnn.ops, op), {n: a.astype(np.float32) for n, a in it.params.items()}
+    halves = fusedrnn.params.to_bfloat16(narrow)
+    x = it.x.astype(np.float32)
+    got, want = (call(x, None, p, **it.options)[0] for p in (halves, fusedrnn.params.from_bfloat16(halves)))
+    close.check("bfloat16 weights", got, want, 1e-5)
+
+
+@pytest.mark.parametrize(("op", "options"), TOGETHER, ids=lambda v: v if isinstance(v, str) else "-".join(v))
+def test_generation_with_options(kernels, op, options):
+    layer = {"lstm": fusedrnn.LSTM, "gru": fusedrnn.GRU, "rnn": fusedrnn.RNN}[op](11, 20, 2, seed=0, **options).eval()
+    head, prompt = random(11, 20, scale=3), np.array([[1, 2], [3, 4]])
+    found = []
+    for backend in (None, "reference"):
+        layer.backend = backend
+        more = {"return_log_probs": "model", "return_state": True}
+        tokens, log_probs, state = fusedrnn.generate(layer, head, None, prompt, 30, seed=3, **more)
+        found.append({"tokens": tokens, "log_probs": log_probs, **named({"state": state})})
+    same("generated", *found, budget=1e-4)

@@ -112,7 +112,8 @@ class Call {
       out.x = checked_.array<4>(std::move(x), {role, "x"}, "(T, E, B, I)", {s.T, s.E, s.B, s.I}, access, 1);
     }
     if (required && !out.x.data && !tokens_) checked_.type_error(std::string(role) + "x is None");
-    if (tokens_ && problem.variant.given) checked_.value_error("x holds tokens; expected float input with a variant");
+    if (tokens_ && whole_rows(problem))
+      checked_.value_error("x holds tokens; expected float input with proj_size or layer_norm");
     const int64_t Q = outputs_of(problem);  // H without a projection
     const int64_t state[4] = {s.L * s.D, s.E, s.B, s.H}, h_state[4] = {s.L * s.D, s.E, s.B, Q};
     out.h0 = checked_.array<4>(get<"h0">(given), {role, "h0"}, "(L*D, E, B, H)", h_state, access, 1);
@@ -167,8 +168,8 @@ class Call {
       checked_.value_error(std::string(role) + "context is given; expected None: the call has no context");
     out.context = checked_.array<3>(context, {role, "context"}, "(E, B, K)", {s.E, s.B, s.K}, access, 0);
     if (required && out.context.data && s.K < 1) checked_.value_error("context has K = 0; expected K >= 1");
-    if (out.context.data && problem.variant.given)
-      checked_.value_error("context is given; expected none with a variant");
+    if (out.context.data && whole_rows(problem))
+      checked_.value_error("context is given; expected none with proj_size or layer_norm");
     const py::object list = get<"context_weights">(given);
     if (required && list.is_none() != context.is_none())
       checked_.type_error("context and context_weights come both or not at all");
@@ -242,10 +243,16 @@ class Call {
     return g;
   }
 
-  // Tangents of variants are the reference's.
-  void refuse_variant() const {
-    if (problem.variant.given)
-      checked_.value_error("variant is given; expected none: its tangents are the reference's");
+  // Tangents of what needs whole rows are the reference's.
+  void refuse_whole_rows() const {
+    if (whole_rows(problem))
+      checked_.value_error("variant has proj_size or layer_norm; expected neither: their tangents are the reference's");
+  }
+
+  void refuse_for_generation() const {
+    if (whole_rows(problem) || problem.variant.training)
+      checked_.value_error(
+          "variant has proj_size, layer_norm or training; expected none of them: text is written step by step");
   }
 
   double work() const { return cpu::work(problem); }
@@ -272,8 +279,9 @@ class Call {
       checked_.value_error("variant has a probability over 1; expected 0..1");
     if (!cell.state_product || (v.peepholes && !cell.cell_state) || ((v.proj || v.layer_norm) && (before || rnn)))
       checked_.value_error("variant asks " + std::string(cell.name) + " for what it does not have");
-    if (problem.recompute || problem.bf16_weights)
-      checked_.value_error("variant is given with recompute or bf16_weights; expected neither");
+    if (whole_rows(problem) && (problem.recompute || problem.bf16_weights))
+      checked_.value_error(
+          "variant has proj_size or layer_norm beside recompute or bf16_weights; expected one or the other");
     const py::object list = get<"activations">(given);
     const size_t count = cell.cell_state ? 3 : rnn ? 1 : 2;
     if (!py::isinstance<py::tuple>(list) || py::len(list) != count)
@@ -400,7 +408,7 @@ void jvp(py::handle problem, py::handle p, py::handle v, py::handle tout) {
   Call call("jvp: ", problem);
   call.dtype_of(p);
   call.refuse_bf16();
-  call.refuse_variant();
+  call.refuse_whole_rows();
   const Arguments arguments = call.arguments(p, "", Access::read, true);
   const Arguments tangents = call.arguments(v, "v.", Access::read, false);
   const Results out = call.results(tout, "tout.", Access::write);
@@ -413,7 +421,7 @@ void hvp(py::handle problem, py::handle p, py::handle v, py::handle g, py::handl
   Call call("hvp: ", problem);
   call.dtype_of(p);
   call.refuse_bf16();
-  call.refuse_variant();
+  call.refuse_whole_rows();
   const Arguments arguments = call.arguments(p, "", Access::read, true);
   const Arguments tangents = call.arguments(v, "v.", Access::read, false);
   const Results gradients = call.results(g, "g.", Access::read);
@@ -440,6 +448,7 @@ py::object generate(py::handle problem, py::handle p, py::handle out, py::handle
     call.checked().value_error(
         "expected T = E = D = 1, tokens for x, hn (and cn), and no context, lengths, reset, reverse");
   std::vector<int64_t> stop;
+  call.refuse_for_generation();
   const cpu::Generation generation = call.generation(g, stop);
   cpu::Failure failure;
   {

@@ -11,6 +11,7 @@
 namespace fusedrnn::cells {
 
 struct Cifg {
+  using Plain = Functions;
   static constexpr int gates = 3;
   static constexpr int sums = 3;
   static constexpr int kept = 3;  // i, g, o
@@ -20,7 +21,7 @@ struct Cifg {
   static constexpr int x_sum[3] = {0, 1, 2};
   static constexpr int h_sum[3] = {0, 1, 2};
 
-  template <class V, class S, class F = Functions>
+  template <class V, class S, class F = Plain>
   FUSEDRNN_INLINE void forward(const V* a, const V&, const V& c_prev, S clip, V* k, V& h, V& c, const F& f = F()) {
     k[0] = f.gate(f.peep(0, a[0], c_prev));
     k[1] = f.candidate(a[1]);
@@ -38,7 +39,7 @@ struct Cifg {
     add = k[0] * k[1];
   }
 
-  template <class V, class S, class F = Functions>
+  template <class V, class S, class F = Plain>
   FUSEDRNN_INLINE void backward(const V* k, const V&, const V&, const V& c_prev, const V& c, S clip, const V& dh,
                                 const V& dc_in, V* da, V& dh_prev, V& dc_prev, const F& f = F()) {
     const V seen = f.state(c);

@@ -13,6 +13,7 @@
 namespace fusedrnn::cells {
 
 struct Gru {
+  using Plain = Functions;
   static constexpr int gates = 3;
   static constexpr int sums = 4;  // r, z, n of x, n of h'
   static constexpr int kept = 4;  // r, z, n, and the h' part of n's sum
@@ -22,7 +23,7 @@ struct Gru {
   static constexpr int x_sum[3] = {0, 1, 2};
   static constexpr int h_sum[3] = {0, 1, 3};
 
-  template <class V, class S, class F = Functions>
+  template <class V, class S, class F = Plain>
   FUSEDRNN_INLINE void forward(const V* a, const V& h_prev, const V&, S, V* k, V& h, V&, const F& f = F()) {
     k[0] = f.gate(a[0]);
     k[1] = f.gate(a[1]);
@@ -31,7 +32,7 @@ struct Gru {
     h = k[2] + k[1] * (h_prev - k[2]);
   }
 
-  template <class V, class S, class F = Functions>
+  template <class V, class S, class F = Plain>
   FUSEDRNN_INLINE void backward(const V* k, const V& h_prev, const V&, const V&, const V&, S, const V& dh, const V&,
                                 V* da, V& dh_prev, V&, const F& f = F()) {
     da[2] = f.candidate_back(dh * (1 - k[1]), k[2]);
@@ -45,6 +46,7 @@ struct Gru {
 // Two products a step: first r and z from h', then n from r h'. The engine calls `gate`, multiplies, calls `forward`;
 // backward in the other order: `backward`, multiply da[2] by Rn, then `backward_gate` with that product.
 struct GruResetBefore {
+  using Plain = Functions;
   static constexpr int gates = 3;
   static constexpr int sums = 3;
   static constexpr int kept = 3;  // r, z, n
@@ -55,20 +57,20 @@ struct GruResetBefore {
   static constexpr int h_sum[3] = {0, 1, 2};
 
   // a_r, a_z are complete. rh is what the second product multiplies; h_seen: h' as R sees it.
-  template <class V, class F = Functions>
+  template <class V, class F = Plain>
   FUSEDRNN_INLINE void gate(const V& a_r, const V& a_z, const V& h_seen, V& r, V& z, V& rh, const F& f = F()) {
     r = f.gate(a_r);
     z = f.gate(a_z);
     rh = r * h_seen;
   }
 
-  template <class V, class F = Functions>
+  template <class V, class F = Plain>
   FUSEDRNN_INLINE void forward(const V& a_n, const V& z, const V& h_prev, V& n, V& h, const F& f = F()) {
     n = f.candidate(a_n);
     h = n + z * (h_prev - n);
   }
 
-  template <class V, class F = Functions>
+  template <class V, class F = Plain>
   FUSEDRNN_INLINE void backward(const V& z, const V& n, const V& h_prev, const V& dh, V& da_z, V& da_n, V& dh_prev,
                                 const F& f = F()) {
     da_n = f.candidate_back(dh * (1 - z), n);
@@ -77,7 +79,7 @@ struct GruResetBefore {
   }
 
   // drh = da_n Rn. dh_seen is added to.
-  template <class V, class F = Functions>
+  template <class V, class F = Plain>
   FUSEDRNN_INLINE void backward_gate(const V& r, const V& h_seen, const V& drh, V& da_r, V& dh_seen, const F& f = F()) {
     da_r = f.gate_back(drh * h_seen, r);
     dh_seen = dh_seen + drh * r;

@@ -11,6 +11,7 @@
 namespace fusedrnn::cells {
 
 struct Lstm {
+  using Plain = Functions;
   static constexpr int gates = 4;  // row blocks of W and R
   static constexpr int sums = 4;   // pre-activations the engine hands over, per unit
   static constexpr int kept = 4;   // values on the tape beside c and h: i, f, g, o
@@ -20,7 +21,7 @@ struct Lstm {
   static constexpr int x_sum[4] = {0, 1, 2, 3};  // gate -> sum that takes its row of x W^T + bW
   static constexpr int h_sum[4] = {0, 1, 2, 3};  // gate -> sum that takes its row of h' R^T + bR
 
-  template <class V, class S, class F = Functions>
+  template <class V, class S, class F = Plain>
   FUSEDRNN_INLINE void forward(const V* a, const V&, const V& c_prev, S clip, V* k, V& h, V& c, const F& f = F()) {
     k[0] = f.gate(f.peep(0, a[0], c_prev));
     k[1] = f.gate(f.peep(1, a[1], c_prev));
@@ -40,7 +41,7 @@ struct Lstm {
   }
 
   // dh, dc: gradients of this step's h and c. da: of the sums. dh_prev: what reaches h' past the product (none here).
-  template <class V, class S, class F = Functions>
+  template <class V, class S, class F = Plain>
   FUSEDRNN_INLINE void backward(const V* k, const V&, const V&, const V& c_prev, const V& c, S clip, const V& dh,
                                 const V& dc_in, V* da, V& dh_prev, V& dc_prev, const F& f = F()) {
     const V seen = f.state(c);

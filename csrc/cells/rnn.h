@@ -10,6 +10,7 @@ namespace fusedrnn::cells {
 
 template <bool Relu>
 struct Rnn {
+  using Plain = RnnFunctions<Relu>;
   static constexpr int gates = 1;
   static constexpr int sums = 1;
   static constexpr int kept = 0;  // h itself tells the slope
@@ -19,12 +20,12 @@ struct Rnn {
   static constexpr int x_sum[1] = {0};
   static constexpr int h_sum[1] = {0};
 
-  template <class V, class S, class F = RnnFunctions<Relu>>
+  template <class V, class S, class F = Plain>
   FUSEDRNN_INLINE void forward(const V* a, const V&, const V&, S, V*, V& h, V&, const F& f = F()) {
     h = f.gate(a[0]);
   }
 
-  template <class V, class S, class F = RnnFunctions<Relu>>
+  template <class V, class S, class F = Plain>
   FUSEDRNN_INLINE void backward(const V*, const V&, const V& h, const V&, const V&, S, const V& dh, const V&, V* da,
                                 V& dh_prev, V&, const F& f = F()) {
     da[0] = f.gate_back(dh, h);

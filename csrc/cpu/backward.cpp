@@ -11,7 +11,7 @@ void run_backward(const Call& call) {
   Workspace workspace;
   const Sets sets(call, workspace);
   S* tape[1] = {static_cast<S*>(call.tape)};
-  const Layers<S, 1> layers(call, sets, table_of<S, 1>(call.problem->cell), tape, workspace);
+  const Layers<S, 1> layers(call, sets, tape, workspace);
   Backward<S, 1> backward(call, sets, layers, workspace);
   parallel(call.threads, [](void* it, const Team& team) { static_cast<Backward<S, 1>*>(it)->run(team); }, &backward);
 }
@@ -22,11 +22,10 @@ void run_hvp(const Call& call) {
   Workspace workspace;
   const Sets sets(call, workspace);
   const Sizes& n = call.problem->sizes;
-  const CellTable<S, 2>& cell = table_of<S, 2>(call.problem->cell);
-  const int64_t size = Tape(*call.problem, cell.kept, cell.cell_state).elements(sets.N) * sets.count * n.L * n.D;
+  const int64_t size = Tape(*call.problem).elements(sets.N) * sets.count * n.L * n.D;
   S* tape[2];
   for (S*& plane : tape) plane = take<S>(workspace, size);
-  const Layers<S, 2> layers(call, sets, cell, tape, workspace);
+  const Layers<S, 2> layers(call, sets, tape, workspace);
   struct Both {
     Forward<S, 2> forward;
     Backward<S, 2> backward;

@@ -8,6 +8,7 @@
 #pragma once
 
 #include "context.h"
+#include "options.h"
 
 namespace fusedrnn::cpu::FUSEDRNN_ISA {
 
@@ -22,6 +23,9 @@ class Backward {
       : problem_(*call.problem),
         n_(problem_.sizes),
         cell_(table_of<S, P>(problem_.cell)),
+        tile_(tiles_of(cell_, problem_)),
+        kept_(kept_of(problem_)),
+        masks_(problem_.variant.training && problem_.variant.recurrent_dropout > 0),
         dp_(call.dp),
         sets_(sets),
         layers_(layers),
@@ -62,6 +66,7 @@ class Backward {
         s.tokens = take<int32_t>(workspace, pairs_);
         s.columns = take<S>(workspace, table_.most * cell_.gates * H);
       }
+      if (problem_.variant.given) s.options.allocate(problem_, ld_, N, workspace);
       for (int q = 0; q < P; ++q) {
         s.R[q][0].data = take<S>(workspace, cell_.state_product ? ld_ * cell_.gates * H : 0);
         s.W[q].data = take<S>(workspace, padded(inputs_) * cell_.gates * H);
@@ -78,6 +83,14 @@ class Backward {
           s.d_start[which][q] = take<S>(workspace, N * ld_);
         }
         s.x[q] = take<const S*>(workspace, pairs_);
+        s.h_seen[q] = s.before[0][q];
+        if (masks_) {
+          s.seen[q] = take<S>(workspace, pairs_ * ld_);
+          s.h_seen[q] = take<const S*>(workspace, pairs_);
+          for (int64_t r = 0; r < pairs_; ++r) s.h_seen[q][r] = s.seen[q] + r * ld_;
+          s.dh_seen[q] = take<S>(workspace, N * ld_);
+        }
+        if (problem_.variant.peepholes) s.c_new[q] = take<S>(workspace, pairs_ * ld_);
         s.da_rows[q] = take<const S*>(workspace, pairs_);
         for (int phase = 0; phase < kPhases; ++phase) s.da_h_rows[phase][q] = take<const S*>(workspace, pairs_);
         s.picked[q] = take<const S*>(workspace, 4 * pairs_);
@@ -94,7 +107,7 @@ class Backward {
         }
         if (tape_.every) {
           s.z[q] = take<S>(workspace, pairs_ * ld_ * cell_.sums);
-          s.kept[q] = take<S>(workspace, pairs_ * cell_.kept * H);
+          s.kept[q] = take<S>(workspace, pairs_ * kept_ * H);
           s.c_kept[q] = take<S>(workspace, pairs_ * H);
           for (int which = 0; which < 2; ++which) s.state[which][q] = take<S>(workspace, N * ld_);
         }
@@ -124,12 +137,14 @@ class Backward {
     S *d[2][P], *d_start[2][P];  // running dh, dc; what reached h0, c0; rows of ld_
     S *rh[P] = {}, *drh[P] = {}, *sums;
     S *z[P] = {}, *kept[P] = {}, *c_kept[P] = {}, *state[2][P] = {};
+    S *seen[P] = {}, *dh_seen[P] = {}, *c_new[P] = {};  // h as R sees it, rows of ld_; its running gradient
     Context<S, P> context;
+    Options<S, P> options;
     S* dz[P] = {};  // da of layer 0's products with x and the context, summed over the steps of each row
     const S** dz_rows[P] = {};
     int32_t* tokens = nullptr;
     S* columns = nullptr;  // dW of the tokens that occur, rows of gates * H
-    const S **before[2][P], **x[P], **da_rows[P], **da_h_rows[kPhases][P], **rh_rows[P] = {}, **picked[P];
+    const S **before[2][P], **h_seen[P], **x[P], **da_rows[P], **da_h_rows[kPhases][P], **rh_rows[P] = {}, **picked[P];
   };
 
   // One layer, direction and weight set, as seen by one team member.
@@ -157,6 +172,8 @@ class Backward {
     if (dp.context.data && !dp.context.stride[0]) return true;
     for (const Array<3>& w : dp.context_weights)
       if (w.data && !w.stride[0]) return true;
+    for (int i = 0; dp.extras && i < n.L * n.D; ++i)
+      if (dp.extras[i].ph.data && !dp.extras[i].ph.stride[0]) return true;
     if ((dp.x.data && !dp.x.stride[1]) || (dp.h0.data && !dp.h0.stride[1]) || (dp.c0.data && !dp.c0.stride[1]))
       return true;
     for (int i = 0; dp.params && i < n.L * n.D; ++i) {
@@ -247,6 +264,11 @@ class Backward {
   }
 
   void begin(Part& a) {
+    if (problem_.variant.given) {
+      if (a.team.rank == 0) a.w.options.begin(p_, &a.rows, a.reversed, a.ld, sets_.count == 1 ? 0 : a.set);
+      a.team.wait();
+      for (int64_t i = 0; masks_ && i < sets_.N; ++i) a.w.options.draw_mask(i, a.u0, a.u1);
+    }
     for (int64_t i = 0; i < sets_.N; ++i) {
       for (int which = 0; which < 1 + cell_.cell_state; ++which) {
         for (int q = 0; q < P; ++q) {
@@ -297,7 +319,9 @@ class Backward {
               row = tape(a, q) + tape_.c_offset(sets_.N) + (s / tape_.every * sets_.N + i) * H;
             else
               row = from + (rows.off[s - 1] + i) * H;
-            a.w.before[which][q][rows.off[s] - pair0 + i] = row;
+            const int64_t r = rows.off[s] - pair0 + i;
+            a.w.before[which][q][r] = row;
+            if (masks_ && which == 0) a.w.options.apply_mask(i, row, a.w.seen[q] + r * ld_, 0, H);
           }
         }
       }
@@ -315,7 +339,7 @@ class Backward {
     for (int phase = 0; phase < w.forward.phases; ++phase) {
       const bool gate = cell_.two_products && phase == 0;
       const S* const* h[P];
-      for (int q = 0; q < P; ++q) h[q] = phase ? w.rh_rows[q] : w.before[0][q];
+      for (int q = 0; q < P; ++q) h[q] = phase ? w.rh_rows[q] : w.h_seen[q];
       for (int64_t b = first; b < end; ++b) {
         if (phase == 0 && a.source[0].token)
           w.forward.token_product(cell_, b, w.tokens, pairs, w.z);
@@ -332,7 +356,9 @@ class Backward {
           t.ldz = w.forward.ldz;
           t.ld = ld_;
           t.H = H;
-          t.ld_kept = cell_.kept * H;
+          t.ld_kept = kept_ * H;
+          if (problem_.variant.given) t.options = &w.options;
+          t.step = s, t.unit = u0;
           t.clip = clip_cell();
           for (int q = 0; q < P; ++q) {
             for (int64_t i = 0; i < t.rows; ++i)
@@ -340,13 +366,14 @@ class Backward {
                 copy_row(w.before[which][q][pair + i] + u0, 1, w.state[which][q] + i * ld_ + u0, 1, units);
             t.z[q] = w.z[q] + pair * t.ldz + u0 * cell_.sums;
             t.h_prev[q] = w.state[0][q] + u0;
+            t.h_seen[q] = masks_ ? w.seen[q] + pair * ld_ + u0 : t.h_prev[q];
             t.h[q] = w.state[0][q] + u0;
             t.c[q] = w.state[1][q] + u0;
             t.rh[q] = cell_.two_products ? w.rh[q] + pair * ld_ + u0 : nullptr;
             t.kept[q] = w.kept[q] + pair * t.ld_kept + u0;
             t.c_kept[q] = w.c_kept[q] + pair * H + u0;
           }
-          gate ? cell_.gate(t) : cell_.forward(t);
+          gate ? tile_.gate(t) : tile_.forward(t);
         }
       }
       if (gate) a.team.wait();
@@ -381,7 +408,9 @@ class Backward {
     BackwardTile<S, P> t{};
     t.rows = mine.r1 - r0;
     t.units = mine.u1 - u0;
-    t.ld_kept = cell_.kept * H;
+    t.ld_kept = kept_ * H;
+    if (problem_.variant.given) t.options = &w.options;
+    t.step = s, t.row = r0;
     t.H = H;
     t.unit = u0;
     t.ld = ld_;
@@ -394,6 +423,8 @@ class Backward {
           tape_.every ? w.kept[q] + in_chunk * t.ld_kept + u0 : data + tape_.kept_offset(N) + pair * t.ld_kept + u0;
       t.c[q] = tape_.every ? w.c_kept[q] + in_chunk * H + u0 : data + tape_.c_offset(N) + pair * H + u0;
       t.h_prev[q] = w.before[0][q] + in_chunk;
+      t.h_seen[q] = w.h_seen[q] + in_chunk;
+      t.c_new[q] = w.c_new[q] ? w.c_new[q] + in_chunk * ld_ + u0 : nullptr;
       t.c_prev[q] = w.before[1][q] + in_chunk;
       t.dh[q] = w.d[0][q] + r0 * ld_ + u0;
       t.dc[q] = w.d[1][q] + r0 * ld_ + u0;
@@ -402,17 +433,30 @@ class Backward {
         t.drh[q] = w.drh[q] + r0 * ld_ + u0;
         t.rh[q] = w.rh[q] + in_chunk * ld_ + u0;
       }
+      t.dh_seen[q] = (masks_ ? w.dh_seen[q] : w.d[0][q]) + r0 * ld_ + u0;
+      for (int64_t i = r0; masks_ && i < mine.r1; ++i)
+        zero_row(w.dh_seen[q] + i * ld_ + u0, 1, pad_end(u0, mine.u1) - u0);
     }
     const bool alone = by_rows(a), part = rows.live[s] > 1;
-    if (t.units > 0) cell_.backward(t);
+    if (t.units > 0) tile_.backward(t);
     if (!alone && (cell_.state_product || s == s0)) a.team.wait();
     if (cell_.two_products) {
       state_product(a, 1, in_chunk, mine, part, false, w.drh);
-      if (t.units > 0) cell_.backward_gate(t);
+      if (t.units > 0) tile_.backward_gate(t);
       if (!alone) a.team.wait();
     }
-    if (cell_.state_product) state_product(a, 0, in_chunk, mine, part, true, w.d[0]);
+    if (cell_.state_product) state_product(a, 0, in_chunk, mine, part, true, masks_ ? w.dh_seen : w.d[0]);
+    for (int64_t i = r0; masks_ && i < mine.r1; ++i) unmask(a, i, u0, mine.u1);
     leaving(a, s, mine);
+  }
+
+  // dh gets what came back through R's view of h.
+  void unmask(Part& a, int64_t i, int64_t u0, int64_t u1) const {
+    for (int q = 0; q < P; ++q) {
+      S* seen = a.w.dh_seen[q] + i * ld_;
+      a.w.options.apply_mask(i, seen, seen, u0, u1);
+      add_row(seen + u0, 1, a.w.d[0][q] + i * ld_ + u0, 1, u1 - u0);
+    }
   }
 
   // dh (or drh) of this member's share: da R, added or written.
@@ -523,8 +567,7 @@ class Backward {
       const bool split = sets_.count == 1 && n_.E > 1;
       const S *const *da[P], *const *x[P], *const *h[P], *const *rh[P];
       for (int q = 0; q < P; ++q)
-        da[q] = w.da_rows[q], x[q] = a.source[q].given() ? w.x[q] : nullptr, h[q] = w.before[0][q],
-        rh[q] = w.rh_rows[q];
+        da[q] = w.da_rows[q], x[q] = a.source[q].given() ? w.x[q] : nullptr, h[q] = w.h_seen[q], rh[q] = w.rh_rows[q];
       if (split && !all_shared(*dp)) {
         for (int64_t e = 0; e < n_.E; ++e) {
           int64_t count = 0;
@@ -554,7 +597,38 @@ class Backward {
         weight_gradients(a, *dp, sets_.count == 1 ? 0 : a.set, pairs, a.source[0].width, da, x, h, rh);
       }
     }
+    if (dp_.extras && dp_.extras[a.ld].ph.data) peephole_gradient(a, dp_.extras[a.ld].ph, pairs);
     if (wants_dx(a.l)) input_gradient(a, s0, s1);
+  }
+
+  // Of the units owned: the sum over all pairs of da times the c that the gate saw.
+  void peephole_gradient(Part& a, const Array<2>& to, int64_t pairs) {
+    using Pl = Planes<S, P>;
+    const Options<S, P>& options = a.w.options;
+    const bool add = !a.fresh || (to.stride[0] == 0 && a.set > 0);
+    for (int k = 0; k < Options<S, P>::kPeeps; ++k) {
+      if (options.peep_place(k) < 0) continue;
+      const int64_t column = options.peep_gate(k) * n_.H;
+      for (int64_t u = a.u0; u < a.u1; u += L) {
+        const int64_t n = smaller<int64_t>(L, a.u1 - u);
+        typename Pl::Number sum(S(0));
+        for (int64_t r = 0; r < pairs; ++r) {
+          const S *da[P], *c[P];
+          for (int q = 0; q < P; ++q) {
+            da[q] = a.w.da_rows[q][r] + column;
+            c[q] = k == 2 ? a.w.c_new[q] + r * ld_ : a.w.before[1][q][r];
+          }
+          sum = sum + Pl::read(da, u, n) * Pl::read(c, u, n);
+        }
+        S values[P][L], *planes[P];
+        for (int q = 0; q < P; ++q) planes[q] = values[q];
+        Pl::write(planes, 0, sum, L);
+        for (int64_t j = 0; j < n; ++j) {
+          S& at = *element<S>(to, a.set, options.peep_place(k) * n_.H + u + j);
+          at = add ? at + values[P - 1][j] : values[P - 1][j];
+        }
+      }
+    }
   }
   static bool all_shared(const Params& p) {
     return !((p.W.data && p.W.stride[0]) || (p.R.data && p.R.stride[0]) || (p.bW.data && p.bW.stride[0]) ||
@@ -772,7 +846,10 @@ class Backward {
       }
     }
     if (!a.fresh && a.source[0].token && dp_.params && dp_.params[a.ld].W.data) write_columns(a, dp_.params[a.ld].W);
-    if (a.fresh && dp_.params && a.team.rank == 0) zero_gradients(dp_.params[a.ld], a.set, a.source[0].width);
+    if (!a.fresh || a.team.rank != 0) return;
+    if (dp_.params) zero_gradients(dp_.params[a.ld], a.set, a.source[0].width);
+    if (dp_.extras && dp_.extras[a.ld].ph.data && (a.set == 0 || dp_.extras[a.ld].ph.stride[0]))
+      zero_row(element<S>(dp_.extras[a.ld].ph, a.set, 0), dp_.extras[a.ld].ph.stride[1], (cell_.gates - 1) * n_.H);
   }
 
   // ---- the context ----
@@ -938,6 +1015,9 @@ class Backward {
   const Problem& problem_;
   const Sizes& n_;
   const CellTable<S, P>& cell_;
+  const TileFunctions<S, P>& tile_;
+  const int kept_;
+  const bool masks_;
   const Arguments* p_[P];
   const Results* g_[P];
   const Arguments& dp_;

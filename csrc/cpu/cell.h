@@ -4,7 +4,7 @@
 // Limit: the divider and the FMA units about equally (sigmoid and tanh); about 1 ns a unit for an LSTM.
 #pragma once
 
-#include "engine.h"
+#include "varied.h"
 
 namespace fusedrnn::cpu::FUSEDRNN_ISA {
 
@@ -158,11 +158,15 @@ constexpr CellTable<S, P> make_table() {
   t.state_product = Cell::state_product;
   t.two_products = Cell::two_products;
   for (int g = 0; g < Cell::gates; ++g) t.x_sum[g] = Cell::x_sum[g], t.h_sum[g] = Cell::h_sum[g];
-  t.forward = forward_tile<Cell, S, P>;
-  t.backward = backward_tile<Cell, S, P>;
+  t.plain.forward = forward_tile<Cell, S, P>;
+  t.plain.backward = backward_tile<Cell, S, P>;
   if constexpr (Cell::two_products) {
-    t.gate = gate_tile<Cell, S, P>;
-    t.backward_gate = backward_gate_tile<Cell, S, P>;
+    t.plain.gate = gate_tile<Cell, S, P>;
+    t.plain.backward_gate = backward_gate_tile<Cell, S, P>;
+  }
+  if constexpr (Cell::state_product) {
+    t.varied[0] = varied_tiles<Cell, false, S, P>();
+    t.varied[1] = varied_tiles<Cell, true, S, P>();
   }
   return t;
 }

@@ -145,14 +145,14 @@ int useful_threads(const Problem& problem, const Arguments& p, bool back, int th
   if (threads == 1 || flops < 2e5) return 1;
   const double element = problem.dtype == Dtype::f64 ? 8 : 4;
   const int64_t tasks = back ? n.E : n.E * n.D, inputs = back ? 0 : n.I;
-  const bool by_rows = !p.tokens.data && !p.context.data && !problem.variant.given && n.B >= 8 * threads &&
+  const bool by_rows = !p.tokens.data && !p.context.data && !whole_rows(problem) && n.B >= 8 * threads &&
                        element * static_cast<double>((inputs + n.H) * cell.gates * n.H) <= double{kWeightsByRows};
   const bool apart = by_rows || !cell.state_product;
   if (2 * tasks > threads || (apart && !back)) return flops >= kApart ? threads : 1;
   const double rate = table().bits * (n.B < 4 ? kFlopsOfRow : kFlopsOfRows) * 4 / element;
   StepCost step;
   step.alone = flops / rate / static_cast<double>(std::max<int64_t>(n.T, 1) * n.L * n.E * n.D);
-  step.meetings = apart ? 0 : problem.variant.given || problem.cell == CellKind::gru_reset_before ? 2 : 1;
+  step.meetings = apart ? 0 : whole_rows(problem) || problem.cell == CellKind::gru_reset_before ? 2 : 1;
   step.fetched = kFetched * element * static_cast<double>(n.B * n.H);
   // The products over all steps read what others have made, too.
   if (back) step.alone *= 2, step.fetched *= (1 + 0.57 * cell.gates) * (apart ? 0.72 : 1);
@@ -183,10 +183,9 @@ double work(const Problem& problem) {
 
 size_t tape_elements(const Problem& problem) {
   const Sizes& n = problem.sizes;
-  if (problem.variant.given)
+  if (whole_rows(problem))
     return static_cast<size_t>(StepwiseTape(problem).elements()) * static_cast<size_t>(n.L * n.D * n.E);
-  const CellFacts& cell = facts_of(problem.cell);
-  const Tape tape(problem, cell.kept, cell.cell_state);
+  const Tape tape(problem);
   return static_cast<size_t>(tape.elements(n.E * n.B)) * static_cast<size_t>(n.L * n.D);
 }
 
@@ -194,7 +193,7 @@ void forward(const Problem& problem, const Arguments& p, const Results& out, voi
   Call call = make_call(problem, p, false, threads);
   call.out = out;
   call.tape = tape;
-  (problem.variant.given ? table().forward_stepwise : table().forward)(call);
+  (whole_rows(problem) ? table().forward_stepwise : table().forward)(call);
 }
 
 void backward(const Problem& problem, const Arguments& p, const void* tape, const Results& g, const Arguments& dp,
@@ -203,7 +202,7 @@ void backward(const Problem& problem, const Arguments& p, const void* tape, cons
   call.g = g;
   call.tape = const_cast<void*>(tape);
   call.dp = dp;
-  (problem.variant.given ? table().backward_stepwise : table().backward)(call);
+  (whole_rows(problem) ? table().backward_stepwise : table().backward)(call);
 }
 
 void jvp(const Problem& problem, const Arguments& p, const Arguments& v, const Results& tout, int threads) {

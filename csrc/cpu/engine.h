@@ -15,12 +15,22 @@ namespace fusedrnn::cpu::FUSEDRNN_ISA {
 
 // Pre-activations of row r lie in z + r * ldz: unit tile by unit tile, in each all sums, each one register.
 template <class S, int P>
-struct ForwardTile {
+class Options;
+
+// What tile functions of cells with options know beside their arrays. Null and zeros for plain cells.
+template <class S, int P>
+struct TilePlace {
+  const Options<S, P>* options;
+  int64_t step, row, unit;  // of the tile's first row and unit
+};
+
+template <class S, int P>
+struct ForwardTile : TilePlace<S, P> {
   int64_t rows, units;  // units that exist; states and z are padded to whole registers
   S* z[P];
   int64_t ldz;
-  const S* h_prev[P];
-  S *h[P], *c[P], *rh[P];  // c is updated in place; rh: reset gate times state, for cells with two products
+  const S *h_prev[P], *h_seen[P];  // h_seen: h' as R sees it, which recurrent dropout changes
+  S *h[P], *c[P], *rh[P];          // c is updated in place; rh: reset gate times state, for cells with two products
   int64_t ld;
   S* kept[P];  // row r, value j, unit u at kept + r * ld_kept + j * H + u; null in inference
   int64_t ld_kept, H;
@@ -29,19 +39,28 @@ struct ForwardTile {
 };
 
 template <class S, int P>
-struct BackwardTile {
+struct BackwardTile : TilePlace<S, P> {
   int64_t rows, units;
   const S* kept[P];
   int64_t ld_kept, H;
-  const S *h[P], *c[P];                          // rows of H: after the step
-  const S *const *h_prev[P], *const *c_prev[P];  // before the step, by row pointers ...
-  int64_t unit;                                  // ... to unit 0: the tile starts at this one
+  const S *h[P], *c[P];                                             // rows of H: after the step
+  const S *const *h_prev[P], *const *h_seen[P], *const *c_prev[P];  // before the step, by row pointers to unit 0
   S *dh[P], *dc[P], *drh[P];  // in: gradient after the step; out: the part that reaches back past the product
   int64_t ld;
   S* da[P];  // gradient of sum j, unit u at da + r * ld_da + place[j] * H + u
   int64_t ld_da;
-  S* rh[P];  // written by backward_gate, rows of ld
+  S* rh[P];       // written by backward_gate, rows of ld
+  S* dh_seen[P];  // added to by backward_gate
+  S* c_new[P];    // c before zoneout, rows of ld; null where nobody asks
   S clip;
+};
+
+template <class S, int P>
+struct TileFunctions {
+  void (*gate)(const ForwardTile<S, P>&);
+  void (*forward)(const ForwardTile<S, P>&);
+  void (*backward)(const BackwardTile<S, P>&);
+  void (*backward_gate)(const BackwardTile<S, P>&);
 };
 
 template <class S, int P>
@@ -49,10 +68,8 @@ struct CellTable {
   int gates, sums, kept;
   bool cell_state, state_product, two_products;
   int x_sum[4], h_sum[4];
-  void (*gate)(const ForwardTile<S, P>&);
-  void (*forward)(const ForwardTile<S, P>&);
-  void (*backward)(const BackwardTile<S, P>&);
-  void (*backward_gate)(const BackwardTile<S, P>&);
+  TileFunctions<S, P> plain,
+      varied[2];  // varied: for problems with options; with other activations, with the usual ones
 };
 // Each is defined in the file of its cell.
 #define FUSEDRNN_DECLARE_TABLE(name, ...) \
@@ -141,9 +158,17 @@ FUSEDRNN_FORCE void philox_run(uint64_t key, uint64_t counter, uint32_t c2, uint
       c[1][r] = b;
       c[3][r] = a;
     }
-  for (int r = 0; r < 2; ++r)
-    for (int j = 0; j < kWideLanes; ++j, word += 4)
-      for (int i = 0; i < 4; ++i) word[i] = static_cast<uint32_t>(c[i][r][j] & low);
+  // A block's words lie together: lane j has them in halves, w0 | w1 and w2 | w3.
+  Wide first, second;
+  for (int j = 0; j < kWideLanes; ++j) {
+    first[j] = static_cast<uint64_t>(j / 2 + j % 2 * kWideLanes);
+    second[j] = first[j] + kWideLanes / 2;
+  }
+  for (int r = 0; r < 2; ++r, word += 4 * kWideLanes) {
+    const Wide front = (c[0][r] & low) | (c[1][r] << 32), back = (c[2][r] & low) | (c[3][r] << 32);
+    const Wide both[2] = {__builtin_shuffle(front, back, first), __builtin_shuffle(front, back, second)};
+    __builtin_memcpy(word, both, sizeof both);
+  }
 }
 
 // The mask of csrc/README.md for elements number `first`, `first` + 1, ...
@@ -169,6 +194,7 @@ struct Dropout {
   FUSEDRNN_FORCE void each(int64_t count, uint64_t first, int layer, uint32_t stream, F f) const {
     uint64_t limit = static_cast<uint64_t>(p * 4294967296.0);
     limit += static_cast<double>(limit) < p * 4294967296.0;  // word < p * 2^32 in whole numbers
+    const uint32_t last = static_cast<uint32_t>(limit - 1);  // p > 0, so limit > 0. 32 bits compare in registers.
     uint32_t word[4 * kDrawn];
     uint64_t block = first / 4;
     int64_t at = static_cast<int64_t>(first % 4);
@@ -179,7 +205,7 @@ struct Dropout {
       else
         philox_run(seed, block, static_cast<uint32_t>(layer), stream, word);
       const int64_t blocks = few ? 1 : kDrawn, n = smaller(count - j, 4 * blocks - at);
-      for (int64_t i = 0; i < n; ++i) f(j + i, word[at + i] < limit);
+      for (int64_t i = 0; i < n; ++i) f(j + i, word[at + i] <= last);
       j += n, block += static_cast<uint64_t>(blocks);
     }
   }
@@ -194,7 +220,8 @@ struct Sets {
   Sets(const Call& call, Workspace& workspace) {
     const Problem& problem = *call.problem;
     const Sizes& n = problem.sizes;
-    const bool one = n.E <= 1 || (shared(call.p, n) && shared(call.v, n));
+    // Gradients of peepholes are made for one weight set at a time.
+    const bool one = n.E <= 1 || (!problem.variant.peepholes && shared(call.p, n) && shared(call.v, n));
     count = one ? 1 : n.E;
     N = one ? n.E * n.B : n.B;
     rows = static_cast<Rows*>(workspace.take(static_cast<size_t>(count) * sizeof(Rows)));
@@ -279,12 +306,8 @@ template <class S, int P>
 class Layers {
  public:
   // `tape[q]`: null in inference.
-  Layers(const Call& call, const Sets& sets, const CellTable<S, P>& cell, S* const* tape, Workspace& workspace)
-      : problem_(*call.problem),
-        n_(problem_.sizes),
-        count_(sets.count),
-        N_(sets.N),
-        layout_(problem_, cell.kept, cell.cell_state) {
+  Layers(const Call& call, const Sets& sets, S* const* tape, Workspace& workspace)
+      : problem_(*call.problem), n_(problem_.sizes), count_(sets.count), N_(sets.N), layout_(problem_) {
     p_[0] = &call.p;
     if (P == 2) p_[1] = &call.v;
     const int64_t size = count_ * n_.D * n_.T * N_ * n_.H;

@@ -9,7 +9,7 @@ void run(const Call& call) {
   Workspace workspace;
   const Sets sets(call, workspace);
   S* tape[P] = {static_cast<S*>(call.tape)};
-  const Layers<S, P> layers(call, sets, table_of<S, P>(call.problem->cell), call.tape ? tape : nullptr, workspace);
+  const Layers<S, P> layers(call, sets, call.tape ? tape : nullptr, workspace);
   Forward<S, P> forward(call, sets, layers, workspace);
   parallel(call.threads, [](void* it, const Team& team) { static_cast<Forward<S, P>*>(it)->run(team); }, &forward);
 }

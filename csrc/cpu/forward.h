@@ -7,6 +7,7 @@
 #pragma once
 
 #include "context.h"
+#include "options.h"
 
 namespace fusedrnn::cpu::FUSEDRNN_ISA {
 
@@ -21,6 +22,7 @@ class Forward {
       : problem_(*call.problem),
         n_(problem_.sizes),
         cell_(table_of<S, P>(problem_.cell)),
+        tile_(tiles_of(cell_, problem_)),
         out_(call.out),
         sets_(sets),
         layers_(layers),
@@ -34,8 +36,10 @@ class Forward {
     chunk_ = smaller(larger<int64_t>(n_.T, 1),
                      larger<int64_t>(1, (int64_t{1} << 20) / larger<int64_t>(1, N * ldz * int64_t{sizeof(S)})));
     const int64_t pairs = chunk_ * N;
-    pairs_ = kPairs && P == 1 && sizeof(S) == 4 && call.pairs && problem_.bf16_weights && problem_.bf16_state &&
-             cell_.state_product && !cell_.two_products && !layers_.tokens() && !p_[0]->context.data;
+    masks_ = problem_.variant.training && problem_.variant.recurrent_dropout > 0;
+    pairs_ = !masks_ && kPairs && P == 1 && sizeof(S) == 4 && call.pairs && problem_.bf16_weights &&
+             problem_.bf16_state && cell_.state_product && !cell_.two_products && !layers_.tokens() &&
+             !p_[0]->context.data;
     scratch_ = static_cast<Scratch*>(workspace.take(sizeof(Scratch) * static_cast<size_t>(groups_.count)));
     for (int g = 0; g < groups_.count; ++g) {
       Scratch& s = scratch_[g];
@@ -43,6 +47,7 @@ class Forward {
       s.weights.allocate(cell_, larger(inputs, vocabulary_.most), n_.H, workspace);
       if (layers_.tokens()) s.tokens = take<int32_t>(workspace, pairs);
       if (p_[0]->context.data) s.context.allocate(p_, n_, N, cell_, workspace);
+      if (problem_.variant.given) s.options.allocate(problem_, ld_, N, workspace);
       if (pairs_) {
         s.weights.in_pairs = true;
         s.x_pairs = take<S>(workspace, pairs * row_of_pairs(inputs));
@@ -60,7 +65,8 @@ class Forward {
         for (int parity = 0; parity < 2; ++parity) {
           s.h[parity][q] = take<S>(workspace, N * ld_);
           s.h_rows[parity][q] = take<const S*>(workspace, N);
-          for (int64_t i = 0; i < N; ++i) s.h_rows[parity][q][i] = s.h[parity][q] + i * ld_;
+          s.h_seen[parity][q] = masks_ ? take<S>(workspace, N * ld_) : s.h[parity][q];
+          for (int64_t i = 0; i < N; ++i) s.h_rows[parity][q][i] = s.h_seen[parity][q] + i * ld_;
         }
         if (cell_.cell_state) s.c[q] = take<S>(workspace, N * ld_);
         if (cell_.two_products) {
@@ -86,10 +92,11 @@ class Forward {
  private:
   struct Scratch {
     ForwardWeights<S, P> weights;
-    S *z[P], *copied[P] = {}, *h[2][P], *c[P] = {}, *rh[P] = {};
-    const S **x[P], **h_rows[2][P], **rh_rows[P] = {};
+    S *z[P], *copied[P] = {}, *h[2][P], *h_seen[2][P], *c[P] = {}, *rh[P] = {};
+    const S **x[P], **h_rows[2][P], **rh_rows[P] = {};  // h_rows: of h_seen, h as R sees it
     int32_t* tokens = nullptr;
     Context<S, P> context;
+    Options<S, P> options;
     S *x_pairs = nullptr, *h_pairs[2] = {};  // x and h rounded to bfloat16, two in an element
     const S **x_pair_rows = nullptr, **h_pair_rows[2] = {};
   };
@@ -120,8 +127,9 @@ class Forward {
     }
     const int64_t first = team.begin(w.weights.blocks()), end = team.end(w.weights.blocks());
     const int64_t u0 = w.weights.unit(first), u1 = w.weights.unit(end);
+    begin_options(team, w, rows, reversed, ld, e, u0, u1);
     start(w, rows, reversed, ld, u0, u1);
-    round_state(w, 0, {0, 0, u0, u1, 0, sets_.N});
+    show_state(w, 0, {0, 0, u0, u1, 0, rows.steps ? sets_.N : 0});
     finish_padding(rows, l, d, u0, u1);
     if (context) context_product(team, w, rows, d, e, first, end);
     for (int64_t s0 = 0; s0 < rows.steps; s0 += chunk_) {
@@ -152,7 +160,7 @@ class Forward {
           if (next != live) team.wait();  // rows change hands
           if (next && rows.step_cut(reversed, s + 1))
             restart(w, rows, reversed, ld, s + 1, {0, 0, 0, H, team.begin(next), team.end(next)});
-          round_state(w, !(s & 1), {0, 0, 0, H, team.begin(next), team.end(next)});
+          show_state(w, !(s & 1), {0, 0, 0, H, team.begin(next), team.end(next)});
           continue;
         }
         const Share mine{first, end, u0, u1, 0, live};
@@ -163,7 +171,7 @@ class Forward {
         each_tile(w, rows, set, l, d, s, s0, mine, false, nullptr, pairs);
         hand_out(w, rows, set, l, d, s, mine);
         if (next && rows.step_cut(reversed, s + 1)) restart(w, rows, reversed, ld, s + 1, {0, 0, u0, u1, 0, next});
-        round_state(w, !(s & 1), {0, 0, u0, u1, 0, next});
+        show_state(w, !(s & 1), {0, 0, u0, u1, 0, next});
         if (cell_.state_product || s + 1 == s1) team.wait();
       }
       if (by_rows) team.wait();
@@ -206,13 +214,26 @@ class Forward {
       x[0] = w.x_pair_rows;
     }
   }
-  void round_state(Scratch& w, int parity, const Share& mine) const {
+  // h as R sees it: rounded to bfloat16, or with recurrent dropout.
+  void show_state(Scratch& w, int parity, const Share& mine) const {
+    for (int64_t i = mine.r0; masks_ && i < mine.r1; ++i)
+      for (int q = 0; q < P; ++q)
+        w.options.apply_mask(i, w.h[parity][q] + i * ld_, w.h_seen[parity][q] + i * ld_, mine.u0, mine.u1);
     if constexpr (sizeof(S) == 4) {
       if (!pairs_ || mine.u1 <= mine.u0) return;
       for (int64_t i = mine.r0; i < mine.r1; ++i)
         round_row(w.h[parity][0] + i * ld_ + mine.u0, mine.u1 - mine.u0,
                   w.h_pairs[parity] + i * row_of_pairs(n_.H) + mine.u0 / 2);
     }
+  }
+
+  void begin_options(const Team& team, Scratch& w, const Rows& rows, bool reversed, int64_t ld, int64_t e, int64_t u0,
+                     int64_t u1) {
+    if (!problem_.variant.given) return;
+    if (team.rank == 0) w.options.begin(p_, &rows, reversed, ld, e);
+    team.wait();
+    // Without a step nobody would wait before the next layer's begin.
+    for (int64_t i = 0; masks_ && rows.steps && i < sets_.N; ++i) w.options.draw_mask(i, u0, u1);
   }
 
   // The state before the first step; rows of length 0 have it as their last one, too.
@@ -302,7 +323,9 @@ class Forward {
         t.ldz = weights.ldz;
         t.ld = ld_;
         t.H = H;
-        t.ld_kept = cell_.kept * H;
+        t.ld_kept = layers_.layout().kept * H;
+        if (problem_.variant.given) t.options = &w.options;
+        t.step = s, t.row = r, t.unit = u0;
         t.clip = problem_.clip_cell > 0 ? static_cast<S>(problem_.clip_cell) : static_cast<S>(__builtin_inf());
         const S* const* a[P];
         S* z[P];
@@ -311,6 +334,7 @@ class Forward {
           z[q] = w.z[q] + (chunk_pair + r) * weights.ldz;
           t.z[q] = z[q] + u0 * cell_.sums;
           t.h_prev[q] = w.h[now][q] + r * ld_ + u0;
+          t.h_seen[q] = w.h_seen[now][q] + r * ld_ + u0;
           t.h[q] = w.h[!now][q] + r * ld_ + u0;
           if (cell_.cell_state) t.c[q] = w.c[q] + r * ld_ + u0;
           if (cell_.two_products) t.rh[q] = w.rh[q] + r * ld_ + u0;
@@ -332,7 +356,7 @@ class Forward {
           if (x) weights.input_product(cell_, block, at_x, t.rows, z, pairs > 1);
           weights.state_product(phase, block, a, t.rows, z, part);
         }
-        gate ? cell_.gate(t) : cell_.forward(t);
+        gate ? tile_.gate(t) : tile_.forward(t);
       }
     }
   }
@@ -364,6 +388,7 @@ class Forward {
   const Problem& problem_;
   const Sizes& n_;
   const CellTable<S, P>& cell_;
+  const TileFunctions<S, P>& tile_;
   const Arguments* p_[P];
   const Results& out_;
   const Sets& sets_;
@@ -372,7 +397,7 @@ class Forward {
   Vocabulary vocabulary_;
   Scratch* scratch_;
   int64_t ld_, chunk_;
-  bool pairs_;
+  bool pairs_, masks_;
 };
 
 }  // namespace fusedrnn::cpu::FUSEDRNN_ISA

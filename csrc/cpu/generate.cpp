@@ -7,7 +7,7 @@
 // Limit: one row reads all weights every step, from the cache that holds them.
 #include "generate.h"
 
-#include "weights.h"
+#include "options.h"
 
 namespace fusedrnn::cpu::FUSEDRNN_ISA {
 namespace {
@@ -34,7 +34,13 @@ class Generate {
  public:
   Generate(const Problem& problem, const Arguments& p, const Results& out, const Generation& g, int threads,
            Workspace& workspace)
-      : problem_(problem), n_(problem.sizes), cell_(table_of<S, 1>(problem.cell)), p_(p), out_(out), g_(g) {
+      : problem_(problem),
+        n_(problem.sizes),
+        cell_(table_of<S, 1>(problem.cell)),
+        tile_(tiles_of(cell_, problem)),
+        p_(p),
+        out_(out),
+        g_(g) {
     const int64_t B = n_.B, H = n_.H;
     if (g.steps * B > n_.I / 4) {  // all columns of W are packed: nobody knows which ones will be asked for
       all_.count = n_.I;
@@ -53,6 +59,11 @@ class Generate {
         for (int64_t i = 0; i < B; ++i) layer.h_rows[parity][i] = layer.h[parity] + i * ld_;
       }
       layer.c = zeros(workspace, B * ld_);
+      const Arguments* given[1] = {&p_};
+      if (problem.variant.given) {
+        layer.options.allocate(problem_, ld_, B, workspace);
+        layer.options.begin(given, nullptr, false, l, 0);
+      }
     }
     z_ = take<S>(workspace, B * ld_ * cell_.sums);
     rh_ = zeros(workspace, B * ld_);
@@ -94,6 +105,7 @@ class Generate {
  private:
   struct Layer {
     ForwardWeights<S, 1> weights;
+    Options<S, 1> options;
     S *h[2], *c;
     const S** h_rows[2];
   };
@@ -162,12 +174,14 @@ class Generate {
         S* z[1] = {z_ + r * weights.ldz};
         const S* const* rows[1] = {(phase ? rh_rows_ : layer.h_rows[now]) + r};
         t.z[0] = z[0] + u0 * cell_.sums;
-        t.h_prev[0] = layer.h[now] + r * ld_ + u0;
+        if (problem_.variant.given) t.options = &layer.options;
+        t.unit = u0;
+        t.h_seen[0] = t.h_prev[0] = layer.h[now] + r * ld_ + u0;
         t.h[0] = layer.h[!now] + r * ld_ + u0;
         t.c[0] = cell_.cell_state ? layer.c + r * ld_ + u0 : nullptr;
         t.rh[0] = cell_.two_products ? rh_ + r * ld_ + u0 : nullptr;
         for (int64_t b = b0; b < b1; ++b) weights.state_product(phase, b, rows, t.rows, z);
-        gate ? cell_.gate(t) : cell_.forward(t);
+        gate ? tile_.gate(t) : tile_.forward(t);
       }
     }
   }
@@ -239,6 +253,7 @@ class Generate {
   const Problem& problem_;
   const Sizes& n_;
   const CellTable<S, 1>& cell_;
+  const TileFunctions<S, 1>& tile_;
   const Arguments& p_;
   const Results& out_;
   const Generation& g_;

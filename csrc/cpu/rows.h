@@ -32,14 +32,24 @@ struct Rows {
 // Rows (e, b) with e in [e_begin, e_end). Directions for which no cut is wanted are left out.
 Rows make_rows(const Problem& problem, int64_t e_begin, int64_t e_end, Workspace& workspace);
 
+// Values kept beside h and c: a cell's own; zoneout's RNN keeps its h as it was before.
+FUSEDRNN_FORCE int kept_of(const Problem& problem) {
+  const int kept = facts_of(problem.cell).kept;
+  return kept == 0 && problem.variant.zoneout_h > 0 ? 1 : kept;
+}
+
 // The tape, in elements: per layer and direction, per weight set, h of all pairs, then c, then the kept values.
 struct Tape {
   int64_t T, H, every;  // c is kept before every `every`-th step (recompute) or after each step (0)
   int kept;
   bool cell_state;
 
-  FUSEDRNN_FORCE Tape(const Problem& problem, int kept_values, bool has_c)
-      : T(problem.sizes.T), H(problem.sizes.H), every(0), kept(kept_values), cell_state(has_c) {
+  FUSEDRNN_FORCE explicit Tape(const Problem& problem)
+      : T(problem.sizes.T),
+        H(problem.sizes.H),
+        every(0),
+        kept(kept_of(problem)),
+        cell_state(facts_of(problem.cell).cell_state) {
     if (problem.recompute && kept > 0) {
       const int64_t B = problem.sizes.B > 0 ? problem.sizes.B : 1;
       every = B > 32 ? 8 : 256 / B;

@@ -337,9 +337,8 @@ def call(op: str, cell_name: str, given: Mapping[str, Any]) -> tuple[Call, np.nd
     bidirectional, reverse = flag(op, "bidirectional", given["bidirectional"]), flag(op, "reverse", given["reverse"])
     batch_first, recompute = flag(op, "batch_first", given["batch_first"]), flag(op, "recompute", given["recompute"])
     D = 2 if bidirectional else 1
-    if changed and recompute:
-        fix = "proj_size, peepholes, layer_norm, zoneout, recurrent_dropout, activations, clip_gates: they keep all."
-        fail(op, "recompute", "is True", "False with these options", fix)
+    if changed and changed.whole_rows and recompute:
+        fail(op, "recompute", "is True", "False with proj_size or layer_norm", "These two keep all.")
     if reverse and bidirectional:
         fail(op, "reverse", "is True beside bidirectional=True", "one of the two", "bidirectional has both directions.")
     reset_to = word(op, "reset_to", given["reset_to"], "zero", "initial")
@@ -357,9 +356,9 @@ def call(op: str, cell_name: str, given: Mapping[str, Any]) -> tuple[Call, np.nd
         expected = f"{shapes[0]}, or {shapes[1]} without a batch, or {shapes[2]} axes with E weight sets"
         fail(op, "x", f"has shape {x.shape}", expected)
     h0, c0 = state_parts(op, "state", cell, state)
-    if changed and (tokens or context is not None):
+    if changed and changed.whole_rows and (tokens or context is not None):
         name, got = ("x", f"has dtype {x.dtype}") if tokens else ("context", "is given")
-        expected = "float32 or float64 with these options" if tokens else "none with these options"
+        expected = f"{'float32 or float64' if tokens else 'none'} with proj_size or layer_norm"
         fix = "Tokens and contexts are not built for them: give one-hot vectors, or the context as features of x."
         fail(op, name, got, expected, fix, TypeError)
     names, flat, context_params = _flatten(op, cell_name, params, L, D, context is not None, changed)
@@ -379,8 +378,8 @@ def call(op: str, cell_name: str, given: Mapping[str, Any]) -> tuple[Call, np.nd
         dtype, like = x.dtype, "x"
     halves = [n for n, a in zip(names, flat, strict=True) if isinstance(a, np.ndarray) and a.dtype == np.uint16]
     bf16 = dtype == np.float32 and len(halves) > 0
-    if bf16 and changed:
-        fail(op, "params", "hold bfloat16 weights", "float32 or float64 weights with these options")
+    if bf16 and changed and changed.whole_rows:
+        fail(op, "params", "hold bfloat16 weights", "float32 or float64 weights with proj_size or layer_norm")
     for name, array in (*zip(names, flat, strict=True), *context_params.items()):
         if bf16 and name.startswith("weight"):
             if is_array(op, name, array).dtype != np.uint16:

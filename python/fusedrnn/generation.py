@@ -135,8 +135,9 @@ class _Model:
 
     def run(self, tokens: np.ndarray, state: Any, params: Any = None) -> Any:
         """The state after the tokens."""
-        options = {"num_layers": self.layer.num_layers, "backend": self.layer.backend, **self.layer._options()}
-        return getattr(ops, self.layer._op)(tokens, state, self.params if params is None else params, **options)[1]
+        layer = self.layer
+        options = {"num_layers": layer.num_layers, "backend": layer.backend, **layer.variants, **layer._options()}
+        return getattr(ops, layer._op)(tokens, state, self.params if params is None else params, **options)[1]
 
     def texts(self, prompt: np.ndarray, state: Any, steps: int, how: sampling.Sampling) -> list[_Text]:
         """One for each weight set, before anything is drawn."""
@@ -178,12 +179,11 @@ def _model(op: str, layer: Any, head_weight: Any, head_bias: Any, embedding: Any
         check.fail(op, "layer", "is bidirectional", "one direction", "The other would have to see what comes.")
     if layer.context_size:
         check.fail(op, "layer", f"has context_size={layer.context_size}", "a layer without a context")
-    if layer._variant is not None:
-        check.fail(
-            op, "layer", f"has {', '.join(layer.variants)}", "a layer without these options", "See csrc/README.md."
-        )
+    if layer._variant is not None and layer._variant.whole_rows:
+        check.fail(op, "layer", f"has {', '.join(layer.variants)}", "a layer without proj_size and layer_norm")
     params = parameters.from_bfloat16(layer.parameters)
-    names = parameters.names(layer.num_layers, False, layer.bias, layer._cell)
+    peepholes = layer._variant is not None and layer._variant.peepholes
+    names = parameters.names(layer.num_layers, False, layer.bias, layer._cell, peepholes=peepholes)
     known = {name: params[name] for name in names if name in params}
     E = next((len(a) for name, a in known.items() if a.ndim == len(check.weight_axes(name))), None)
     if E == 0:
@@ -257,11 +257,12 @@ def _in_kernels(native: Any, model: _Model, text: _Text, how: sampling.Sampling)
     """The loop in C++."""
     layer, B = model.layer, len(text.ended)
     sizes = {"T": 1, "E": 1, "B": B, "I": model.V, "H": layer.hidden_size, "L": layer.num_layers}
-    problem = Problem(layer._cell, **sizes, clip_cell=layer._clip_cell or 0.0, seed=how.seed)
-    weights: list[Any] = []
-    for number in range(layer.num_layers):
-        parts = (text.params.get(f"{kind}_l{number}") for kind in parameters.KINDS)
-        weights.append(tuple(None if a is None else a[None] for a in parts))
+    problem = Problem(layer._cell, **sizes, clip_cell=layer._clip_cell or 0.0, seed=how.seed, variant=layer._variant)
+
+    def of_layers(kinds: tuple[str, ...]) -> list[Any]:
+        found = [[text.params.get(f"{kind}_l{number}") for kind in kinds] for number in range(layer.num_layers)]
+        return [tuple(None if a is None else a[None] for a in parts) for parts in found]
+
     stop = np.array(how.stop, np.int64)
     g = Generation(text.head_weight, text.head_bias, text.drawn, text.ended[None], stop, text.seen)
     g.log_probs = text.kept if how.log_probs else None
@@ -269,7 +270,9 @@ def _in_kernels(native: Any, model: _Model, text: _Text, how: sampling.Sampling)
     g.temperature, g.top_k, g.top_p, g.repetition_penalty = (
         how.temperature, how.top_k, how.top_p, how.repetition_penalty,
     )  # fmt: skip
-    given = Arguments(text.tokens[:, None], params=weights)
+    given = Arguments(text.tokens[:, None], params=of_layers(parameters.KINDS))
+    if layer._variant is not None:
+        given.extras = of_layers(parameters.EXTRAS)
     given.h0, given.c0 = [*(a[:, None] for a in text.state), None][:2]
     after = [np.empty_like(a) for a in text.state]
     failure = native.generate(problem, given, Results(None, *(a[:, None] for a in after)), g)

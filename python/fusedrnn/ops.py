@@ -403,6 +403,11 @@ def _forward(op: str, cell: str, given: dict[str, Any]) -> Any:
             call.params = [parameters.widen(a) if a.dtype == np.uint16 else a for a in call.params]
             call.context_params = parameters.from_bfloat16(call.context_params)
             problem.bf16_weights = False
+        else:  # the kernels multiply by rows of bfloat16, and read vectors as float32
+            call.params = [
+                parameters.widen(a) if name.startswith("weight_ph") else a
+                for name, a in zip(call.names, call.params, strict=True)
+            ]
     inputs = {"x": x, "h": h0, "c": c0} | dict(zip(call.names, call.params, strict=True)) | call.context_params
     if call.context is not None:
         inputs["context"] = call.context
@@ -588,8 +593,8 @@ def _tangents(op: str, tape: Tape, tangents: Mapping[str, Any]) -> Arguments:
 
 
 def _tangents_backend(op: str, tape: Tape) -> backends.Backend:
-    """Tangents of variants are computed by the reference, which the log tells."""
-    if tape.call.problem.variant is None:
+    """Tangents of projection and layer norm are computed by the reference, which the log tells."""
+    if tape.call.problem.variant is None or not tape.call.problem.variant.whole_rows:
         return tape.backend
     backends.log.info("%s of this variant runs on the reference", op)
     return backends.choose("reference")

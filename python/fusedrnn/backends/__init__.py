@@ -54,6 +54,11 @@ class Variant:
     recurrent_dropout: float = 0.0
     training: bool = False  # zoneout and recurrent dropout draw; otherwise their expectations act
 
+    @property
+    def whole_rows(self) -> bool:
+        """Whether a step needs whole rows of units between its products."""
+        return self.proj_size > 0 or self.layer_norm
+
 
 @dataclass(slots=True)
 class Problem:

@@ -343,13 +343,14 @@ def _forward(problem: Problem, p: Arguments) -> tuple[Results, list[_Kept]]:
         ys, cells = [], []
         for d in range(problem.D):
             n = layer * problem.D + d
+            extra = _context_product(p, d) if layer == 0 else 0.0
+            W, *others = p.params[n]
+            if layer == 0 and isinstance(p, _OneHot):
+                W, extra = np.zeros_like(W), extra + _columns(W, p.tokens)
             if problem.variant:
-                walked = Walk(problem, n, p.params[n], p.extras[n]).forward(y, h0[n], c0[n], *_times(problem, d))
+                walk = Walk(problem, n, (W, *others), p.extras[n])
+                walked = walk.forward(y, extra, h0[n], c0[n], *_times(problem, d))
             else:
-                extra = _context_product(p, d) if layer == 0 else 0.0
-                W, *others = p.params[n]
-                if layer == 0 and isinstance(p, _OneHot):
-                    W, extra = np.zeros_like(W), extra + _columns(W, p.tokens)
                 walked = _walk(problem, cell, y, (W, *others), extra, h0[n], c0[n], _backwards(problem, d))
             ys.append(walked[0])
             cells.append(walked[1])
@@ -380,7 +381,7 @@ def _backward(problem: Problem, p: Arguments, g: Results) -> Arguments:
             if problem.variant:
                 walk = Walk(problem, n, p.params[n], p.extras[n])
                 walked = walk.backward(kept[n], *dys, dhn[n], dcn[n], *_times(problem, d))
-                extras[n] = walked[4]
+                extras[n] = walked[5]
             else:
                 walked = _walk_back(problem, cell, kept[n], p.params[n], *dys, dhn[n], dcn[n], _backwards(problem, d))
             dx = dx + walked[0]

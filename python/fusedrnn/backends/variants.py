@@ -235,12 +235,13 @@ class Walk:
 
     # All steps.
 
-    def forward(self, x: Any, h0: Any, c0: Any, active: Any, restart: Any, order: Any) -> Any:
-        """y (T,E,B,P or H), cells (T,E,B,H), hn, cn, and what backward needs."""
+    def forward(self, x: Any, extra: Any, h0: Any, c0: Any, active: Any, restart: Any, order: Any) -> Any:
+        """y (T,E,B,P or H), cells (T,E,B,H), hn, cn, and what backward needs. extra: added to x W^T at every step."""
         problem = self.problem
         T, second = problem.T, has_c(problem)
         x = np.where(active, x, 0)
         ax, norm_x = self.product(x, self.W, self.gain_ih, self.bW)
+        ax = ax + extra
         first_h, first_c = (h0, c0) if problem.reset_to_initial else (0.0, 0.0)
         y = np.zeros((*x.shape[:3], problem.outputs), x.dtype)
         cells = np.zeros((*x.shape[:3], problem.H), x.dtype)
@@ -261,7 +262,7 @@ class Walk:
     def backward(
         self, kept: Any, dy: Any, dcells: Any, dhn: Any, dcn: Any, active: Any, restart: Any, order: Any
     ) -> Any:
-        """dx, dh0, dc0, the gradients of W, R, bW, bR, and those of the extras."""
+        """dx, dh0, dc0, the gradients of W, R, bW, bR, da summed over the steps, and the gradients of the extras."""
         problem, second = self.problem, has_c(self.problem)
         x, steps = kept
         da_x = np.zeros((*x.shape[:3], self.W.shape[1]), dhn.dtype)
@@ -296,4 +297,4 @@ class Walk:
         given = (self.hr, self.ph, self.gain_ih, self.gain_hh, self.gain_c, self.bias_c)
         names = ("hr", "ph", "gain_ih", "gain_hh", "gain_c", "bias_c")
         extras = tuple(found(name, like) for name, like in zip(names, given, strict=True))
-        return da_x @ self.W, dh0 + dh_next, dc0 + dc_next, params, extras
+        return da_x @ self.W, dh0 + dh_next, dc0 + dc_next, params, da_x.sum(0), extras

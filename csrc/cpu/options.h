@@ -1,0 +1,111 @@
+// SPDX-License-Identifier: Apache-2.0
+// The options that change a cell's elementwise part: activations, clip_gates, peepholes, zoneout, recurrent dropout.
+//   gate(a) = act(clip(a));   h = k h' + (1 - k) h_new, k drawn while training, else the probability (c alike)
+// Read: Variant, Extras, lengths. Written: rows of drawn numbers, as csrc/api.h numbers them.
+// Route: the tile functions of varied.h ask for a row of units; the engines ask for recurrent dropout's masks.
+// Limit: Philox, about 1 ns an element, where something is drawn; else what the plain cell is limited by.
+#pragma once
+
+#include "activations.h"
+#include "weights.h"
+
+namespace fusedrnn::cpu::FUSEDRNN_ISA {
+
+// Whether an option asks for more than the plain tile functions.
+inline bool usual_activations(const Problem& problem) {
+  const Activation* a = problem.variant.activations;
+  const auto is = [](const Activation& of, ActivationKind kind) { return of.kind == kind; };
+  if (problem.cell == CellKind::rnn_relu) return is(a[0], ActivationKind::relu);
+  if (problem.cell == CellKind::rnn_tanh) return is(a[0], ActivationKind::tanh);
+  return is(a[0], ActivationKind::sigmoid) && is(a[1], ActivationKind::tanh) &&
+         (!facts_of(problem.cell).cell_state || is(a[2], ActivationKind::tanh));
+}
+
+template <class S, int P>
+const TileFunctions<S, P>& tiles_of(const CellTable<S, P>& cell, const Problem& problem) {
+  return problem.variant.given ? cell.varied[usual_activations(problem)] : cell.plain;
+}
+
+// For one layer, direction and weight set.
+template <class S, int P>
+class Options {
+ public:
+  static constexpr int kPeeps = 3;  // i, f, o
+
+  void allocate(const Problem& problem, int64_t ld, int64_t N, Workspace& workspace) {
+    problem_ = &problem;
+    ld_ = ld;
+    for (int k = 0; k < kPeeps; ++k)
+      for (int q = 0; q < P; ++q) peep_[k][q] = peepholes() ? take<S>(workspace, ld) : nullptr;
+    mask_ = masks() ? take<S>(workspace, N * ld) : nullptr;
+  }
+  // One member calls it before the others compute. `p[q]`: values, tangents. `rows`: for what is drawn.
+  void begin(const Arguments* const* p, const Rows* rows, bool reversed, int64_t layer_and_direction, int64_t e) {
+    rows_ = rows;
+    reversed_ = reversed;
+    layer_ = static_cast<int>(layer_and_direction);
+    if (!peepholes()) return;
+    const int64_t H = problem_->sizes.H;
+    for (int k = 0; k < kPeeps; ++k) {
+      for (int q = 0; q < P; ++q) {
+        zero_row(peep_[k][q], 1, ld_);
+        const Array<2> ph = p[q]->extras ? p[q]->extras[layer_].ph : Array<2>();
+        if (ph.data && peep_place(k) >= 0)
+          copy_row(element<S>(ph, e, peep_place(k) * H), ph.stride[1], peep_[k][q], 1, H);
+      }
+    }
+  }
+
+  const Variant& variant() const { return problem_->variant; }
+  bool masks() const { return variant().training && variant().recurrent_dropout > 0; }
+  bool peepholes() const { return variant().peepholes; }
+  const S* const* peep(int k) const { return peep_[k]; }
+  // Where peephole k stands in weight_ph; -1: a coupled LSTM has none for f.
+  int64_t peep_place(int k) const { return problem_->cell == CellKind::cifg ? (k == 1 ? -1 : k / 2) : k; }
+  // The gate that peephole k feeds.
+  int64_t peep_gate(int k) const { return problem_->cell == CellKind::cifg ? k : (k == 2 ? 3 : k); }
+
+  // How much of the old h (which = 0) or c (1) stays: units [u, u + n) of row i at step s, and zeros to a whole
+  // register.
+  void keep(int which, int64_t s, int64_t i, int64_t u, int64_t n, S* out) const {
+    const double p = which ? variant().zoneout_c : variant().zoneout_h;
+    const int64_t whole = (n + Vec<S>::lanes - 1) / Vec<S>::lanes * Vec<S>::lanes;
+    for (int64_t j = variant().training ? n : 0; j < whole; ++j) out[j] = variant().training ? S(0) : static_cast<S>(p);
+    if (!variant().training) return;
+    const Sizes& z = problem_->sizes;
+    const int64_t row = (rows_->time(reversed_, s, i) * z.E + rows_->e[i]) * z.B + rows_->b[i];
+    const uint32_t stream = which ? 3 : 2;
+    Dropout{p, problem_->seed}.drawn(out, n, static_cast<uint64_t>(row * z.H + u), layer_, stream);
+  }
+
+  // Recurrent dropout's factors of row i: one mask for all steps.
+  S* mask(int64_t i) const { return mask_ + i * ld_; }
+  void draw_mask(int64_t i, int64_t u0, int64_t u1) const {
+    const double p = variant().recurrent_dropout;
+    const Sizes& z = problem_->sizes;
+    const int64_t row = rows_->e[i] * z.B + rows_->b[i];
+    S* out = mask(i);
+    Dropout{p, problem_->seed}.drawn(out + u0, u1 - u0, static_cast<uint64_t>(row * z.H + u0), layer_, 4);
+    const S scale = p < 1 ? static_cast<S>(1 / (1 - p)) : S(0);
+    for (int64_t u = u0; u < u1; ++u) out[u] = out[u] != 0 ? S(0) : scale;
+    if (u1 > u0 && u1 == z.H) zero_row(out + u1, 1, ld_ - u1);
+  }
+  // to = from * mask in units [u0, u1), a whole register's zeros at the row's end included.
+  void apply_mask(int64_t i, const S* from, S* to, int64_t u0, int64_t u1) const {
+    const S* m = mask(i);
+    for (int64_t u = u0; u < u1; u += Vec<S>::lanes) {
+      const int64_t n = smaller<int64_t>(Vec<S>::lanes, u1 - u);
+      store(to + u, load(from + u, n) * load(m + u, n));
+    }
+  }
+
+ private:
+  const Problem* problem_ = nullptr;
+  const Rows* rows_ = nullptr;
+  bool reversed_ = false;
+  int layer_ = 0;
+  int64_t ld_ = 0;
+  S *peep_[kPeeps][P] = {}, *mask_ = nullptr;
+};
+
+}  // namespace fusedrnn::cpu::FUSEDRNN_ISA
