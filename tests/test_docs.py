@@ -133,10 +133,139 @@ def test_sentences_are_found(text, expected):
     assert sentences(text) == expected
 
 
+PAGE = """# A head
+
+One `code; span` and
+a [link](a.md).
+
+- item one
+  goes on
+- item two
+
+Run
+
+    code; here
+
+| a; | table |
+
+```
+fenced;
+```
+<!-- speed:begin -->
+made; by a program
+<!-- speed:end -->
+End
+"""
+
+
 def test_prose_is_found():
-    text = "# A head\n\nOne `code; span` and\na [link](a.md).\n\n- item one\n  goes on\n- item two\n\nRun\n\n    code; here\n"
-    text += "\n| a; | table |\n\n```\nfenced;\n```\n<!-- speed:begin -->\nmade; by a program\n<!-- speed:end -->\nEnd"
-    assert [p for _, p in paragraphs(text)][1:3] == ["item one goes on", "item two"]
-    assert not any(";" in plain(p) for _, p in paragraphs(text))
-    assert words(plain(paragraphs(text)[0][1])) == 5
-    assert paragraphs(text)[-1][1] == "End"
+    found = [plain(paragraph) for _, paragraph in paragraphs(PAGE)]
+    assert found == ["One code and a link.", "item one goes on", "item two", "Run", "End"]
+    assert words(found[0]) == 5
+
+
+# ---- what the pages name -------------------------------------------------------------------------------------------
+
+SUFFIXES = ("c", "cmake", "cpp", "cu", "h", "inc", "ini", "json", "md", "py", "pyi", "sh", "toml", "txt")
+FOLDERS = ("csrc", "python", "tests", "bench", "docs", ".ci", ".github")
+MADE_UP = re.compile(r"<|\.\.\.|(?<![A-Z])(?:NAME|MACHINE)(?![A-Z])")  # stands for many names
+
+
+@functools.cache
+def files() -> frozenset[str]:
+    """All files, below the root."""
+    inside = [
+        p for folder in FOLDERS for p in (ROOT / folder).rglob("*") if p.is_file() and "__pycache__" not in p.parts
+    ]
+    return frozenset(str(p.relative_to(ROOT)) for p in [*inside, *(p for p in ROOT.iterdir() if p.is_file())])
+
+
+def exists(name: str, page: Path) -> bool:
+    """Whether there is such a file or folder: below the root, beside the page, or anywhere by the end of its path."""
+    name = name.rstrip("/")
+    for options in re.findall(r"\{([^}]*)\}", name)[:1]:  # a_{b,c}.h
+        return all(exists(name.replace(f"{{{options}}}", one), page) for one in options.split(","))
+    if "*" in name:
+        pattern = re.compile(r"(?:.*/)?" + re.escape(name).replace(r"\*", "[^/]*"))
+        return any(pattern.fullmatch(file) for file in files())
+    return (ROOT / name).exists() or (page.parent / name).exists() or any(f.endswith("/" + name) for f in files())
+
+
+def file_names(text: str) -> set[str]:
+    """What in code spans, and in blocks of the kind `tree`, is meant as a file or a folder."""
+    spans = [span for _, span in SPAN.findall(blanked(FENCE, text))]
+    spans += re.findall(r"^```tree\n(.*?)^```", text, re.S | re.M)
+    names = {word.strip("'\"(),:;") for span in spans for word in span.split()}
+    end = re.compile(rf"[\w./*{{}},<>-]*(?:[\w*}}]\.(?:{'|'.join(SUFFIXES)})|[\w*]/)")
+    return {name for name in names if end.fullmatch(name) and not MADE_UP.search(name)}
+
+
+@by_page
+def test_files_exist(page):
+    missing = sorted(name for name in file_names(page.read_text()) if not exists(name, page))
+    assert not missing
+
+
+def anchors(page: Path) -> set[str]:
+    """As GitHub makes them of headings."""
+    heads = re.findall(r"^#+ +(.*?) *$", blanked(FENCE, page.read_text()), re.M)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+@by_page
+def test_links_lead_somewhere(page):
+    for _, target in LINK.findall(blanked(FENCE, page.read_text())):
+        if target.startswith(("http://", "https://")):
+            continue
+        name, _, anchor = target.partition("#")
+        to = (page.parent / name).resolve() if name else page
+        assert to.exists(), f"{page.name}: {target}"
+        assert not anchor or anchor in anchors(to), f"{page.name}: {target}"
+
+
+ENTRY = re.compile(r"^- \*\*([\w-]+)\*\*[^:]*:(.*?)(?=^- |^#|\Z)", re.S | re.M)
+PLACE = re.compile(r"`(\w+)`\s+in\s+`([^`]+)`")
+
+
+@functools.cache
+def code_of(place: str) -> str:
+    """The text of a file, or of all source files in a folder."""
+    at = ROOT / place
+    paths = [at] if at.is_file() else [p for p in at.rglob("*") if p.suffix[1:] in ("h", "cpp", "cu", "py")]
+    return "\n".join(path.read_text() for path in paths)
+
+
+def test_words_of_the_glossary_stand_in_the_code():
+    entries = ENTRY.findall((ROOT / "docs" / "glossary.md").read_text())
+    assert len(entries) > 25
+    for word, meaning in entries:
+        places = PLACE.findall(meaning)
+        assert places, f"{word}: no `name` in `place`"
+        for name, place in places:
+            assert re.search(rf"\b{name}\b", code_of(place)), f"{word}: no {name} in {place}"
+        used = re.compile(word.replace("-", "[-_ ]"), re.I)
+        assert any(used.search(code_of(place)) for place in ("csrc", "python", "tests")), f"{word} stands nowhere"
+
+
+SPANS = """`a.h` and `b/c.cpp`, `run it.py --x`, `d/`, `NAME.py`, `x.y`, `.h`
+```
+not_this.h
+```
+```tree
+this.h  that/
+```
+"""
+
+
+@pytest.mark.parametrize("name", ["engine.h", "csrc/cpu", "step*.h", "st{epwise,epwise_forward}.h", "glossary.md"])
+def test_what_is_there_is_found(name):
+    assert exists(name, ROOT / "docs" / "cpu.md")
+
+
+@pytest.mark.parametrize("name", ["engines.h", "csrc/gpu", "steps*.h", "st{epwise,op}.h", "gine.h"])
+def test_what_is_missing_is_missed(name):
+    assert not exists(name, ROOT / "docs" / "cpu.md")
+
+
+def test_file_names_are_found():
+    assert file_names(SPANS) == {"a.h", "b/c.cpp", "it.py", "d/", "this.h", "that/"}

@@ -179,9 +179,8 @@ def _model(op: str, layer: Any, head_weight: Any, head_bias: Any, embedding: Any
     if layer.context_size:
         check.fail(op, "layer", f"has context_size={layer.context_size}", "a layer without a context")
     if layer._variant is not None:
-        check.fail(
-            op, "layer", f"has {', '.join(layer.variants)}", "a layer without these options", "See csrc/README.md."
-        )
+        fix = 'Options take no tokens: see "Options" in docs/semantics.md.'
+        check.fail(op, "layer", f"has {', '.join(layer.variants)}", "a layer without these options", fix)
     params = parameters.from_bfloat16(layer.parameters)
     names = parameters.names(layer.num_layers, False, layer.bias, layer._cell)
     known = {name: params[name] for name in names if name in params}
