@@ -85,7 +85,7 @@ struct Activation {
   double alpha = 0, beta = 0;
 };
 
-// What goes beyond a plain cell: README.md, "The stepwise engine".
+// What goes beyond a plain cell: docs/semantics.md, "Options".
 struct Variant {
   bool given = false;
   Activation activations[3];  // of the gates, of g or n, of c
@@ -105,7 +105,7 @@ struct Problem {
   bool recompute = false;         // tape without gates: rebuilt in backward
   bool bf16_weights = false;      // W and R are bfloat16, the rest is f32: forward without a tape only
   bool bf16_state = false;        // with bf16_weights: x is bfloat16's, and h may be rounded to it where it meets R
-  bool packed = false;            // x, y hold the steps there are and no others: README.md, "Axes"
+  bool packed = false;            // x, y hold the steps there are and no others: docs/semantics.md, "Packed rows"
   double clip_cell = 0;           // |c| <= clip_cell after every step; 0 = off (LSTM only)
   double clip_grad = 0;           // |dh|, |dc| <= clip_grad at every step of backward; 0 = off
   double dropout = 0;             // on the output of every layer but the last, only while training

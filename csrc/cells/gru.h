@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // GRU, one unit, one step (Cho et al. 2014; gate order r, z, n of PyTorch and cuDNN).
 //   r, z = sigmoid(x W^T + bW + h' R^T + bR);   h = (1 - z) n + z h'
-//   Gru:            n = tanh(x Wn^T + bWn + r (h' Rn^T + bRn))          reset after the product: PyTorch, cuDNN
-//   GruResetBefore: n = tanh(x Wn^T + bWn + (r h') Rn^T + bRn)          reset before it: the paper, Keras v2, ONNX
-//   default
-// V is a number: a SIMD vector, a Dual of one, or a CUDA float. Whoever includes this
-// defines FUSEDRNN_INLINE (static, forced inline, __device__ under nvcc).
+//   Gru:            n = tanh(x Wn^T + bWn + r (h' Rn^T + bRn))   reset after the product: PyTorch, cuDNN
+//   GruResetBefore: n = tanh(x Wn^T + bWn + (r h') Rn^T + bRn)   reset before it: the paper, Keras v2, ONNX's default
+// V is a number: a SIMD vector, a Dual of one, or a CUDA float.
+// Whoever includes this defines FUSEDRNN_INLINE:
+// static, forced inline, __device__ under nvcc.
 #pragma once
 
 #include "functions.h"

@@ -171,7 +171,7 @@ FUSEDRNN_FORCE void philox_run(uint64_t key, uint64_t counter, uint32_t c2, uint
   }
 }
 
-// The mask of csrc/README.md for elements number `first`, `first` + 1, ...
+// The mask of docs/semantics.md for elements number `first`, `first` + 1, ...
 struct Dropout {
   double p;
   uint64_t seed;

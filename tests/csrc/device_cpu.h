@@ -7,7 +7,7 @@
 // too; what is asynchronous happens as late as is legal and in any order; shared memory starts as NaN, with red zones
 // between arrays; a wait that nothing will ever end is an error that names thread, primitive and line, and so are
 // collectives that lanes disagree about. It can also break a call on purpose (Options::broken), to see whether a test
-// would notice. What it cannot show stands in csrc/README.md.
+// would notice. What it cannot show stands in docs/testing.md.
 #pragma once
 
 #include <cmath>

@@ -42,7 +42,7 @@ Extras = tuple[Any, Any, Any, Any, Any, Any]  # weight_hr, weight_ph, gain_ih, g
 
 @dataclass(slots=True)
 class Variant:
-    """What goes beyond a plain cell: see csrc/README.md, "The stepwise engine"."""
+    """What goes beyond a plain cell: see docs/semantics.md, "Options"."""
 
     activations: tuple[tuple[str, float, float], ...]  # name, alpha, beta of f, g, h (LSTM), f, g (GRU) or f (RNN)
     proj_size: int = 0  # h and y have so many units, c has H; weight_hr (E,P,H); 0: none
