@@ -115,7 +115,7 @@ struct Problem {
   Variant variant;
 };
 // Whether a step needs whole rows of units between its products: the stepwise engine.
-constexpr bool whole_rows(const Problem& problem) { return problem.variant.proj > 0 || problem.variant.layer_norm; }
+constexpr bool whole_rows(const Problem& problem) { return problem.variant.layer_norm; }
 constexpr int64_t outputs_of(const Problem& problem) {  // units of h
   return problem.variant.proj > 0 ? problem.variant.proj : problem.sizes.H;
 }

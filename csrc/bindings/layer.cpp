@@ -112,8 +112,7 @@ class Call {
       out.x = checked_.array<4>(std::move(x), {role, "x"}, "(T, E, B, I)", {s.T, s.E, s.B, s.I}, access, 1);
     }
     if (required && !out.x.data && !tokens_) checked_.type_error(std::string(role) + "x is None");
-    if (tokens_ && whole_rows(problem))
-      checked_.value_error("x holds tokens; expected float input with proj_size or layer_norm");
+    if (tokens_ && whole_rows(problem)) checked_.value_error("x holds tokens; expected float input with layer_norm");
     const int64_t Q = outputs_of(problem);  // H without a projection
     const int64_t state[4] = {s.L * s.D, s.E, s.B, s.H}, h_state[4] = {s.L * s.D, s.E, s.B, Q};
     out.h0 = checked_.array<4>(get<"h0">(given), {role, "h0"}, "(L*D, E, B, H)", h_state, access, 1);
@@ -169,7 +168,7 @@ class Call {
     out.context = checked_.array<3>(context, {role, "context"}, "(E, B, K)", {s.E, s.B, s.K}, access, 0);
     if (required && out.context.data && s.K < 1) checked_.value_error("context has K = 0; expected K >= 1");
     if (out.context.data && whole_rows(problem))
-      checked_.value_error("context is given; expected none with proj_size or layer_norm");
+      checked_.value_error("context is given; expected none with layer_norm");
     const py::object list = get<"context_weights">(given);
     if (required && list.is_none() != context.is_none())
       checked_.type_error("context and context_weights come both or not at all");
@@ -246,11 +245,11 @@ class Call {
   // Tangents of what needs whole rows are the reference's.
   void refuse_whole_rows() const {
     if (whole_rows(problem))
-      checked_.value_error("variant has proj_size or layer_norm; expected neither: their tangents are the reference's");
+      checked_.value_error("variant has layer_norm; expected none of it: its tangents are the reference's");
   }
 
   void refuse_for_generation() const {
-    if (whole_rows(problem) || problem.variant.training)
+    if (whole_rows(problem) || problem.variant.proj || problem.variant.training)
       checked_.value_error(
           "variant has proj_size, layer_norm or training; expected none of them: text is written step by step");
   }
@@ -279,9 +278,10 @@ class Call {
       checked_.value_error("variant has a probability over 1; expected 0..1");
     if (!cell.state_product || (v.peepholes && !cell.cell_state) || ((v.proj || v.layer_norm) && (before || rnn)))
       checked_.value_error("variant asks " + std::string(cell.name) + " for what it does not have");
-    if (whole_rows(problem) && (problem.recompute || problem.bf16_weights))
-      checked_.value_error(
-          "variant has proj_size or layer_norm beside recompute or bf16_weights; expected one or the other");
+    if (whole_rows(problem) && problem.recompute)
+      checked_.value_error("variant has layer_norm beside recompute; expected one or the other");
+    if ((whole_rows(problem) || v.proj) && problem.bf16_weights)
+      checked_.value_error("variant has proj_size or layer_norm beside bf16_weights; expected one or the other");
     const py::object list = get<"activations">(given);
     const size_t count = cell.cell_state ? 3 : rnn ? 1 : 2;
     if (!py::isinstance<py::tuple>(list) || py::len(list) != count)

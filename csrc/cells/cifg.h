@@ -22,14 +22,21 @@ struct Cifg {
   static constexpr int h_sum[3] = {0, 1, 2};
 
   template <class V, class S, class F = Plain>
-  FUSEDRNN_INLINE void forward(const V* a, const V&, const V& c_prev, S clip, V* k, V& h, V& c, const F& f = F()) {
+  FUSEDRNN_INLINE void forward(const V* a, const V& h_prev, const V& c_prev, S clip, V* k, V& h, V& c,
+                               const F& f = F()) {
     k[0] = f.gate(f.peep(0, a[0], c_prev));
     k[1] = f.candidate(a[1]);
     V keep, add;
     flow(k, keep, add);
     c = clamp(keep * c_prev + add, clip);
     k[2] = f.gate(f.peep(2, a[2], c));
-    h = k[2] * f.state(c);
+    h = output(k, h_prev, c, f);
+  }
+
+  // What a projection multiplies, if there is one.
+  template <class V, class F = Plain>
+  FUSEDRNN_INLINE V output(const V* k, const V&, const V& c, const F& f = F()) {
+    return k[2] * f.state(c);
   }
 
   // c = clip(keep c' + add)

@@ -29,7 +29,13 @@ struct Gru {
     k[1] = f.gate(a[1]);
     k[2] = f.candidate(a[2] + k[0] * a[3]);
     k[3] = a[3];
-    h = k[2] + k[1] * (h_prev - k[2]);
+    h = output(k, h_prev, h_prev, f);
+  }
+
+  // What a projection multiplies, if there is one.
+  template <class V, class F = Plain>
+  FUSEDRNN_INLINE V output(const V* k, const V& h_prev, const V&, const F& = F()) {
+    return k[2] + k[1] * (h_prev - k[2]);
   }
 
   template <class V, class S, class F = Plain>

@@ -22,7 +22,8 @@ struct Lstm {
   static constexpr int h_sum[4] = {0, 1, 2, 3};  // gate -> sum that takes its row of h' R^T + bR
 
   template <class V, class S, class F = Plain>
-  FUSEDRNN_INLINE void forward(const V* a, const V&, const V& c_prev, S clip, V* k, V& h, V& c, const F& f = F()) {
+  FUSEDRNN_INLINE void forward(const V* a, const V& h_prev, const V& c_prev, S clip, V* k, V& h, V& c,
+                               const F& f = F()) {
     k[0] = f.gate(f.peep(0, a[0], c_prev));
     k[1] = f.gate(f.peep(1, a[1], c_prev));
     k[2] = f.candidate(a[2]);
@@ -30,7 +31,13 @@ struct Lstm {
     flow(k, keep, add);
     c = clamp(keep * c_prev + add, clip);
     k[3] = f.gate(f.peep(2, a[3], c));
-    h = k[3] * f.state(c);
+    h = output(k, h_prev, c, f);
+  }
+
+  // What a projection multiplies, if there is one.
+  template <class V, class F = Plain>
+  FUSEDRNN_INLINE V output(const V* k, const V&, const V& c, const F& f = F()) {
+    return k[3] * f.state(c);
   }
 
   // c = clip(keep c' + add)

@@ -37,7 +37,8 @@ class Backward {
     g_[0] = &call.g;
     if (P == 2) p_[1] = &call.v, g_[1] = &call.t;
     inputs_ = larger(layers_.widest(), n_.K);
-    ld_ = padded(n_.H);
+    Q_ = outputs_of(problem_), proj_ = problem_.variant.proj > 0, carried_ = has_cell_state(problem_);
+    ld_ = padded(n_.H), ldq_ = padded(Q_);
     ld_da_ = cell_.sums * n_.H;
     const int64_t N = sets_.N, H = n_.H;
     chunk_ = tape_.every ? tape_.every
@@ -45,15 +46,15 @@ class Backward {
     pairs_ = chunk_ * N;
     if (n_.L > 1)
       for (int parity = 0; parity < 2; ++parity)
-        for (int q = 0; q < P; ++q) between_[parity][q] = take<S>(workspace, sets_.count * n_.D * n_.T * N * H);
-    zeros_ = take<S>(workspace, H);
-    zero_row(zeros_, 1, H);
+        for (int q = 0; q < P; ++q) between_[parity][q] = take<S>(workspace, sets_.count * n_.D * n_.T * N * Q_);
+    zeros_ = take<S>(workspace, larger(H, Q_));
+    zero_row(zeros_, 1, larger(H, Q_));
     scratch_ = static_cast<Scratch*>(workspace.take(sizeof(Scratch) * static_cast<size_t>(groups_.count)));
-    const int64_t widest = padded(larger(inputs_, H));
+    const int64_t widest = padded(larger(inputs_, larger(H, Q_))), all = larger(cell_.gates * H, Q_);
     for (int g = 0; g < groups_.count; ++g) {
       Scratch& s = scratch_[g];
       s = Scratch();
-      if (tape_.every) s.forward.allocate(cell_, larger(inputs_, vocabulary_.most), H, workspace);
+      if (tape_.every) s.forward.allocate(cell_, larger(inputs_, vocabulary_.most), H, Q_, workspace);
       if (p_[0]->context.data) {
         s.context.allocate(p_, n_, N, cell_, workspace);
         for (int q = 0; q < P; ++q) {
@@ -66,31 +67,42 @@ class Backward {
         s.tokens = take<int32_t>(workspace, pairs_);
         s.columns = take<S>(workspace, table_.most * cell_.gates * H);
       }
-      if (problem_.variant.given) s.options.allocate(problem_, ld_, N, workspace);
+      if (problem_.variant.given) s.options.allocate(problem_, ld_, ldq_, N, workspace);
       for (int q = 0; q < P; ++q) {
-        s.R[q][0].data = take<S>(workspace, cell_.state_product ? ld_ * cell_.gates * H : 0);
+        s.R[q][0].data = take<S>(workspace, cell_.state_product ? ldq_ * cell_.gates * H : 0);
         s.W[q].data = take<S>(workspace, padded(inputs_) * cell_.gates * H);
         s.da[q] = take<S>(workspace, pairs_ * ld_da_);
-        s.packed[q] = take<S>(workspace, pairs_ * (ld_da_ + kTile * 4));
+        s.packed[q] = take<S>(workspace, pairs_ * (larger(ld_da_, Q_) + kTile * 4));
         s.x_panels[q] = take<S>(workspace, pairs_ * padded(inputs_));
-        s.h_panels[q] = take<S>(workspace, pairs_ * ld_);
+        s.h_panels[q] = take<S>(workspace, pairs_ * larger(ld_, ldq_));
         s.dx[q] = take<S>(workspace, pairs_ * padded(inputs_));
         s.copied[q] = take<S>(workspace, pairs_ * inputs_);
         for (int which = 0; which < 2; ++which) {
-          s.start[which][q] = take<S>(workspace, N * H);
+          const int64_t units = which ? H : Q_, ld = which ? ld_ : ldq_;
+          s.start[which][q] = take<S>(workspace, N * units);
           s.before[which][q] = take<const S*>(workspace, pairs_);
-          s.d[which][q] = take<S>(workspace, N * ld_);
-          s.d_start[which][q] = take<S>(workspace, N * ld_);
+          s.d[which][q] = take<S>(workspace, N * ld);
+          s.d_start[which][q] = take<S>(workspace, N * ld);
         }
         s.x[q] = take<const S*>(workspace, pairs_);
         s.h_seen[q] = s.before[0][q];
         if (masks_) {
-          s.seen[q] = take<S>(workspace, pairs_ * ld_);
+          s.seen[q] = take<S>(workspace, pairs_ * ldq_);
           s.h_seen[q] = take<const S*>(workspace, pairs_);
-          for (int64_t r = 0; r < pairs_; ++r) s.h_seen[q][r] = s.seen[q] + r * ld_;
-          s.dh_seen[q] = take<S>(workspace, N * ld_);
+          for (int64_t r = 0; r < pairs_; ++r) s.h_seen[q][r] = s.seen[q] + r * ldq_;
+          s.dh_seen[q] = take<S>(workspace, N * ldq_);
         }
         if (problem_.variant.peepholes) s.c_new[q] = take<S>(workspace, pairs_ * ld_);
+        if (proj_) {
+          s.hr[q].data = take<S>(workspace, ld_ * Q_);
+          s.dnew[q] = take<S>(workspace, pairs_ * ldq_);
+          s.dnew_rows[q] = take<const S*>(workspace, pairs_);
+          s.m[q] = take<S>(workspace, pairs_ * ld_);
+          s.m_rows[q] = take<const S*>(workspace, pairs_);
+          for (int64_t r = 0; r < pairs_; ++r)
+            s.dnew_rows[q][r] = s.dnew[q] + r * ldq_, s.m_rows[q][r] = s.m[q] + r * ld_;
+          s.dm[q] = take<S>(workspace, N * ld_);
+        }
         s.da_rows[q] = take<const S*>(workspace, pairs_);
         for (int phase = 0; phase < kPhases; ++phase) s.da_h_rows[phase][q] = take<const S*>(workspace, pairs_);
         s.picked[q] = take<const S*>(workspace, 4 * pairs_);
@@ -109,10 +121,11 @@ class Backward {
           s.z[q] = take<S>(workspace, pairs_ * ld_ * cell_.sums);
           s.kept[q] = take<S>(workspace, pairs_ * kept_ * H);
           s.c_kept[q] = take<S>(workspace, pairs_ * H);
-          for (int which = 0; which < 2; ++which) s.state[which][q] = take<S>(workspace, N * ld_);
         }
+        for (int which = 0; which < 2 && (tape_.every || proj_); ++which)
+          s.state[which][q] = take<S>(workspace, N * ld_);
       }
-      s.sums = take<S>(workspace, cell_.gates * H * widest);
+      s.sums = take<S>(workspace, all * widest);
     }
   }
 
@@ -133,11 +146,14 @@ class Backward {
     ForwardWeights<S, P> forward;   // recompute: to rebuild the gates
     Panels<S> R[P][kPhases], W[P];  // for da R, da W
     S *da[P], *packed[P], *x_panels[P], *h_panels[P], *dx[P], *copied[P];
-    S* start[2][P];              // h0, c0, rows of H
-    S *d[2][P], *d_start[2][P];  // running dh, dc; what reached h0, c0; rows of ld_
+    S* start[2][P];              // h0, c0, rows of their units
+    S *d[2][P], *d_start[2][P];  // running dh, dc; what reached h0, c0; rows of ldq_, ld_
+    Panels<S> hr[P];             // a projection's weights; gradients of its results and of m, and m
+    S *dnew[P] = {}, *dm[P] = {}, *m[P] = {};
+    const S **dnew_rows[P] = {}, **m_rows[P] = {};
     S *rh[P] = {}, *drh[P] = {}, *sums;
     S *z[P] = {}, *kept[P] = {}, *c_kept[P] = {}, *state[2][P] = {};
-    S *seen[P] = {}, *dh_seen[P] = {}, *c_new[P] = {};  // h as R sees it, rows of ld_; its running gradient
+    S *seen[P] = {}, *dh_seen[P] = {}, *c_new[P] = {};  // h as R sees it, rows of ldq_; its running gradient
     Context<S, P> context;
     Options<S, P> options;
     S* dz[P] = {};  // da of layer 0's products with x and the context, summed over the steps of each row
@@ -156,7 +172,9 @@ class Backward {
     int64_t set, ld;
     bool reversed;
     Source<S> source[P] = {};
-    int64_t u0 = 0, u1 = 0;          // units owned
+    int64_t u0 = 0, u1 = 0;          // units owned, of the cell
+    int64_t q0 = 0, q1 = 0;          // ... of h; the same without a projection
+    int64_t o_first = 0, o_end = 0;  // blocks owned of hr's panels
     int64_t first = 0, end = 0;      // blocks owned of R's panels
     int64_t x_first = 0, x_end = 0;  // ... of W's
     bool fresh = true;               // nothing has been added into dW, dR, db yet
@@ -173,7 +191,8 @@ class Backward {
     for (const Array<3>& w : dp.context_weights)
       if (w.data && !w.stride[0]) return true;
     for (int i = 0; dp.extras && i < n.L * n.D; ++i)
-      if (dp.extras[i].ph.data && !dp.extras[i].ph.stride[0]) return true;
+      if ((dp.extras[i].ph.data && !dp.extras[i].ph.stride[0]) || (dp.extras[i].hr.data && !dp.extras[i].hr.stride[0]))
+        return true;
     if ((dp.x.data && !dp.x.stride[1]) || (dp.h0.data && !dp.h0.stride[1]) || (dp.c0.data && !dp.c0.stride[1]))
       return true;
     for (int i = 0; dp.params && i < n.L * n.D; ++i) {
@@ -229,14 +248,21 @@ class Backward {
     const Params* p[P];
     for (int q = 0; q < P; ++q) {
       p[q] = p_[q]->params ? &p_[q]->params[a.ld] : nullptr;
-      shape(w.R[q][0], state_gates * H, H, a.team.size);
-      shape(w.R[q][1], (cell_.gates - state_gates) * H, H, a.team.size);
+      shape(w.R[q][0], state_gates * H, Q_, a.team.size);
+      shape(w.R[q][1], (cell_.gates - state_gates) * H, Q_, a.team.size);
+      if (proj_) shape(w.hr[q], Q_, H, a.team.size);
       shape(w.W[q], cell_.gates * H, inputs, a.team.size);
       w.R[q][1].data = w.R[q][0].data + w.R[q][0].elements();
     }
     a.first = a.team.begin(w.R[0][0].blocks()), a.end = a.team.end(w.R[0][0].blocks());
     a.x_first = a.team.begin(w.W[0].blocks()), a.x_end = a.team.end(w.W[0].blocks());
-    a.u0 = smaller(a.first * w.R[0][0].block * L, H), a.u1 = smaller(a.end * w.R[0][0].block * L, H);
+    a.q0 = smaller(a.first * w.R[0][0].block * L, Q_), a.q1 = smaller(a.end * w.R[0][0].block * L, Q_);
+    a.u0 = a.q0, a.u1 = a.q1;
+    if (proj_) {
+      const Panels<S>& hr = w.hr[0];
+      a.o_first = a.team.begin(hr.blocks()), a.o_end = a.team.end(hr.blocks());
+      a.u0 = smaller(a.o_first * hr.block * L, H), a.u1 = smaller(a.o_end * hr.block * L, H);
+    }
     for (int q = 0; q < P; ++q) {
       if (p[q] && p[q]->R.data) {
         const Array<3>& R = p[q]->R;
@@ -246,6 +272,11 @@ class Backward {
             pack_rows(w.R[q][1], b, element<S>(R, e), R.stride[1], R.stride[2], H, 1, in_order + state_gates);
         }
       }
+      if (has_hr(a, q)) {
+        const Array<3>& hr = p_[q]->extras[a.ld].hr;
+        for (int64_t b = a.o_first; b < a.o_end; ++b)
+          pack_rows(w.hr[q], b, element<S>(hr, e), hr.stride[1], hr.stride[2], Q_, 1, in_order);
+      }
       if (wants_dx(a.l) && p[q] && p[q]->W.data) {
         const Array<3>& W = p[q]->W;
         for (int64_t b = a.x_first; b < a.x_end; ++b)
@@ -253,7 +284,7 @@ class Backward {
       }
     }
     if (!tape_.every) return;
-    w.forward.pack(a.team, cell_, p, e, inputs, H, a.rows.total, pairs_,
+    w.forward.pack(a.team, cell_, p, e, inputs, H, Q_, a.rows.total, pairs_,
                    a.source[0].token ? &vocabulary_.of[a.set] : nullptr);
   }
 
@@ -267,25 +298,35 @@ class Backward {
     if (problem_.variant.given) {
       if (a.team.rank == 0) a.w.options.begin(p_, &a.rows, a.reversed, a.ld, sets_.count == 1 ? 0 : a.set);
       a.team.wait();
-      for (int64_t i = 0; masks_ && i < sets_.N; ++i) a.w.options.draw_mask(i, a.u0, a.u1);
+      for (int64_t i = 0; masks_ && i < sets_.N; ++i) a.w.options.draw_mask(i, a.q0, a.q1);
     }
     for (int64_t i = 0; i < sets_.N; ++i) {
-      for (int which = 0; which < 1 + cell_.cell_state; ++which) {
+      for (int which = 0; which < 1 + carried_; ++which) {
+        const Units it = units(which, a);
         for (int q = 0; q < P; ++q) {
           const Array<4>& given = which ? p_[q]->c0 : p_[q]->h0;
-          S* to = a.w.start[which][q] + i * n_.H + a.u0;
-          zero_row(to, 1, a.u1 - a.u0);
+          S* to = a.w.start[which][q] + i * it.all + it.begin;
+          zero_row(to, 1, it.end - it.begin);
           if (given.data)
-            copy_row(element<S>(given, a.ld, a.rows.e[i], a.rows.b[i], a.u0), given.stride[3], to, 1, a.u1 - a.u0);
-          S* sum = a.w.d_start[which][q] + i * ld_;
-          zero_row(sum + a.u0, 1, pad_end(a.u0, a.u1) - a.u0);
-          if (a.rows.length[i] == 0) last_gradient(a, which, q, i, a.u0, a.u1, sum);
+            copy_row(element<S>(given, a.ld, a.rows.e[i], a.rows.b[i], it.begin), given.stride[3], to, 1,
+                     it.end - it.begin);
+          S* sum = a.w.d_start[which][q] + i * it.ld;
+          zero_row(sum + it.begin, 1, it.pad() - it.begin);
+          if (a.rows.length[i] == 0) last_gradient(a, which, q, i, it.begin, it.end, sum);
         }
       }
     }
     a.team.wait();
   }
-  int64_t pad_end(int64_t u0, int64_t u1) const { return u1 > u0 && u1 == n_.H ? ld_ : u1; }
+  // The units of h (which = 0) or c (1) in a member's hands.
+  struct Units {
+    int64_t begin, end, all, ld;
+    int64_t pad() const { return end > begin && end == all ? ld : end; }
+  };
+  template <class M>  // a Part or a Share
+  Units units(int which, const M& mine) const {
+    return which ? Units{mine.u0, mine.u1, n_.H, ld_} : Units{mine.q0, mine.q1, Q_, ldq_};
+  }
 
   // dhn (which = 0) or dcn (1) of row i, added.
   void last_gradient(const Part& a, int which, int q, int64_t i, int64_t u0, int64_t u1, S* to) const {
@@ -302,7 +343,8 @@ class Backward {
     const Rows& rows = a.rows;
     const int64_t H = n_.H, pair0 = rows.off[s0];
     const int64_t low = a.team.begin(rows.off[s1] - pair0) + pair0, high = a.team.end(rows.off[s1] - pair0) + pair0;
-    for (int which = 0; which < 1 + cell_.cell_state; ++which) {
+    for (int which = 0; which < 1 + carried_; ++which) {
+      const int64_t all = which ? H : Q_;
       for (int q = 0; q < P; ++q) {
         const S* from = tape(a, q) + (which ? tape_.c_offset(sets_.N) : 0);
         if (which && tape_.every) from = a.w.c_kept[q] - pair0 * H;
@@ -314,14 +356,14 @@ class Backward {
             if (cut && !problem_.reset_to_initial)
               row = zeros_;
             else if (cut || s == 0)
-              row = a.w.start[which][q] + i * H;
+              row = a.w.start[which][q] + i * all;
             else if (which && tape_.every && s == s0)
               row = tape(a, q) + tape_.c_offset(sets_.N) + (s / tape_.every * sets_.N + i) * H;
             else
-              row = from + (rows.off[s - 1] + i) * H;
+              row = from + (rows.off[s - 1] + i) * all;
             const int64_t r = rows.off[s] - pair0 + i;
             a.w.before[which][q][r] = row;
-            if (masks_ && which == 0) a.w.options.apply_mask(i, row, a.w.seen[q] + r * ld_, 0, H);
+            if (masks_ && which == 0) a.w.options.apply_mask(i, row, a.w.seen[q] + r * ldq_, 0, Q_);
           }
         }
       }
@@ -362,11 +404,11 @@ class Backward {
           t.clip = clip_cell();
           for (int q = 0; q < P; ++q) {
             for (int64_t i = 0; i < t.rows; ++i)
-              for (int which = 0; which < 1 + cell_.cell_state; ++which)
+              for (int which = proj_; which < 1 + carried_; ++which)
                 copy_row(w.before[which][q][pair + i] + u0, 1, w.state[which][q] + i * ld_ + u0, 1, units);
             t.z[q] = w.z[q] + pair * t.ldz + u0 * cell_.sums;
-            t.h_prev[q] = w.state[0][q] + u0;
-            t.h_seen[q] = masks_ ? w.seen[q] + pair * ld_ + u0 : t.h_prev[q];
+            t.h_prev[q] = w.state[proj_][q] + u0;
+            t.h_seen[q] = masks_ && !proj_ ? w.seen[q] + pair * ld_ + u0 : t.h_prev[q];
             t.h[q] = w.state[0][q] + u0;
             t.c[q] = w.state[1][q] + u0;
             t.rh[q] = cell_.two_products ? w.rh[q] + pair * ld_ + u0 : nullptr;
@@ -374,11 +416,23 @@ class Backward {
             t.c_kept[q] = w.c_kept[q] + pair * H + u0;
           }
           gate ? tile_.gate(t) : tile_.forward(t);
+          if (carried_ && !cell_.cell_state) carry(w, s, pair, t.rows, u0, u0 + units);
         }
       }
       if (gate) a.team.wait();
     }
     a.team.wait();  // units are owned in other blocks from here on
+  }
+  // What a projected GRU carries on after step s, rows of a chunk from `pair` on: from what it was, and the new m.
+  void carry(Scratch& w, int64_t s, int64_t pair, int64_t count, int64_t u0, int64_t u1) const {
+    for (int64_t i = 0; i < count; ++i) {
+      S *fresh[P], *c[P];
+      for (int q = 0; q < P; ++q) fresh[q] = w.state[0][q] + i * ld_, c[q] = w.state[1][q] + i * ld_;
+      if (problem_.variant.zoneout_c > 0) zone_row(w.options, 1, s, i, u0, u1, fresh, c);
+      for (int q = 0; q < P; ++q)
+        copy_row((problem_.variant.zoneout_c > 0 ? c[q] : fresh[q]) + u0, 1, w.c_kept[q] + (pair + i) * n_.H + u0, 1,
+                 u1 - u0);
+    }
   }
   S clip_cell() const {
     return problem_.clip_cell > 0 ? static_cast<S>(problem_.clip_cell) : static_cast<S>(__builtin_inf());
@@ -386,12 +440,13 @@ class Backward {
 
   // What a member does in a step: some blocks of units of all rows, or all units of some rows.
   struct Share {
-    int64_t first, end, u0, u1, r0, r1;
+    int64_t first, end, o_first, o_end, u0, u1, q0, q1, r0, r1;
   };
   Share share(const Part& a, int64_t s) const {
     const int64_t live = a.rows.live[s];
-    if (!by_rows(a)) return {a.first, a.end, a.u0, a.u1, 0, live};
-    return {0, a.w.R[0][0].blocks(), 0, n_.H, a.team.begin(live), a.team.end(live)};
+    if (!by_rows(a)) return {a.first, a.end, a.o_first, a.o_end, a.u0, a.u1, a.q0, a.q1, 0, live};
+    const int64_t outputs = proj_ ? a.w.hr[0].blocks() : 0;
+    return {0, a.w.R[0][0].blocks(), 0, outputs, 0, n_.H, 0, Q_, a.team.begin(live), a.team.end(live)};
   }
   // By rows, no step needs a meeting; but every member reads all of R at every step, so it must fit its own cache.
   bool by_rows(const Part& a) const {
@@ -404,7 +459,9 @@ class Backward {
     const Rows& rows = a.rows;
     const int64_t N = sets_.N, H = n_.H, r0 = mine.r0, u0 = mine.u0;
     const int64_t pair = rows.off[s] + r0, in_chunk = pair - rows.off[s0];
+    const bool alone = by_rows(a), part = rows.live[s] > 1;
     arriving(a, s, mine);
+    if (proj_) unproject(a, s, in_chunk, mine, part);
     BackwardTile<S, P> t{};
     t.rows = mine.r1 - r0;
     t.units = mine.u1 - u0;
@@ -418,27 +475,32 @@ class Backward {
     t.clip = clip_cell();
     for (int q = 0; q < P; ++q) {
       const S* data = tape(a, q);
-      t.h[q] = data + pair * H + u0;
       t.kept[q] =
           tape_.every ? w.kept[q] + in_chunk * t.ld_kept + u0 : data + tape_.kept_offset(N) + pair * t.ld_kept + u0;
       t.c[q] = tape_.every ? w.c_kept[q] + in_chunk * H + u0 : data + tape_.c_offset(N) + pair * H + u0;
-      t.h_prev[q] = w.before[0][q] + in_chunk;
-      t.h_seen[q] = w.h_seen[q] + in_chunk;
+      // A projected cell's own h is m; what it carries on lies in c.
+      t.h[q] = proj_ ? t.c[q] : data + pair * H + u0;
+      t.h_prev[q] = w.before[proj_][q] + in_chunk;
+      t.h_seen[q] = proj_ ? t.h_prev[q] : w.h_seen[q] + in_chunk;
+      t.m[q] = proj_ ? w.m[q] + in_chunk * ld_ + u0 : nullptr;
       t.c_new[q] = w.c_new[q] ? w.c_new[q] + in_chunk * ld_ + u0 : nullptr;
       t.c_prev[q] = w.before[1][q] + in_chunk;
-      t.dh[q] = w.d[0][q] + r0 * ld_ + u0;
+      t.dh[q] = (proj_ ? w.dm[q] : w.d[0][q]) + r0 * ld_ + u0;
       t.dc[q] = w.d[1][q] + r0 * ld_ + u0;
       t.da[q] = w.da[q] + in_chunk * ld_da_ + u0;
       if (cell_.two_products) {
         t.drh[q] = w.drh[q] + r0 * ld_ + u0;
         t.rh[q] = w.rh[q] + in_chunk * ld_ + u0;
       }
-      t.dh_seen[q] = (masks_ ? w.dh_seen[q] : w.d[0][q]) + r0 * ld_ + u0;
+      t.dh_seen[q] = masks_ && !proj_ ? w.dh_seen[q] + r0 * ld_ + u0 : t.dh[q];
       for (int64_t i = r0; masks_ && i < mine.r1; ++i)
-        zero_row(w.dh_seen[q] + i * ld_ + u0, 1, pad_end(u0, mine.u1) - u0);
+        zero_row(w.dh_seen[q] + i * ldq_ + mine.q0, 1, units(0, mine).pad() - mine.q0);
     }
-    const bool alone = by_rows(a), part = rows.live[s] > 1;
     if (t.units > 0) tile_.backward(t);
+    if (carried_ && !cell_.cell_state)
+      for (int q = 0; q < P; ++q)
+        for (int64_t i = r0; i < mine.r1; ++i)
+          add_row(w.dm[q] + i * ld_ + u0, 1, w.d[1][q] + i * ld_ + u0, 1, mine.u1 - u0);
     if (!alone && (cell_.state_product || s == s0)) a.team.wait();
     if (cell_.two_products) {
       state_product(a, 1, in_chunk, mine, part, false, w.drh);
@@ -446,16 +508,60 @@ class Backward {
       if (!alone) a.team.wait();
     }
     if (cell_.state_product) state_product(a, 0, in_chunk, mine, part, true, masks_ ? w.dh_seen : w.d[0]);
-    for (int64_t i = r0; masks_ && i < mine.r1; ++i) unmask(a, i, u0, mine.u1);
+    for (int64_t i = r0; masks_ && i < mine.r1; ++i) unmask(a, i, mine.q0, mine.q1);
     leaving(a, s, mine);
   }
+
+  // From dh to dm: zoneout's part stays, the rest goes back through the projection, and to a GRU what it carried on.
+  void unproject(Part& a, int64_t s, int64_t in_chunk, const Share& mine, bool part) {
+    Scratch& w = a.w;
+    const int64_t r0 = mine.r0, n = mine.r1 - r0, first = in_chunk - r0;
+    for (int64_t i = r0; i < mine.r1; ++i) {
+      S *dh[P], *fresh[P];
+      for (int q = 0; q < P; ++q) dh[q] = w.d[0][q] + i * ldq_, fresh[q] = w.dnew[q] + (first + i) * ldq_;
+      if (problem_.variant.zoneout_h > 0) {
+        zone_row_back(w.options, 0, s, i, mine.q0, mine.q1, dh, fresh);
+        continue;
+      }
+      for (int q = 0; q < P; ++q) {
+        copy_row(dh[q] + mine.q0, 1, fresh[q] + mine.q0, 1, mine.q1 - mine.q0);
+        zero_row(dh[q] + mine.q0, 1, mine.q1 - mine.q0);
+      }
+    }
+    if (!by_rows(a)) a.team.wait();
+    const S* const* rows[P];
+    S* dm[P];
+    for (int q = 0; q < P; ++q) rows[q] = w.dnew_rows[q] + in_chunk, dm[q] = w.dm[q] + r0 * ld_;
+    for (int64_t b = mine.o_first; b < mine.o_end; ++b) {
+      multiply(w.hr[0], b, rows[0], n, static_cast<S*>(nullptr), 0, dm[0], ld_, part);
+      if constexpr (P == 2) {
+        multiply(w.hr[0], b, rows[1], n, static_cast<S*>(nullptr), 0, dm[1], ld_, part);
+        if (has_hr(a, 1)) multiply(w.hr[1], b, rows[0], n, dm[1], ld_, dm[1], ld_, part);
+      }
+    }
+    if (cell_.cell_state) return;
+    for (int64_t i = r0; i < mine.r1; ++i) {
+      S *dc[P], *fresh[P];
+      for (int q = 0; q < P; ++q) dc[q] = w.d[1][q] + i * ld_, fresh[q] = w.state[0][q] + i * ld_;
+      if (problem_.variant.zoneout_c > 0) {
+        zone_row_back(w.options, 1, s, i, mine.u0, mine.u1, dc, fresh);
+      } else {
+        for (int q = 0; q < P; ++q) {
+          copy_row(dc[q] + mine.u0, 1, fresh[q] + mine.u0, 1, mine.u1 - mine.u0);
+          zero_row(dc[q] + mine.u0, 1, mine.u1 - mine.u0);
+        }
+      }
+      for (int q = 0; q < P; ++q) add_row(fresh[q] + mine.u0, 1, w.dm[q] + i * ld_ + mine.u0, 1, mine.u1 - mine.u0);
+    }
+  }
+  bool has_hr(const Part& a, int q) const { return proj_ && p_[q]->extras && p_[q]->extras[a.ld].hr.data; }
 
   // dh gets what came back through R's view of h.
   void unmask(Part& a, int64_t i, int64_t u0, int64_t u1) const {
     for (int q = 0; q < P; ++q) {
-      S* seen = a.w.dh_seen[q] + i * ld_;
+      S* seen = a.w.dh_seen[q] + i * ldq_;
       a.w.options.apply_mask(i, seen, seen, u0, u1);
-      add_row(seen + u0, 1, a.w.d[0][q] + i * ld_ + u0, 1, u1 - u0);
+      add_row(seen + u0, 1, a.w.d[0][q] + i * ldq_ + u0, 1, u1 - u0);
     }
   }
 
@@ -465,49 +571,52 @@ class Backward {
     const int64_t n = mine.r1 - mine.r0;
     const S* const* rows[P];
     S* at[P];
-    for (int q = 0; q < P; ++q) rows[q] = w.da_h_rows[phase][q] + in_chunk, at[q] = to[q] + mine.r0 * ld_;
+    for (int q = 0; q < P; ++q) rows[q] = w.da_h_rows[phase][q] + in_chunk, at[q] = to[q] + mine.r0 * ldq_;
     for (int64_t b = mine.first; b < mine.end; ++b) {
-      multiply(w.R[0][phase], b, rows[0], n, add ? at[0] : nullptr, ld_, at[0], ld_, part);
+      multiply(w.R[0][phase], b, rows[0], n, add ? at[0] : nullptr, ldq_, at[0], ldq_, part);
       if constexpr (P == 2) {
-        multiply(w.R[0][phase], b, rows[1], n, add ? at[1] : nullptr, ld_, at[1], ld_, part);
-        if (has_R(a, 1)) multiply(w.R[1][phase], b, rows[0], n, at[1], ld_, at[1], ld_, part);
+        multiply(w.R[0][phase], b, rows[1], n, add ? at[1] : nullptr, ldq_, at[1], ldq_, part);
+        if (has_R(a, 1)) multiply(w.R[1][phase], b, rows[0], n, at[1], ldq_, at[1], ldq_, part);
       }
     }
   }
   bool has_R(const Part& a, int q) const { return p_[q]->params && p_[q]->params[a.ld].R.data; }
   bool has_W(const Part& a, int q) const { return p_[q]->params && p_[q]->params[a.ld].W.data; }
 
-  // What comes from the results into dh, dc before step s is taken back; clipping.
+  // Adds the gradients of the results of step s to dh and dc, and clips the sums.
   void arriving(Part& a, int64_t s, const Share& mine) {
     const Rows& rows = a.rows;
-    const int64_t H = n_.H, u0 = mine.u0, u1 = mine.u1, n = u1 - u0, column = a.d * H + u0;
     const int64_t already = s + 1 < rows.steps ? rows.live[s + 1] : 0;
+    const Units h = units(0, mine), c = units(1, mine), cell = units(carried_, mine);
     for (int64_t i = mine.r0; i < mine.r1; ++i) {
       const int64_t t = rows.time(a.reversed, s, i);
       S *dh[P], *dc[P];
       for (int q = 0; q < P; ++q) {
-        dh[q] = a.w.d[0][q] + i * ld_;
+        dh[q] = a.w.d[0][q] + i * ldq_;
         dc[q] = a.w.d[1][q] + i * ld_;
         if (i >= already) {
-          for (int which = 0; which < 1 + cell_.cell_state; ++which) {
+          for (int which = 0; which < 1 + carried_; ++which) {
+            const Units it = units(which, mine);
             S* to = which ? dc[q] : dh[q];
-            zero_row(to + u0, 1, pad_end(u0, u1) - u0);
-            last_gradient(a, which, q, i, u0, u1, to);
+            zero_row(to + it.begin, 1, it.pad() - it.begin);
+            last_gradient(a, which, q, i, it.begin, it.end, to);
           }
         }
         const Array<4>& dy = g_[q]->y;
         if (a.l + 1 < n_.L)
-          add_row(dplane(q, a.l, a.d, a.set) + (rows.off[s] + i) * H + u0, 1, dh[q] + u0, 1, n);
+          add_row(dplane(q, a.l, a.d, a.set) + (rows.off[s] + i) * Q_ + h.begin, 1, dh[q] + h.begin, 1,
+                  h.end - h.begin);
         else if (dy.data)
-          add_row(element<S>(dy, rows.place(t), rows.e[i], rows.b[i], column), dy.stride[3], dh[q] + u0, 1, n);
+          add_row(element<S>(dy, rows.place(t), rows.e[i], rows.b[i], a.d * Q_ + h.begin), dy.stride[3],
+                  dh[q] + h.begin, 1, h.end - h.begin);
         const Array<5>& dcells = g_[q]->cells;
         if (dcells.data)
-          add_row(element<S>(dcells, a.l, t, rows.e[i], rows.b[i], column), dcells.stride[4],
-                  (cell_.cell_state ? dc[q] : dh[q]) + u0, 1, n);
+          add_row(element<S>(dcells, a.l, t, rows.e[i], rows.b[i], a.d * n_.H + cell.begin), dcells.stride[4],
+                  (carried_ ? dc[q] : dh[q]) + cell.begin, 1, cell.end - cell.begin);
       }
       if (problem_.clip_grad > 0) {
-        clip_gradient(dh, u0, u1);
-        if (cell_.cell_state) clip_gradient(dc, u0, u1);
+        clip_gradient(dh, h.begin, h.end);
+        if (carried_) clip_gradient(dc, c.begin, c.end);
       }
     }
   }
@@ -524,12 +633,13 @@ class Backward {
     for (int64_t i = mine.r0; i < mine.r1; ++i) {
       const bool cut = rows.is_cut(a.reversed, s, i);
       if (s > 0 && !cut) continue;
-      for (int which = 0; which < 1 + cell_.cell_state; ++which) {
+      for (int which = 0; which < 1 + carried_; ++which) {
+        const Units it = units(which, mine);
         for (int q = 0; q < P; ++q) {
-          S* from = a.w.d[which][q] + i * ld_ + mine.u0;
+          S* from = a.w.d[which][q] + i * it.ld + it.begin;
           if (!cut || problem_.reset_to_initial)
-            add_row(from, 1, a.w.d_start[which][q] + i * ld_ + mine.u0, 1, mine.u1 - mine.u0);
-          zero_row(from, 1, mine.u1 - mine.u0);
+            add_row(from, 1, a.w.d_start[which][q] + i * it.ld + it.begin, 1, it.end - it.begin);
+          zero_row(from, 1, it.end - it.begin);
         }
       }
     }
@@ -598,7 +708,24 @@ class Backward {
       }
     }
     if (dp_.extras && dp_.extras[a.ld].ph.data) peephole_gradient(a, dp_.extras[a.ld].ph, pairs);
+    if (dp_.extras && dp_.extras[a.ld].hr.data) projection_gradient(a, dp_.extras[a.ld].hr, pairs);
     if (wants_dx(a.l)) input_gradient(a, s0, s1);
+  }
+
+  void projection_gradient(Part& a, const Array<3>& to, int64_t pairs) {
+    Scratch& w = a.w;
+    a.team.wait();  // everyone has done with R's panels
+    for (int q = 0; q < P; ++q) pack_panels(a.team, w.m_rows[q], pairs, n_.H, w.h_panels[q]);
+    a.team.wait();
+    const int64_t tiles = (Q_ + kTile - 1) / kTile;
+    const int64_t m0 = a.team.begin(tiles) * kTile, m1 = smaller(a.team.end(tiles) * kTile, Q_);
+    if (m1 <= m0) return;
+    S* packed[P];
+    for (int q = 0; q < P; ++q) {
+      packed[q] = w.packed[q] + m0 * pairs_;
+      pack_columns(w.dnew_rows[q], pairs, m0, m1 - m0, packed[q]);
+    }
+    gradient(a, to, a.set, 0, m0, m1, n_.H, pairs, packed, w.h_panels, true, true);
   }
 
   // Of the units owned: the sum over all pairs of da times the c that the gate saw.
@@ -642,7 +769,7 @@ class Backward {
     const int count = segments(segment);
     for (int q = 0; q < P; ++q) {
       if (dp.W.data && x[q]) pack_panels(a.team, x[q], R, inputs, w.x_panels[q]);
-      if (dp.R.data) pack_panels(a.team, h[q], R, n_.H, w.h_panels[q]);
+      if (dp.R.data) pack_panels(a.team, h[q], R, Q_, w.h_panels[q]);
     }
     a.team.wait();
     for (int i = 0; i < count; ++i) {
@@ -662,7 +789,7 @@ class Backward {
         }
         if (dp.W.data && s.w_row >= 0 && x[0])  // tokens: see token_gradient
           gradient(a, dp.W, e, s.w_row, m0, m1, inputs, R, packed, w.x_panels, x[0] != nullptr, P == 2 && x[P - 1]);
-        if (dp.R.data && s.r_row >= 0) gradient(a, dp.R, e, s.r_row, m0, m1, n_.H, R, packed, w.h_panels, true, true);
+        if (dp.R.data && s.r_row >= 0) gradient(a, dp.R, e, s.r_row, m0, m1, Q_, R, packed, w.h_panels, true, true);
       }
       bias_gradient(a, dp, e, s, a.team.begin(tiles) * kTile, m1, R, da[P - 1]);
     }
@@ -684,7 +811,7 @@ class Backward {
     const bool add = !a.fresh || (to.stride[0] == 0 && e > 0);
     const bool straight = to.stride[2] == 1;
     // Memory with other strides gets a copy: `sums` is the place to add up, a row of it always the same member's.
-    const int64_t ld = straight ? to.stride[1] : padded(larger(inputs_, n_.H));
+    const int64_t ld = straight ? to.stride[1] : padded(larger(inputs_, larger(n_.H, Q_)));
     S* base = straight ? element<S>(to, e, row + m0) : a.w.sums + (row + m0) * ld;
     if (!straight && add)
       for (int64_t m = m0; m < m1; ++m)
@@ -768,7 +895,7 @@ class Backward {
   void input_gradient(Part& a, int64_t s0, int64_t s1) {
     Scratch& w = a.w;
     const Rows& rows = a.rows;
-    const int64_t pair0 = rows.off[s0], pairs = rows.off[s1] - pair0, H = n_.H, ld = padded(a.source[0].width);
+    const int64_t pair0 = rows.off[s0], pairs = rows.off[s1] - pair0, ld = padded(a.source[0].width);
     const int64_t c0 = smaller(a.x_first * w.W[0].block * L, a.source[0].width);
     const int64_t c1 = smaller(a.x_end * w.W[0].block * L, a.source[0].width);
     for (int64_t b = a.x_first; b < a.x_end; ++b) {
@@ -796,13 +923,13 @@ class Backward {
           if (problem_.dropout > 0) {
             const uint64_t row = static_cast<uint64_t>((t * n_.E + rows.e[i]) * n_.B + rows.b[i]);
             Dropout{problem_.dropout, problem_.seed}.apply(from + c0, c1 - c0,
-                                                           row * static_cast<uint64_t>(n_.D * H) + c0, a.l - 1);
+                                                           row * static_cast<uint64_t>(n_.D * Q_) + c0, a.l - 1);
           }
           for (int d = 0; d < n_.D; ++d) {
-            const int64_t low = larger(c0, d * H), high = smaller(c1, (d + 1) * H);
+            const int64_t low = larger(c0, d * Q_), high = smaller(c1, (d + 1) * Q_);
             if (high <= low) continue;
             const int64_t walk = n_.D == 1 ? s : rows.time(d == 1, t, i);
-            S* to = dplane(q, a.l - 1, d, a.set) + (rows.off[walk] + i) * H + low - d * H;
+            S* to = dplane(q, a.l - 1, d, a.set) + (rows.off[walk] + i) * Q_ + low - d * Q_;
             if (a.d == 0)
               copy_row(from + low, 1, to, 1, high - low);
             else
@@ -814,7 +941,7 @@ class Backward {
   }
 
   S* dplane(int q, int l, int d, int64_t set) const {
-    return between_[l & 1][q] + (set * n_.D + d) * n_.T * sets_.N * n_.H;
+    return between_[l & 1][q] + (set * n_.D + d) * n_.T * sets_.N * Q_;
   }
 
   // dx where no step writes it, or where all weight sets add into it.
@@ -832,24 +959,29 @@ class Backward {
   // ---- after the last chunk ----
 
   void finish(Part& a) {
-    const int64_t n = a.u1 - a.u0;
-    for (int which = 0; which < 1 + cell_.cell_state; ++which) {
+    for (int which = 0; which < 1 + carried_; ++which) {
       const Array<4>& to = which ? dp_.c0 : dp_.h0;
       if (!to.data) continue;
+      const Units it = units(which, a);
+      const int64_t n = it.end - it.begin;
       const bool adds = n_.E > 1 && to.stride[1] == 0;
       if (adds && a.set == 0)
-        for (int64_t b = 0; b < n_.B; ++b) zero_row(element<S>(to, a.ld, 0, b, a.u0), to.stride[3], n);
+        for (int64_t b = 0; b < n_.B; ++b) zero_row(element<S>(to, a.ld, 0, b, it.begin), to.stride[3], n);
       for (int64_t i = 0; i < sets_.N; ++i) {
-        const S* from = a.w.d_start[which][P - 1] + i * ld_ + a.u0;
-        S* at = element<S>(to, a.ld, a.rows.e[i], a.rows.b[i], a.u0);
+        const S* from = a.w.d_start[which][P - 1] + i * it.ld + it.begin;
+        S* at = element<S>(to, a.ld, a.rows.e[i], a.rows.b[i], it.begin);
         adds ? add_row(from, 1, at, to.stride[3], n) : copy_row(from, 1, at, to.stride[3], n);
       }
     }
     if (!a.fresh && a.source[0].token && dp_.params && dp_.params[a.ld].W.data) write_columns(a, dp_.params[a.ld].W);
     if (!a.fresh || a.team.rank != 0) return;
     if (dp_.params) zero_gradients(dp_.params[a.ld], a.set, a.source[0].width);
-    if (dp_.extras && dp_.extras[a.ld].ph.data && (a.set == 0 || dp_.extras[a.ld].ph.stride[0]))
-      zero_row(element<S>(dp_.extras[a.ld].ph, a.set, 0), dp_.extras[a.ld].ph.stride[1], (cell_.gates - 1) * n_.H);
+    if (!dp_.extras) return;
+    const Extras& extras = dp_.extras[a.ld];
+    if (extras.ph.data && (a.set == 0 || extras.ph.stride[0]))
+      zero_row(element<S>(extras.ph, a.set, 0), extras.ph.stride[1], (cell_.gates - 1) * n_.H);
+    for (int64_t m = 0; extras.hr.data && (a.set == 0 || extras.hr.stride[0]) && m < Q_; ++m)
+      zero_row(element<S>(extras.hr, a.set, m), extras.hr.stride[2], n_.H);
   }
 
   // ---- the context ----
@@ -1005,7 +1137,7 @@ class Backward {
     for (int64_t e = sets_.count == 1 ? 0 : set; e < (sets_.count == 1 ? n_.E : set + 1); ++e) {
       for (int64_t m = 0; m < rows; ++m) {
         if (dp.W.data && (e == 0 || dp.W.stride[0])) zero_row(element<S>(dp.W, e, m), dp.W.stride[2], inputs);
-        if (dp.R.data && (e == 0 || dp.R.stride[0])) zero_row(element<S>(dp.R, e, m), dp.R.stride[2], n_.H);
+        if (dp.R.data && (e == 0 || dp.R.stride[0])) zero_row(element<S>(dp.R, e, m), dp.R.stride[2], Q_);
         if (dp.bW.data && (e == 0 || dp.bW.stride[0])) *element<S>(dp.bW, e, m) = 0;
         if (dp.bR.data && (e == 0 || dp.bR.stride[0])) *element<S>(dp.bR, e, m) = 0;
       }
@@ -1029,7 +1161,8 @@ class Backward {
   S* between_[2][P] = {};
   S* zeros_;
   Scratch* scratch_;
-  int64_t inputs_, ld_, ld_da_, chunk_, pairs_;
+  int64_t inputs_, Q_, ld_, ldq_, ld_da_, chunk_, pairs_;  // Q: units of h; rows of H, of Q
+  bool proj_, carried_;                                    // carried: there is a c, or what a projected GRU carries on
 };
 
 }  // namespace fusedrnn::cpu::FUSEDRNN_ISA

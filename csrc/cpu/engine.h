@@ -51,7 +51,8 @@ struct BackwardTile : TilePlace<S, P> {
   int64_t ld_da;
   S* rh[P];       // written by backward_gate, rows of ld
   S* dh_seen[P];  // added to by backward_gate
-  S* c_new[P];    // c before zoneout, rows of ld; null where nobody asks
+  S* c_new[P];    // c before zoneout, and what a projection multiplies: rows of ld, null where nobody asks
+  S* m[P];
   S clip;
 };
 
@@ -220,8 +221,9 @@ struct Sets {
   Sets(const Call& call, Workspace& workspace) {
     const Problem& problem = *call.problem;
     const Sizes& n = problem.sizes;
-    // Gradients of peepholes are made for one weight set at a time.
-    const bool one = n.E <= 1 || (!problem.variant.peepholes && shared(call.p, n) && shared(call.v, n));
+    // Gradients of peepholes and projections are made for one weight set at a time.
+    const bool apart = problem.variant.peepholes || problem.variant.proj > 0;
+    const bool one = n.E <= 1 || (!apart && shared(call.p, n) && shared(call.v, n));
     count = one ? 1 : n.E;
     N = one ? n.E * n.B : n.B;
     rows = static_cast<Rows*>(workspace.take(static_cast<size_t>(count) * sizeof(Rows)));
@@ -307,10 +309,15 @@ class Layers {
  public:
   // `tape[q]`: null in inference.
   Layers(const Call& call, const Sets& sets, S* const* tape, Workspace& workspace)
-      : problem_(*call.problem), n_(problem_.sizes), count_(sets.count), N_(sets.N), layout_(problem_) {
+      : problem_(*call.problem),
+        n_(problem_.sizes),
+        count_(sets.count),
+        N_(sets.N),
+        Q_(outputs_of(problem_)),
+        layout_(problem_) {
     p_[0] = &call.p;
     if (P == 2) p_[1] = &call.v;
-    const int64_t size = count_ * n_.D * n_.T * N_ * n_.H;
+    const int64_t size = count_ * n_.D * n_.T * N_ * Q_;
     for (int q = 0; q < P; ++q) {
       tape_[q] = tape ? tape[q] : nullptr;
       for (int parity = 0; !tape && parity < smaller(n_.L - 1, 2); ++parity)
@@ -324,13 +331,13 @@ class Layers {
   // h of one layer and direction in walking order, c and kept values behind it (tape only); null: not wanted.
   S* plane(int q, int l, int d, int64_t set) const {
     if (tape_[q]) return tape_[q] + ((l * n_.D + d) * count_ + set) * layout_.elements(N_);
-    return l + 1 < n_.L ? between_[l & 1][q] + (set * n_.D + d) * n_.T * N_ * n_.H : nullptr;
+    return l + 1 < n_.L ? between_[l & 1][q] + (set * n_.D + d) * n_.T * N_ * Q_ : nullptr;
   }
 
   // Plane q of layer l's input.
   Source<S> source(int q, int l, int64_t set) const {
     Source<S> s;
-    s.width = l ? n_.D * n_.H : n_.I;
+    s.width = l ? n_.D * Q_ : n_.I;
     if (l == 0) {
       const Array<4>& x = p_[q]->x;
       s.x = static_cast<const S*>(x.data);
@@ -342,7 +349,7 @@ class Layers {
       }
     } else {
       for (int d = 0; d < n_.D; ++d) s.plane[d] = plane(q, l - 1, d, set);
-      s.H = n_.H;
+      s.H = Q_;
       s.D = n_.D;
       s.layer = l - 1;
       s.dropout = problem_.dropout > 0 ? &problem_ : nullptr;
@@ -357,7 +364,7 @@ class Layers {
   // The widest input that is multiplied, and whether all of them can be read in place.
   int64_t widest() const {
     const int64_t first = tokens() ? 0 : n_.I;
-    return n_.L > 1 ? larger<int64_t>(first, n_.D * n_.H) : first;
+    return n_.L > 1 ? larger<int64_t>(first, n_.D * Q_) : first;
   }
   bool direct() const {
     for (int q = 0; q < P; ++q)
@@ -368,7 +375,7 @@ class Layers {
  private:
   const Problem& problem_;
   const Sizes& n_;
-  int64_t count_, N_;
+  int64_t count_, N_, Q_;  // Q: units of h
   Tape layout_;
   const Arguments* p_[P];
   S* tape_[P];

@@ -31,23 +31,24 @@ class Forward {
     p_[0] = &call.p;
     if (P == 2) p_[1] = &call.v;
     const int64_t inputs = layers_.widest();
-    ld_ = (n_.H + L - 1) / L * L;
+    Q_ = outputs_of(problem_), proj_ = problem_.variant.proj > 0, carried_ = has_cell_state(problem_);
+    ld_ = padded(n_.H), ldq_ = padded(Q_);
     const int64_t ldz = ld_ * cell_.sums, N = sets_.N;
     chunk_ = smaller(larger<int64_t>(n_.T, 1),
                      larger<int64_t>(1, (int64_t{1} << 20) / larger<int64_t>(1, N * ldz * int64_t{sizeof(S)})));
     const int64_t pairs = chunk_ * N;
     masks_ = problem_.variant.training && problem_.variant.recurrent_dropout > 0;
-    pairs_ = !masks_ && kPairs && P == 1 && sizeof(S) == 4 && call.pairs && problem_.bf16_weights &&
+    pairs_ = !masks_ && !proj_ && kPairs && P == 1 && sizeof(S) == 4 && call.pairs && problem_.bf16_weights &&
              problem_.bf16_state && cell_.state_product && !cell_.two_products && !layers_.tokens() &&
              !p_[0]->context.data;
     scratch_ = static_cast<Scratch*>(workspace.take(sizeof(Scratch) * static_cast<size_t>(groups_.count)));
     for (int g = 0; g < groups_.count; ++g) {
       Scratch& s = scratch_[g];
       s = Scratch();
-      s.weights.allocate(cell_, larger(inputs, vocabulary_.most), n_.H, workspace);
+      s.weights.allocate(cell_, larger(inputs, vocabulary_.most), n_.H, Q_, workspace);
       if (layers_.tokens()) s.tokens = take<int32_t>(workspace, pairs);
       if (p_[0]->context.data) s.context.allocate(p_, n_, N, cell_, workspace);
-      if (problem_.variant.given) s.options.allocate(problem_, ld_, N, workspace);
+      if (problem_.variant.given) s.options.allocate(problem_, ld_, ldq_, N, workspace);
       if (pairs_) {
         s.weights.in_pairs = true;
         s.x_pairs = take<S>(workspace, pairs * row_of_pairs(inputs));
@@ -63,12 +64,18 @@ class Forward {
         s.x[q] = take<const S*>(workspace, pairs);
         if (!layers_.direct()) s.copied[q] = take<S>(workspace, pairs * inputs);
         for (int parity = 0; parity < 2; ++parity) {
-          s.h[parity][q] = take<S>(workspace, N * ld_);
+          s.h[parity][q] = take<S>(workspace, N * ldq_);
           s.h_rows[parity][q] = take<const S*>(workspace, N);
-          s.h_seen[parity][q] = masks_ ? take<S>(workspace, N * ld_) : s.h[parity][q];
-          for (int64_t i = 0; i < N; ++i) s.h_rows[parity][q][i] = s.h_seen[parity][q] + i * ld_;
+          s.h_seen[parity][q] = masks_ ? take<S>(workspace, N * ldq_) : s.h[parity][q];
+          for (int64_t i = 0; i < N; ++i) s.h_rows[parity][q][i] = s.h_seen[parity][q] + i * ldq_;
         }
-        if (cell_.cell_state) s.c[q] = take<S>(workspace, N * ld_);
+        if (carried_) s.c[q] = take<S>(workspace, N * ld_);
+        if (proj_) {
+          s.hr[q].data = take<S>(workspace, ldq_ * n_.H);
+          s.m[q] = take<S>(workspace, N * ld_);
+          s.m_rows[q] = take<const S*>(workspace, N);
+          for (int64_t i = 0; i < N; ++i) s.m_rows[q][i] = s.m[q] + i * ld_;
+        }
         if (cell_.two_products) {
           s.rh[q] = take<S>(workspace, N * ld_);
           s.rh_rows[q] = take<const S*>(workspace, N);
@@ -92,7 +99,10 @@ class Forward {
  private:
   struct Scratch {
     ForwardWeights<S, P> weights;
-    S *z[P], *copied[P] = {}, *h[2][P], *h_seen[2][P], *c[P] = {}, *rh[P] = {};
+    S *z[P], *copied[P] = {}, *h[2][P], *h_seen[2][P], *c[P] = {}, *m[P] = {}, *rh[P] = {};
+    Panels<S> hr[P];  // the projection's weights
+    bool has_hr[P] = {};
+    const S** m_rows[P] = {};
     const S **x[P], **h_rows[2][P], **rh_rows[P] = {};  // h_rows: of h_seen, h as R sees it
     int32_t* tokens = nullptr;
     Context<S, P> context;
@@ -100,6 +110,7 @@ class Forward {
     S *x_pairs = nullptr, *h_pairs[2] = {};  // x and h rounded to bfloat16, two in an element
     const S **x_pair_rows = nullptr, **h_pair_rows[2] = {};
   };
+  static int64_t padded(int64_t n) { return (n + L - 1) / L * L; }
   static int64_t row_of_pairs(int64_t n) { return (n + L - 1) / L * (L / 2); }
 
   void direction(const Team& team, Scratch& w, int l, int d, int64_t set) {
@@ -119,18 +130,19 @@ class Forward {
     const bool at_once = !tokens && !by_rows && !problem_.bf16_weights && rows.steps <= chunk_;
     if constexpr (P == 1 && sizeof(S) == 4) {
       if (problem_.bf16_weights)
-        w.weights.template pack<Half>(team, cell_, p, e, inputs, H, rows.total, sets_.N, tokens);
+        w.weights.template pack<Half>(team, cell_, p, e, inputs, H, Q_, rows.total, sets_.N, tokens);
       else
-        w.weights.pack(team, cell_, p, e, inputs, H, rows.total, sets_.N, tokens, at_once);
+        w.weights.pack(team, cell_, p, e, inputs, H, Q_, rows.total, sets_.N, tokens, at_once);
     } else {
-      w.weights.pack(team, cell_, p, e, inputs, H, rows.total, sets_.N, tokens, at_once);
+      w.weights.pack(team, cell_, p, e, inputs, H, Q_, rows.total, sets_.N, tokens, at_once);
     }
     const int64_t first = team.begin(w.weights.blocks()), end = team.end(w.weights.blocks());
-    const int64_t u0 = w.weights.unit(first), u1 = w.weights.unit(end);
-    begin_options(team, w, rows, reversed, ld, e, u0, u1);
-    start(w, rows, reversed, ld, u0, u1);
-    show_state(w, 0, {0, 0, u0, u1, 0, rows.steps ? sets_.N : 0});
-    finish_padding(rows, l, d, u0, u1);
+    Share own{first, end, w.weights.unit(first), w.weights.unit(end), 0, sets_.N};
+    own_outputs(team, w, rows, ld, e, own);
+    begin_options(team, w, rows, reversed, ld, e, own);
+    start(w, rows, reversed, ld, own);
+    if (rows.steps) show_state(w, 0, own);
+    finish_padding(rows, l, d, own);
     if (context) context_product(team, w, rows, d, e, first, end);
     for (int64_t s0 = 0; s0 < rows.steps; s0 += chunk_) {
       const int64_t s1 = smaller(s0 + chunk_, rows.steps), pairs = rows.off[s1] - rows.off[s0];
@@ -153,25 +165,32 @@ class Forward {
       for (int64_t s = s0; s < s1; ++s) {
         const int64_t live = rows.live[s], next = s + 1 < rows.steps ? rows.live[s + 1] : 0;
         if (by_rows) {
-          const Share mine{0, w.weights.blocks(), 0, H, team.begin(live), team.end(live)};
+          Share mine = all_units(w, team.begin(live), team.end(live));
           if (cell_.two_products) each_tile(w, rows, set, l, d, s, s0, mine, true, x, pairs);
           each_tile(w, rows, set, l, d, s, s0, mine, false, cell_.two_products ? nullptr : x, pairs);
+          if (proj_) project(w, s, mine, live > 1);
           hand_out(w, rows, set, l, d, s, mine);
           if (next != live) team.wait();  // rows change hands
           if (next && rows.step_cut(reversed, s + 1))
-            restart(w, rows, reversed, ld, s + 1, {0, 0, 0, H, team.begin(next), team.end(next)});
-          show_state(w, !(s & 1), {0, 0, 0, H, team.begin(next), team.end(next)});
+            restart(w, rows, reversed, ld, s + 1, all_units(w, team.begin(next), team.end(next)));
+          show_state(w, !(s & 1), all_units(w, team.begin(next), team.end(next)));
           continue;
         }
-        const Share mine{first, end, u0, u1, 0, live};
+        Share mine = own;
+        mine.r1 = live;
         if (cell_.two_products) {
           each_tile(w, rows, set, l, d, s, s0, mine, true, nullptr, pairs);
           team.wait();
         }
         each_tile(w, rows, set, l, d, s, s0, mine, false, nullptr, pairs);
+        if (proj_) {
+          team.wait();
+          project(w, s, mine, live > 1);
+        }
         hand_out(w, rows, set, l, d, s, mine);
-        if (next && rows.step_cut(reversed, s + 1)) restart(w, rows, reversed, ld, s + 1, {0, 0, u0, u1, 0, next});
-        show_state(w, !(s & 1), {0, 0, u0, u1, 0, next});
+        mine.r1 = next;
+        if (next && rows.step_cut(reversed, s + 1)) restart(w, rows, reversed, ld, s + 1, mine);
+        show_state(w, !(s & 1), mine);
         if (cell_.state_product || s + 1 == s1) team.wait();
       }
       if (by_rows) team.wait();
@@ -194,9 +213,16 @@ class Forward {
   }
 
   // What a member does in a step: some blocks of units of all rows, or all units of some rows.
+  // With a projection h has other units than the cell: [q0, q1), the blocks [o0, o1) of hr.
   struct Share {
     int64_t first, end, u0, u1, r0, r1;
+    int64_t q0 = u0, q1 = u1, o0 = 0, o1 = 0;
   };
+  Share all_units(const Scratch& w, int64_t r0, int64_t r1) const {
+    Share all{0, w.weights.blocks(), 0, n_.H, r0, r1};
+    if (proj_) all.q1 = Q_, all.o1 = w.hr[0].blocks();
+    return all;
+  }
   bool cut_by_rows(const Team& team, int64_t inputs) const {
     const int64_t bytes = (inputs + n_.H) * cell_.gates * ld_ * int64_t{sizeof(S)} * P;
     return team.size > 1 && sets_.N >= 8 * team.size && bytes <= kWeightsByRows;
@@ -218,7 +244,7 @@ class Forward {
   void show_state(Scratch& w, int parity, const Share& mine) const {
     for (int64_t i = mine.r0; masks_ && i < mine.r1; ++i)
       for (int q = 0; q < P; ++q)
-        w.options.apply_mask(i, w.h[parity][q] + i * ld_, w.h_seen[parity][q] + i * ld_, mine.u0, mine.u1);
+        w.options.apply_mask(i, w.h[parity][q] + i * ldq_, w.h_seen[parity][q] + i * ldq_, mine.q0, mine.q1);
     if constexpr (sizeof(S) == 4) {
       if (!pairs_ || mine.u1 <= mine.u0) return;
       for (int64_t i = mine.r0; i < mine.r1; ++i)
@@ -227,31 +253,114 @@ class Forward {
     }
   }
 
-  void begin_options(const Team& team, Scratch& w, const Rows& rows, bool reversed, int64_t ld, int64_t e, int64_t u0,
-                     int64_t u1) {
+  void begin_options(const Team& team, Scratch& w, const Rows& rows, bool reversed, int64_t ld, int64_t e,
+                     const Share& own) {
     if (!problem_.variant.given) return;
     if (team.rank == 0) w.options.begin(p_, &rows, reversed, ld, e);
     team.wait();
     // Without a step nobody would wait before the next layer's begin.
-    for (int64_t i = 0; masks_ && rows.steps && i < sets_.N; ++i) w.options.draw_mask(i, u0, u1);
+    for (int64_t i = 0; masks_ && rows.steps && i < sets_.N; ++i) w.options.draw_mask(i, own.q0, own.q1);
+  }
+
+  // The projection's weights, packed like R, and the share of h's units.
+  void own_outputs(const Team& team, Scratch& w, const Rows& rows, int64_t ld, int64_t e, Share& own) {
+    if (!proj_) return;
+    static constexpr int gate[1] = {0};
+    for (int q = 0; q < P; ++q) {
+      const Array<3> hr = p_[q]->extras ? p_[q]->extras[ld].hr : Array<3>();
+      Panels<S>& panels = w.hr[q];
+      panels.K = n_.H;
+      panels.units = Q_;
+      panels.block = block_tiles(1, panels.tiles(), team.size);
+      own.o0 = team.begin(panels.blocks()), own.o1 = team.end(panels.blocks());
+      panels.source = hr.data && !worth_packing(rows.total, n_.H) && hr.stride[2] == 1 ? element<S>(hr, e) : nullptr;
+      panels.row_stride = hr.stride[1];
+      w.has_hr[q] = hr.data != nullptr;
+      for (int64_t b = own.o0; hr.data && !panels.source && b < own.o1; ++b)
+        pack_transposed(panels, b, element<S>(hr, e), hr.stride[1], hr.stride[2], Q_, gate);
+    }
+    own.q0 = smaller(own.o0 * w.hr[0].block * L, Q_), own.q1 = smaller(own.o1 * w.hr[0].block * L, Q_);
+  }
+
+  // h = m hr^T of this member's share, then zoneout.
+  void project(Scratch& w, int64_t s, const Share& mine, bool part) {
+    const int64_t n = mine.r1 - mine.r0;
+    const int now = s & 1;
+    S* to[P];
+    for (int q = 0; q < P; ++q) to[q] = w.h[!now][q] + mine.r0 * ldq_;
+    for (int64_t b = mine.o0; b < mine.o1; ++b) {
+      multiply(w.hr[0], b, w.m_rows[0] + mine.r0, n, static_cast<S*>(nullptr), 0, to[0], ldq_, part);
+      if constexpr (P == 2) {
+        multiply(w.hr[0], b, w.m_rows[1] + mine.r0, n, static_cast<S*>(nullptr), 0, to[1], ldq_, part);
+        if (w.has_hr[1]) multiply(w.hr[1], b, w.m_rows[0] + mine.r0, n, to[1], ldq_, to[1], ldq_, part);
+      }
+    }
+    if (problem_.variant.zoneout_h == 0) return;
+    for (int64_t i = mine.r0; i < mine.r1; ++i) {
+      S *fresh[P], *old[P];
+      for (int q = 0; q < P; ++q) fresh[q] = w.h[!now][q] + i * ldq_, old[q] = w.h[now][q] + i * ldq_;
+      zone_row(w.options, 0, s, i, mine.q0, mine.q1, fresh, old);
+      for (int q = 0; q < P; ++q) copy_row(old[q] + mine.q0, 1, fresh[q] + mine.q0, 1, mine.q1 - mine.q0);
+    }
+  }
+
+  // A projected GRU's m, which the next step's z carries on: c is its place. Before step s, then after it.
+  void keep_carried(Scratch& w, int64_t set, int l, int d, int64_t s, int64_t i, int64_t u0, int64_t u1) {
+    const Tape& layout = layers_.layout();
+    if (!layers_.taped() || !layout.every || s % layout.every) return;
+    for (int q = 0; q < P; ++q)
+      copy_row(w.c[q] + i * ld_ + u0, 1,
+               layers_.plane(q, l, d, set) + layout.c_offset(sets_.N) + (s / layout.every * sets_.N + i) * n_.H + u0, 1,
+               u1 - u0);
+  }
+  void carry(Scratch& w, const Rows& rows, int64_t set, int l, int d, int64_t s, const Share& mine, int64_t r0,
+             int64_t r1) {
+    const Tape& layout = layers_.layout();
+    for (int64_t i = r0; i < r1; ++i) {
+      keep_carried(w, set, l, d, s, i, mine.u0, mine.u1);
+      S *fresh[P], *c[P];
+      for (int q = 0; q < P; ++q) fresh[q] = w.m[q] + i * ld_, c[q] = w.c[q] + i * ld_;
+      if (problem_.variant.zoneout_c > 0)
+        zone_row(w.options, 1, s, i, mine.u0, mine.u1, fresh, c);
+      else
+        for (int q = 0; q < P; ++q) copy_row(fresh[q] + mine.u0, 1, c[q] + mine.u0, 1, mine.u1 - mine.u0);
+      for (int q = 0; q < P && layers_.taped() && !layout.every; ++q)
+        copy_row(c[q] + mine.u0, 1,
+                 layers_.plane(q, l, d, set) + layout.c_offset(sets_.N) + (rows.off[s] + i) * n_.H + mine.u0, 1,
+                 mine.u1 - mine.u0);
+    }
+  }
+
+  // The units of h (which = 0) or c (1) in a share, and their states.
+  struct State {
+    int64_t begin, end, ld;
+    S* rows[P];
+  };
+  State state(const Scratch& w, int which, int parity, const Share& mine) const {
+    State it{which ? mine.u0 : mine.q0, which ? mine.u1 : mine.q1, which ? ld_ : ldq_, {}};
+    for (int q = 0; q < P; ++q) it.rows[q] = which ? w.c[q] : w.h[parity][q];
+    return it;
   }
 
   // The state before the first step; rows of length 0 have it as their last one, too.
-  void start(Scratch& w, const Rows& rows, bool reversed, int64_t ld, int64_t u0, int64_t u1) {
-    const int64_t padded = u1 > u0 && u1 == n_.H ? ld_ : u1;
+  void start(Scratch& w, const Rows& rows, bool reversed, int64_t ld, const Share& own) {
     for (int64_t i = 0; i < sets_.N; ++i) {
-      for (int q = 0; q < P; ++q) {
-        S* state[2] = {w.h[0][q] + i * ld_, cell_.cell_state ? w.c[q] + i * ld_ : nullptr};
-        zero_row(w.h[1][q] + i * ld_ + u0, 1, padded - u0);
-        for (int which = 0; which < 2; ++which) {
-          if (!state[which]) continue;
-          zero_row(state[which] + u0, 1, padded - u0);
-          initial(q, which, rows, i, ld, u0, u1, state[which]);
+      for (int which = 0; which < 1 + carried_; ++which) {
+        const State it = state(w, which, 0, own);
+        const int64_t pad = it.end > it.begin && it.end == (which ? n_.H : Q_) ? it.ld : it.end;
+        for (int q = 0; q < P; ++q) {
+          if (which == 0) zero_row(w.h[1][q] + i * ldq_ + it.begin, 1, pad - it.begin);
+          zero_row(it.rows[q] + i * it.ld + it.begin, 1, pad - it.begin);
+          initial(q, which, rows, i, ld, it.begin, it.end, it.rows[q] + i * it.ld);
         }
       }
-      if (rows.length[i] == 0) final_state(w, rows, 0, i, ld, u0, u1);
+      if (rows.length[i] == 0) final_state(w, rows, 0, i, ld, own);
     }
-    if (rows.steps && rows.step_cut(reversed, 0)) restart(w, rows, reversed, ld, 0, {0, 0, u0, u1, 0, rows.live[0]});
+    if (rows.steps && rows.step_cut(reversed, 0)) {
+      Share first = own;
+      first.r1 = rows.live[0];
+      restart(w, rows, reversed, ld, 0, first);
+    }
   }
 
   // h0 (which = 0) or c0 (1) of row i into `to`, if given.
@@ -262,39 +371,38 @@ class Forward {
 
   // Rows that begin a new sequence at step s: their state before it.
   void restart(Scratch& w, const Rows& rows, bool reversed, int64_t ld, int64_t s, const Share& mine) {
-    const int64_t u0 = mine.u0, u1 = mine.u1;
     for (int64_t i = mine.r0; i < mine.r1; ++i) {
       if (!rows.is_cut(reversed, s, i)) continue;
-      for (int q = 0; q < P; ++q) {
-        S* state[2] = {w.h[s & 1][q] + i * ld_, cell_.cell_state ? w.c[q] + i * ld_ : nullptr};
-        for (int which = 0; which < 2; ++which) {
-          if (!state[which]) continue;
-          zero_row(state[which] + u0, 1, u1 - u0);
-          if (problem_.reset_to_initial) initial(q, which, rows, i, ld, u0, u1, state[which]);
+      for (int which = 0; which < 1 + carried_; ++which) {
+        const State it = state(w, which, s & 1, mine);
+        for (int q = 0; q < P; ++q) {
+          zero_row(it.rows[q] + i * it.ld + it.begin, 1, it.end - it.begin);
+          if (problem_.reset_to_initial) initial(q, which, rows, i, ld, it.begin, it.end, it.rows[q] + i * it.ld);
         }
       }
     }
   }
 
-  void final_state(Scratch& w, const Rows& rows, int parity, int64_t i, int64_t ld, int64_t u0, int64_t u1) {
+  void final_state(Scratch& w, const Rows& rows, int parity, int64_t i, int64_t ld, const Share& mine) {
     const Array<4>* last[2] = {&out_.hn, &out_.cn};
-    for (int which = 0; which < 1 + cell_.cell_state; ++which) {
+    for (int which = 0; which < 1 + carried_; ++which) {
       const Array<4>& a = *last[which];
-      const S* from = (which ? w.c[P - 1] : w.h[parity][P - 1]) + i * ld_ + u0;
-      if (a.data) copy_row(from, 1, element<S>(a, ld, rows.e[i], rows.b[i], u0), a.stride[3], u1 - u0);
+      const State it = state(w, which, parity, mine);
+      const S* from = it.rows[P - 1] + i * it.ld + it.begin;
+      if (a.data) copy_row(from, 1, element<S>(a, ld, rows.e[i], rows.b[i], it.begin), a.stride[3], it.end - it.begin);
     }
   }
 
   // Zeros past the rows' ends.
-  void finish_padding(const Rows& rows, int l, int d, int64_t u0, int64_t u1) {
-    const int64_t column = d * n_.H + u0;
+  void finish_padding(const Rows& rows, int l, int d, const Share& own) {
     if (!out_.y.data && !out_.cells.data) return;
     for (int64_t i = 0; i < sets_.N; ++i) {
       for (int64_t t = rows.length[i]; t < n_.T; ++t) {
         if (out_.y.data && l + 1 == n_.L && !rows.packed)
-          zero_row(element<S>(out_.y, t, rows.e[i], rows.b[i], column), out_.y.stride[3], u1 - u0);
+          zero_row(element<S>(out_.y, t, rows.e[i], rows.b[i], d * Q_ + own.q0), out_.y.stride[3], own.q1 - own.q0);
         if (out_.cells.data)
-          zero_row(element<S>(out_.cells, l, t, rows.e[i], rows.b[i], column), out_.cells.stride[4], u1 - u0);
+          zero_row(element<S>(out_.cells, l, t, rows.e[i], rows.b[i], d * n_.H + own.u0), out_.cells.stride[4],
+                   own.u1 - own.u0);
       }
     }
   }
@@ -333,9 +441,10 @@ class Forward {
           a[q] = (phase ? w.rh_rows[q] : pairs_ ? w.h_pair_rows[now] : w.h_rows[now][q]) + r;
           z[q] = w.z[q] + (chunk_pair + r) * weights.ldz;
           t.z[q] = z[q] + u0 * cell_.sums;
-          t.h_prev[q] = w.h[now][q] + r * ld_ + u0;
-          t.h_seen[q] = w.h_seen[now][q] + r * ld_ + u0;
-          t.h[q] = w.h[!now][q] + r * ld_ + u0;
+          // A projected cell's own h is m, and what it carries on lies in c.
+          t.h_prev[q] = (proj_ ? w.c[q] : w.h[now][q]) + r * ld_ + u0;
+          t.h_seen[q] = proj_ ? t.h_prev[q] : w.h_seen[now][q] + r * ld_ + u0;
+          t.h[q] = (proj_ ? w.m[q] : w.h[!now][q]) + r * ld_ + u0;
           if (cell_.cell_state) t.c[q] = w.c[q] + r * ld_ + u0;
           if (cell_.two_products) t.rh[q] = w.rh[q] + r * ld_ + u0;
           if (layers_.taped()) {
@@ -357,32 +466,37 @@ class Forward {
           weights.state_product(phase, block, a, t.rows, z, part);
         }
         gate ? tile_.gate(t) : tile_.forward(t);
+        if (carried_ && !cell_.cell_state) {
+          const Share tile{b0, b1, u0, u1, r, r + t.rows};
+          carry(w, rows, set, l, d, s, tile, r, r + t.rows);
+        }
       }
     }
   }
 
   // This member's h and c after step s, to everyone who wants them.
   void hand_out(Scratch& w, const Rows& rows, int64_t set, int l, int d, int64_t s, const Share& mine) {
-    const int64_t H = n_.H, u0 = mine.u0, u1 = mine.u1, column = d * H + u0, n = u1 - u0;
+    const int64_t H = n_.H, q0 = mine.q0, q1 = mine.q1;
     const bool reversed = n_.D == 2 ? d == 1 : problem_.reverse, last = l + 1 == n_.L;
     const int next = !(s & 1);
     for (int q = 0; q < P; ++q)
       if (S* to = layers_.plane(q, l, d, set))
         for (int64_t i = mine.r0; i < mine.r1; ++i)
-          copy_row(w.h[next][q] + i * ld_ + u0, 1, to + (rows.off[s] + i) * H + u0, 1, n);
-    const S* h = w.h[next][P - 1] + u0;
+          copy_row(w.h[next][q] + i * ldq_ + q0, 1, to + (rows.off[s] + i) * Q_ + q0, 1, q1 - q0);
     if (out_.y.data && last)
       for (int64_t i = mine.r0; i < mine.r1; ++i)
-        copy_row(h + i * ld_, 1,
-                 element<S>(out_.y, rows.place(rows.time(reversed, s, i)), rows.e[i], rows.b[i], column),
-                 out_.y.stride[3], n);
-    if (out_.cells.data)
+        copy_row(w.h[next][P - 1] + i * ldq_ + q0, 1,
+                 element<S>(out_.y, rows.place(rows.time(reversed, s, i)), rows.e[i], rows.b[i], d * Q_ + q0),
+                 out_.y.stride[3], q1 - q0);
+    if (out_.cells.data) {
+      const State it = state(w, carried_, next, mine);
       for (int64_t i = mine.r0; i < mine.r1; ++i)
-        copy_row(cell_.cell_state ? w.c[P - 1] + i * ld_ + u0 : h + i * ld_, 1,
-                 element<S>(out_.cells, l, rows.time(reversed, s, i), rows.e[i], rows.b[i], column),
-                 out_.cells.stride[4], n);
+        copy_row(it.rows[P - 1] + i * it.ld + it.begin, 1,
+                 element<S>(out_.cells, l, rows.time(reversed, s, i), rows.e[i], rows.b[i], d * H + it.begin),
+                 out_.cells.stride[4], it.end - it.begin);
+    }
     for (int64_t i = larger(mine.r0, s + 1 < rows.steps ? rows.live[s + 1] : 0); i < mine.r1; ++i)
-      final_state(w, rows, next, i, l * n_.D + d, u0, u1);
+      final_state(w, rows, next, i, l * n_.D + d, mine);
   }
 
   const Problem& problem_;
@@ -396,8 +510,8 @@ class Forward {
   Groups groups_;
   Vocabulary vocabulary_;
   Scratch* scratch_;
-  int64_t ld_, chunk_;
-  bool pairs_, masks_;
+  int64_t Q_, ld_, ldq_, chunk_;         // Q: units of h; rows of H, of Q
+  bool pairs_, masks_, proj_, carried_;  // carried: there is a c, or what a projected GRU carries on
 };
 
 }  // namespace fusedrnn::cpu::FUSEDRNN_ISA

@@ -52,7 +52,7 @@ class Generate {
     for (int l = 0; l < n_.L; ++l) {
       Layer& layer = layers_[l];
       layer = Layer();
-      layer.weights.allocate(cell_, l ? H : all_.count, H, workspace);
+      layer.weights.allocate(cell_, l ? H : all_.count, H, H, workspace);
       for (int parity = 0; parity < 2; ++parity) {
         layer.h[parity] = zeros(workspace, B * ld_);
         layer.h_rows[parity] = take<const S*>(workspace, B);
@@ -61,7 +61,7 @@ class Generate {
       layer.c = zeros(workspace, B * ld_);
       const Arguments* given[1] = {&p_};
       if (problem.variant.given) {
-        layer.options.allocate(problem_, ld_, B, workspace);
+        layer.options.allocate(problem_, ld_, ld_, B, workspace);
         layer.options.begin(given, nullptr, false, l, 0);
       }
     }
@@ -120,7 +120,7 @@ class Generate {
     static constexpr int gate[1] = {0};
     for (int l = 0; l < n_.L; ++l) {
       const Params* p[1] = {&p_.params[l]};
-      layers_[l].weights.pack(team, cell_, p, 0, l ? n_.H : n_.I, n_.H, kAlways, n_.B, l ? nullptr : &all_);
+      layers_[l].weights.pack(team, cell_, p, 0, l ? n_.H : n_.I, n_.H, n_.H, kAlways, n_.B, l ? nullptr : &all_);
     }
     for (int64_t b = team.begin(head_.blocks()); b < team.end(head_.blocks()); ++b)
       pack_transposed(head_, b, element<S>(g_.head, 0, 0), g_.head.stride[0], g_.head.stride[1], n_.I, gate);

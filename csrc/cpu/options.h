@@ -32,12 +32,13 @@ class Options {
  public:
   static constexpr int kPeeps = 3;  // i, f, o
 
-  void allocate(const Problem& problem, int64_t ld, int64_t N, Workspace& workspace) {
+  // ld, ldq: of rows of H, and of h.
+  void allocate(const Problem& problem, int64_t ld, int64_t ldq, int64_t N, Workspace& workspace) {
     problem_ = &problem;
-    ld_ = ld;
+    ld_ = ld, ldq_ = ldq;
     for (int k = 0; k < kPeeps; ++k)
       for (int q = 0; q < P; ++q) peep_[k][q] = peepholes() ? take<S>(workspace, ld) : nullptr;
-    mask_ = masks() ? take<S>(workspace, N * ld) : nullptr;
+    mask_ = masks() ? take<S>(workspace, N * ldq) : nullptr;
   }
   // One member calls it before the others compute. `p[q]`: values, tangents. `rows`: for what is drawn.
   void begin(const Arguments* const* p, const Rows* rows, bool reversed, int64_t layer_and_direction, int64_t e) {
@@ -75,20 +76,21 @@ class Options {
     const Sizes& z = problem_->sizes;
     const int64_t row = (rows_->time(reversed_, s, i) * z.E + rows_->e[i]) * z.B + rows_->b[i];
     const uint32_t stream = which ? 3 : 2;
-    Dropout{p, problem_->seed}.drawn(out, n, static_cast<uint64_t>(row * z.H + u), layer_, stream);
+    const int64_t units = which ? z.H : outputs_of(*problem_);
+    Dropout{p, problem_->seed}.drawn(out, n, static_cast<uint64_t>(row * units + u), layer_, stream);
   }
 
   // Recurrent dropout's factors of row i: one mask for all steps.
-  S* mask(int64_t i) const { return mask_ + i * ld_; }
+  S* mask(int64_t i) const { return mask_ + i * ldq_; }
   void draw_mask(int64_t i, int64_t u0, int64_t u1) const {
     const double p = variant().recurrent_dropout;
     const Sizes& z = problem_->sizes;
-    const int64_t row = rows_->e[i] * z.B + rows_->b[i];
+    const int64_t row = rows_->e[i] * z.B + rows_->b[i], Q = outputs_of(*problem_);
     S* out = mask(i);
-    Dropout{p, problem_->seed}.drawn(out + u0, u1 - u0, static_cast<uint64_t>(row * z.H + u0), layer_, 4);
+    Dropout{p, problem_->seed}.drawn(out + u0, u1 - u0, static_cast<uint64_t>(row * Q + u0), layer_, 4);
     const S scale = p < 1 ? static_cast<S>(1 / (1 - p)) : S(0);
     for (int64_t u = u0; u < u1; ++u) out[u] = out[u] != 0 ? S(0) : scale;
-    if (u1 > u0 && u1 == z.H) zero_row(out + u1, 1, ld_ - u1);
+    if (u1 > u0 && u1 == Q) zero_row(out + u1, 1, ldq_ - u1);
   }
   // to = from * mask in units [u0, u1), a whole register's zeros at the row's end included.
   void apply_mask(int64_t i, const S* from, S* to, int64_t u0, int64_t u1) const {
@@ -104,8 +106,80 @@ class Options {
   const Rows* rows_ = nullptr;
   bool reversed_ = false;
   int layer_ = 0;
-  int64_t ld_ = 0;
+  int64_t ld_ = 0, ldq_ = 0;
   S *peep_[kPeeps][P] = {}, *mask_ = nullptr;
 };
+
+// k old + (1 - k) fresh; 0 and 1 leave no rounding behind.
+template <class V>
+FUSEDRNN_FORCE V mixed(const V& k, const V& old, const V& fresh) {
+  return k * old + (1 - k) * fresh;
+}
+template <class V>
+FUSEDRNN_FORCE Dual<V> mixed(const V& k, const Dual<V>& old, const Dual<V>& fresh) {
+  return {mixed(k, old.v, fresh.v), mixed(k, old.t, fresh.t)};
+}
+// The parts of a gradient that pass by and that go on: all k, all - all k.
+template <class V>
+FUSEDRNN_FORCE V passing(const V& k, const V& all, V& on) {
+  const V by = k * all;
+  on = all - by;
+  return by;
+}
+template <class V>
+FUSEDRNN_FORCE Dual<V> passing(const V& k, const Dual<V>& all, Dual<V>& on) {
+  Dual<V> by;
+  by.v = passing(k, all.v, on.v);
+  by.t = passing(k, all.t, on.t);
+  return by;
+}
+
+// Zoneout of a run of units, drawn into memory once for each row. In a tile: h is not there yet before a projection.
+template <class S>
+struct Zones {
+  static constexpr int64_t kUnits = 256;  // of a run
+  bool used[2];
+  alignas(64) S keep[2][kUnits];
+
+  template <int P>
+  explicit Zones(const Options<S, P>& options)
+      : used{options.variant().zoneout_h > 0 && options.variant().proj == 0, options.variant().zoneout_c > 0} {}
+  template <int P>
+  void draw(const Options<S, P>& options, int64_t s, int64_t i, int64_t u, int64_t n) {
+    for (int which = 0; which < 2; ++which)
+      if (used[which]) options.keep(which, s, i, u, n, keep[which]);
+  }
+};
+
+// Units [u0, u1) of a row: to = k to + (1 - k) fresh.
+template <class S, int P>
+void zone_row(const Options<S, P>& options, int which, int64_t s, int64_t i, int64_t u0, int64_t u1,
+              const S* const* fresh, S* const* to) {
+  using Pl = Planes<S, P>;
+  alignas(64) S keep[Zones<S>::kUnits];
+  for (int64_t run = u0; run < u1; run += Zones<S>::kUnits) {
+    const int64_t end = smaller(run + Zones<S>::kUnits, u1);
+    options.keep(which, s, i, run, end - run, keep);
+    for (int64_t u = run; u < end; u += Vec<S>::lanes)
+      Pl::write(to, u, mixed(load(keep + u - run), Pl::read(to, u, Vec<S>::lanes), Pl::read(fresh, u, Vec<S>::lanes)),
+                Vec<S>::lanes);
+  }
+}
+// ... d = k d, and on = d - k d.
+template <class S, int P>
+void zone_row_back(const Options<S, P>& options, int which, int64_t s, int64_t i, int64_t u0, int64_t u1, S* const* d,
+                   S* const* on) {
+  using Pl = Planes<S, P>;
+  alignas(64) S keep[Zones<S>::kUnits];
+  for (int64_t run = u0; run < u1; run += Zones<S>::kUnits) {
+    const int64_t end = smaller(run + Zones<S>::kUnits, u1);
+    options.keep(which, s, i, run, end - run, keep);
+    for (int64_t u = run; u < end; u += Vec<S>::lanes) {
+      typename Pl::Number goes;
+      Pl::write(d, u, passing(load(keep + u - run), Pl::read(d, u, Vec<S>::lanes), goes), Vec<S>::lanes);
+      Pl::write(on, u, goes, Vec<S>::lanes);
+    }
+  }
+}
 
 }  // namespace fusedrnn::cpu::FUSEDRNN_ISA

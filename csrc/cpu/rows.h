@@ -40,16 +40,17 @@ FUSEDRNN_FORCE int kept_of(const Problem& problem) {
 
 // The tape, in elements: per layer and direction, per weight set, h of all pairs, then c, then the kept values.
 struct Tape {
-  int64_t T, H, every;  // c is kept before every `every`-th step (recompute) or after each step (0)
+  int64_t T, H, Q, every;  // Q: units of h. c is kept before every `every`-th step (recompute) or after each step (0)
   int kept;
   bool cell_state;
 
   FUSEDRNN_FORCE explicit Tape(const Problem& problem)
       : T(problem.sizes.T),
         H(problem.sizes.H),
+        Q(outputs_of(problem)),
         every(0),
         kept(kept_of(problem)),
-        cell_state(facts_of(problem.cell).cell_state) {
+        cell_state(has_cell_state(problem)) {
     if (problem.recompute && kept > 0) {
       const int64_t B = problem.sizes.B > 0 ? problem.sizes.B : 1;
       every = B > 32 ? 8 : 256 / B;
@@ -58,10 +59,10 @@ struct Tape {
   }
   FUSEDRNN_FORCE int64_t c_steps() const { return !cell_state ? 0 : every ? (T + every - 1) / every : T; }
   FUSEDRNN_FORCE int64_t elements(int64_t N) const {
-    return N * H * (T + c_steps() + T * kept);
+    return N * (T * Q + (c_steps() + T * kept) * H);
   }  // of one direction and weight set
-  FUSEDRNN_FORCE int64_t c_offset(int64_t N) const { return T * N * H; }
-  FUSEDRNN_FORCE int64_t kept_offset(int64_t N) const { return (T + c_steps()) * N * H; }
+  FUSEDRNN_FORCE int64_t c_offset(int64_t N) const { return T * N * Q; }
+  FUSEDRNN_FORCE int64_t kept_offset(int64_t N) const { return c_offset(N) + c_steps() * N * H; }
 };
 
 // The stepwise engine's tape, of one layer, direction and weight set: all rows of h, then of c, of the kept gates, and

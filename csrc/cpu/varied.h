@@ -97,47 +97,6 @@ class Chosen {
   N peep_[Options<S, P>::kPeeps];
 };
 
-// k old + (1 - k) fresh; 0 and 1 leave no rounding behind.
-template <class V>
-FUSEDRNN_FORCE V mixed(const V& k, const V& old, const V& fresh) {
-  return k * old + (1 - k) * fresh;
-}
-template <class V>
-FUSEDRNN_FORCE Dual<V> mixed(const V& k, const Dual<V>& old, const Dual<V>& fresh) {
-  return {mixed(k, old.v, fresh.v), mixed(k, old.t, fresh.t)};
-}
-// The parts of a gradient that pass by and that go on: all k, all - all k.
-template <class V>
-FUSEDRNN_FORCE V passing(const V& k, const V& all, V& on) {
-  const V by = k * all;
-  on = all - by;
-  return by;
-}
-template <class V>
-FUSEDRNN_FORCE Dual<V> passing(const V& k, const Dual<V>& all, Dual<V>& on) {
-  Dual<V> by;
-  by.v = passing(k, all.v, on.v);
-  by.t = passing(k, all.t, on.t);
-  return by;
-}
-
-// Zoneout of a run of units, drawn into memory once for each row.
-template <class S>
-struct Zones {
-  static constexpr int64_t kUnits = 256;  // of a run
-  bool used[2];
-  alignas(64) S keep[2][kUnits];
-
-  template <int P>
-  explicit Zones(const Options<S, P>& options)
-      : used{options.variant().zoneout_h > 0, options.variant().zoneout_c > 0} {}
-  template <int P>
-  void draw(const Options<S, P>& options, int64_t s, int64_t i, int64_t u, int64_t n) {
-    for (int which = 0; which < 2; ++which)
-      if (used[which]) options.keep(which, s, i, u, n, keep[which]);
-  }
-};
-
 template <class Cell, bool Usual, class S, int P>
 void varied_forward_tile(const ForwardTile<S, P>& t) {
   using Pl = Planes<S, P>;
@@ -223,7 +182,7 @@ void varied_backward_tile(const BackwardTile<S, P>& t) {
   Zones<S> zones(*t.options);
   for (int64_t r = 0; r < t.rows; ++r) {
     const S *kept[P], *h[P], *c[P], *h_prev[P], *c_prev[P];
-    S *dh[P], *dc[P], *da[P], *c_new[P];
+    S *dh[P], *dc[P], *da[P], *c_new[P], *m[P];
     for (int q = 0; q < P; ++q) {
       kept[q] = t.kept[q] + r * t.ld_kept;
       h[q] = t.h[q] + r * t.H;
@@ -231,6 +190,7 @@ void varied_backward_tile(const BackwardTile<S, P>& t) {
       dh[q] = t.dh[q] + r * t.ld;
       da[q] = t.da[q] + r * t.ld_da;
       c_new[q] = t.c_new[q] ? t.c_new[q] + r * t.ld : nullptr;
+      m[q] = t.m[q] ? t.m[q] + r * t.ld : nullptr;
       if constexpr (Cell::cell_state) {
         c[q] = t.c[q] + r * t.H;
         c_prev[q] = t.c_prev[q][r] + t.unit;
@@ -261,8 +221,12 @@ void varied_backward_tile(const BackwardTile<S, P>& t) {
           }
           if (c_new[0]) Pl::write(c_new, u, c_now, L);
         }
+        const N h_old = Pl::read(h_prev, u, n);
+        if constexpr (requires { Cell::output(k, h_old, c_now, f); }) {
+          if (m[0]) Pl::write(m, u, Cell::output(k, h_old, c_now, f), L);
+        }
         const N h_new = Cell::kept == 0 && zones.used[0] ? Pl::read(kept, u, n) : Pl::read(h, u, n);
-        Cell::backward(k, Pl::read(h_prev, u, n), h_new, c_old, c_now, t.clip, dh_new, dc_new, a, dh_prev, dc_prev, f);
+        Cell::backward(k, h_old, h_new, c_old, c_now, t.clip, dh_new, dc_new, a, dh_prev, dc_prev, f);
         Pl::write(da, place_of(Cell::sums, Cell::gates, 0) * t.H + u, a[0], n);
         if constexpr (Cell::cell_state) Pl::write(dc, u, zones.used[1] ? dc_prev + dc_by : dc_prev, L);
       }

@@ -77,11 +77,12 @@ struct ForwardWeights {
   bool in_pairs = false;  // what is multiplied comes as pairs of bfloat16; set before `pack`
 
   // Room for the widest layer of a call.
-  void allocate(const CellTable<S, P>& cell, int64_t inputs, int64_t H, Workspace& workspace) {
+  // Q: units of the state that R multiplies.
+  void allocate(const CellTable<S, P>& cell, int64_t inputs, int64_t H, int64_t Q, Workspace& workspace) {
     const int64_t units = (H + Vec<S>::lanes - 1) / Vec<S>::lanes * Vec<S>::lanes;
     for (int q = 0; q < P; ++q) {
       W[q].data = take<S>(workspace, units * cell.gates * inputs);
-      R[q][0].data = take<S>(workspace, cell.state_product ? units * cell.gates * H : 0);
+      R[q][0].data = take<S>(workspace, cell.state_product ? units * cell.gates * Q : 0);
       bias[q] = take<S>(workspace, units * cell.sums);
     }
   }
@@ -91,7 +92,7 @@ struct ForwardWeights {
   // `tokens`: null for other inputs. Not W where `product_at_once` follows.
   template <class T = S>
   void pack(const Team& team, const CellTable<S, P>& cell, const Params* const* p, int64_t e, int64_t inputs, int64_t H,
-            int64_t pairs, int64_t together, const Vocabulary::Set* tokens, bool at_once = false) {
+            int64_t Q, int64_t pairs, int64_t together, const Vocabulary::Set* tokens, bool at_once = false) {
     constexpr int L = Vec<S>::lanes;
     const int64_t tiles = (H + L - 1) / L;
     const int block = block_tiles(cell.two_products ? 1 : cell.gates, tiles, team.size);
@@ -102,8 +103,8 @@ struct ForwardWeights {
     static constexpr int gate[4] = {0, 1, 2, 3};
     for (int q = 0; q < P; ++q) {
       shape(W[q], place ? tokens->count : inputs, H, cell.gates, cell, block, cell.x_sum);
-      shape(R[q][0], H, H, first_gates, cell, block, cell.h_sum);
-      shape(R[q][1], H, H, cell.gates - first_gates, cell, block, cell.h_sum + first_gates);
+      shape(R[q][0], Q, H, first_gates, cell, block, cell.h_sum);
+      shape(R[q][1], Q, H, cell.gates - first_gates, cell, block, cell.h_sum + first_gates);
       R[q][1].data = R[q][0].data + R[q][0].elements();
       has_W[q] = p[q] && p[q]->W.data;
       has_R[q] = p[q] && p[q]->R.data;

@@ -338,7 +338,7 @@ def call(op: str, cell_name: str, given: Mapping[str, Any]) -> tuple[Call, np.nd
     batch_first, recompute = flag(op, "batch_first", given["batch_first"]), flag(op, "recompute", given["recompute"])
     D = 2 if bidirectional else 1
     if changed and changed.whole_rows and recompute:
-        fail(op, "recompute", "is True", "False with proj_size or layer_norm", "These two keep all.")
+        fail(op, "recompute", "is True", "False with layer_norm", "It keeps all.")
     if reverse and bidirectional:
         fail(op, "reverse", "is True beside bidirectional=True", "one of the two", "bidirectional has both directions.")
     reset_to = word(op, "reset_to", given["reset_to"], "zero", "initial")
@@ -358,8 +358,8 @@ def call(op: str, cell_name: str, given: Mapping[str, Any]) -> tuple[Call, np.nd
     h0, c0 = state_parts(op, "state", cell, state)
     if changed and changed.whole_rows and (tokens or context is not None):
         name, got = ("x", f"has dtype {x.dtype}") if tokens else ("context", "is given")
-        expected = f"{'float32 or float64' if tokens else 'none'} with proj_size or layer_norm"
-        fix = "Tokens and contexts are not built for them: give one-hot vectors, or the context as features of x."
+        expected = f"{'float32 or float64' if tokens else 'none'} with layer_norm"
+        fix = "Tokens and contexts are not built for it: give one-hot vectors, or the context as features of x."
         fail(op, name, got, expected, fix, TypeError)
     names, flat, context_params = _flatten(op, cell_name, params, L, D, context is not None, changed)
     if tokens:
@@ -378,7 +378,7 @@ def call(op: str, cell_name: str, given: Mapping[str, Any]) -> tuple[Call, np.nd
         dtype, like = x.dtype, "x"
     halves = [n for n, a in zip(names, flat, strict=True) if isinstance(a, np.ndarray) and a.dtype == np.uint16]
     bf16 = dtype == np.float32 and len(halves) > 0
-    if bf16 and changed and changed.whole_rows:
+    if bf16 and changed and (changed.whole_rows or changed.proj_size):
         fail(op, "params", "hold bfloat16 weights", "float32 or float64 weights with proj_size or layer_norm")
     for name, array in (*zip(names, flat, strict=True), *context_params.items()):
         if bf16 and name.startswith("weight"):

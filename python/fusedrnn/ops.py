@@ -593,7 +593,7 @@ def _tangents(op: str, tape: Tape, tangents: Mapping[str, Any]) -> Arguments:
 
 
 def _tangents_backend(op: str, tape: Tape) -> backends.Backend:
-    """Tangents of projection and layer norm are computed by the reference, which the log tells."""
+    """Tangents of layer norm are computed by the reference, which the log tells."""
     if tape.call.problem.variant is None or not tape.call.problem.variant.whole_rows:
         return tape.backend
     backends.log.info("%s of this variant runs on the reference", op)

@@ -57,7 +57,7 @@ class Variant:
     @property
     def whole_rows(self) -> bool:
         """Whether a step needs whole rows of units between its products."""
-        return self.proj_size > 0 or self.layer_norm
+        return self.layer_norm
 
 
 @dataclass(slots=True)
