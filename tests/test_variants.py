@@ -81,7 +81,7 @@ def test_coupled_against_onnx(backend, lengths):
     close.check("c", c, want_c, 2e-6)
 
 
-# ---- the stepwise engine against the judge, and the judge against those who have these cells ----
+# ---- the options against the judge, and the judge against those who have these cells ----
 
 ODD = (("Elu", 0.5, 0.0), ("Softsign", 0.0, 0.0), ("ScaledTanh", 1.3, 0.7))
 GENTLE = (("HardSigmoid", 0.3, 0.4), ("Softsign", 0.0, 0.0), ("ScaledTanh", 0.9, 0.7))  # bounded: errors stay small
@@ -503,7 +503,7 @@ class Together:
         coupled = "coupled" in options or "reset_after" in options
         self.op, self.options, self.walk = op, {**options, **walk}, walk
         L, self.D = walk.get("num_layers", 1), 1 + walk.get("bidirectional", False)
-        make = {name: options[name] for name in ("peepholes", "proj_size") if name in options}
+        make = {name: options[name] for name in ("peepholes", "proj_size", "layer_norm") if name in options}
         cell = kind[op] if coupled else {"rnn": "rnn_tanh"}.get(op, op)
         sizes = {"num_layers": L, "bidirectional": self.D == 2, "seed": 1}
         self.params = fusedrnn.params.init(cell, I, hidden, dtype=np.float64, **sizes, **make)
@@ -584,15 +584,16 @@ def test_tangents_of_options_are_the_kernels_own(kernels, caplog, op, options, w
     same("tangents", *found, budget=1e-9)
 
 
+NORMED = [("lstm", {"layer_norm": True, "peepholes": True}), ("gru", {"layer_norm": True, "proj_size": 13})]
+
+
 @pytest.mark.parametrize(
-    ("op", "options"), TOGETHER + PROJECTED, ids=lambda v: v if isinstance(v, str) else "-".join(v)
+    ("op", "options"), TOGETHER + PROJECTED + NORMED, ids=lambda v: v if isinstance(v, str) else "-".join(v)
 )
 def test_ensembles_and_bfloat16_weights_with_options(backend, op, options):
     it = Together(op, options, {"lengths": np.array([3, 7, 0, 5, 7])})
     many = {name: np.stack([a, 1.1 * a, 0.7 * a]) for name, a in it.params.items()}
     same("ensemble", it.run(it.x, many)[0], it.run(it.x, many, backend="reference")[0])
-    if "proj_size" in options:
-        return  # projections have no bfloat16 weights
     call, narrow = getattr(fusedrnn.ops, op), {n: a.astype(np.float32) for n, a in it.params.items()}
     halves = fusedrnn.params.to_bfloat16(narrow)
     x = it.x.astype(np.float32)

@@ -280,8 +280,6 @@ class Call {
       checked_.value_error("variant asks " + std::string(cell.name) + " for what it does not have");
     if (whole_rows(problem) && problem.recompute)
       checked_.value_error("variant has layer_norm beside recompute; expected one or the other");
-    if ((whole_rows(problem) || v.proj) && problem.bf16_weights)
-      checked_.value_error("variant has proj_size or layer_norm beside bf16_weights; expected one or the other");
     const py::object list = get<"activations">(given);
     const size_t count = cell.cell_state ? 3 : rnn ? 1 : 2;
     if (!py::isinstance<py::tuple>(list) || py::len(list) != count)

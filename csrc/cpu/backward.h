@@ -8,7 +8,7 @@
 #pragma once
 
 #include "context.h"
-#include "options.h"
+#include "norm.h"
 
 namespace fusedrnn::cpu::FUSEDRNN_ISA {
 
@@ -37,6 +37,7 @@ class Backward {
     g_[0] = &call.g;
     if (P == 2) p_[1] = &call.v, g_[1] = &call.t;
     inputs_ = larger(layers_.widest(), n_.K);
+    norm_ = problem_.variant.layer_norm;
     Q_ = outputs_of(problem_), proj_ = problem_.variant.proj > 0, carried_ = has_cell_state(problem_);
     ld_ = padded(n_.H), ldq_ = padded(Q_);
     ld_da_ = cell_.sums * n_.H;
@@ -67,6 +68,10 @@ class Backward {
         s.tokens = take<int32_t>(workspace, pairs_);
         s.columns = take<S>(workspace, table_.most * cell_.gates * H);
       }
+      if (norm_) {
+        s.norms.allocate(problem_, cell_.sums, workspace);
+        s.options.norms = &s.norms;
+      }
       if (problem_.variant.given) s.options.allocate(problem_, ld_, ldq_, N, workspace);
       for (int q = 0; q < P; ++q) {
         s.R[q][0].data = take<S>(workspace, cell_.state_product ? ldq_ * cell_.gates * H : 0);
@@ -92,7 +97,16 @@ class Backward {
           for (int64_t r = 0; r < pairs_; ++r) s.h_seen[q][r] = s.seen[q] + r * ldq_;
           s.dh_seen[q] = take<S>(workspace, N * ldq_);
         }
-        if (problem_.variant.peepholes) s.c_new[q] = take<S>(workspace, pairs_ * ld_);
+        if (norm_) {
+          for (int k = 0; k < 2; ++k) {
+            s.apart[k] = take<S>(workspace, pairs_ * cell_.gates * H);
+            s.apart_rows[k][q] = take<const S*>(workspace, pairs_);
+            for (int64_t r = 0; r < pairs_; ++r) s.apart_rows[k][q][r] = s.apart[k] + r * cell_.gates * H;
+          }
+          s.c_hat = take<S>(workspace, pairs_ * ld_);
+          s.dseen = take<S>(workspace, pairs_ * ld_);
+        }
+        if (problem_.variant.peepholes || norm_) s.c_new[q] = take<S>(workspace, pairs_ * ld_);
         if (proj_) {
           s.hr[q].data = take<S>(workspace, ld_ * Q_);
           s.dnew[q] = take<S>(workspace, pairs_ * ldq_);
@@ -156,6 +170,10 @@ class Backward {
     S *seen[P] = {}, *dh_seen[P] = {}, *c_new[P] = {};  // h as R sees it, rows of ldq_; its running gradient
     Context<S, P> context;
     Options<S, P> options;
+    // Layer norm: gradients of x W^T and of h' R^T, rows of gates * H; norm(c)'s value before the gain, and gradient.
+    Norms<S> norms;
+    S *apart[2] = {}, *c_hat = nullptr, *dseen = nullptr;
+    const S** apart_rows[2][P] = {};
     S* dz[P] = {};  // da of layer 0's products with x and the context, summed over the steps of each row
     const S** dz_rows[P] = {};
     int32_t* tokens = nullptr;
@@ -182,6 +200,7 @@ class Backward {
 
   static int64_t padded(int64_t n) { return (n + L - 1) / L * L; }
 
+  static bool adds(const Array<2>& to) { return to.data && !to.stride[0]; }
   // Weight sets that write into the same memory must take turns.
   static bool adds_up(const Call& call) {
     const Sizes& n = call.problem->sizes;
@@ -191,8 +210,11 @@ class Backward {
     for (const Array<3>& w : dp.context_weights)
       if (w.data && !w.stride[0]) return true;
     for (int i = 0; dp.extras && i < n.L * n.D; ++i)
-      if ((dp.extras[i].ph.data && !dp.extras[i].ph.stride[0]) || (dp.extras[i].hr.data && !dp.extras[i].hr.stride[0]))
+      if (adds(dp.extras[i].ph) || adds(dp.extras[i].gain_ih) || adds(dp.extras[i].gain_hh) ||
+          adds(dp.extras[i].gain_c) || adds(dp.extras[i].bias_c))
         return true;
+    for (int i = 0; dp.extras && i < n.L * n.D; ++i)
+      if (dp.extras[i].hr.data && !dp.extras[i].hr.stride[0]) return true;
     if ((dp.x.data && !dp.x.stride[1]) || (dp.h0.data && !dp.h0.stride[1]) || (dp.c0.data && !dp.c0.stride[1]))
       return true;
     for (int i = 0; dp.params && i < n.L * n.D; ++i) {
@@ -242,7 +264,7 @@ class Backward {
   void pack(Part& a) {
     Scratch& w = a.w;
     const int64_t H = n_.H, e = sets_.count == 1 ? 0 : a.set, inputs = a.source[0].width;
-    const int apart = cell_.sums > cell_.gates;
+    const bool apart = cell_.sums > cell_.gates && !norm_;
     static constexpr int in_order[4] = {0, 1, 2, 3}, n_first[3] = {2, 0, 1};
     const int state_gates = cell_.two_products ? cell_.gates - 1 : cell_.gates;
     const Params* p[P];
@@ -296,6 +318,8 @@ class Backward {
 
   void begin(Part& a) {
     if (problem_.variant.given) {
+      if (a.team.rank == 0 && norm_)
+        a.w.norms.begin(p_[0]->params[a.ld], p_[0]->extras[a.ld], sets_.count == 1 ? 0 : a.set);
       if (a.team.rank == 0) a.w.options.begin(p_, &a.rows, a.reversed, a.ld, sets_.count == 1 ? 0 : a.set);
       a.team.wait();
       for (int64_t i = 0; masks_ && i < sets_.N; ++i) a.w.options.draw_mask(i, a.q0, a.q1);
@@ -445,6 +469,9 @@ class Backward {
   Share share(const Part& a, int64_t s) const {
     const int64_t live = a.rows.live[s];
     if (!by_rows(a)) return {a.first, a.end, a.o_first, a.o_end, a.u0, a.u1, a.q0, a.q1, 0, live};
+    return all_units(a, live);
+  }
+  Share all_units(const Part& a, int64_t live) const {
     const int64_t outputs = proj_ ? a.w.hr[0].blocks() : 0;
     return {0, a.w.R[0][0].blocks(), 0, outputs, 0, n_.H, 0, Q_, a.team.begin(live), a.team.end(live)};
   }
@@ -454,14 +481,22 @@ class Backward {
     return cell_.state_product && a.team.size > 1 && sets_.N >= 8 * a.team.size && bytes <= kWeightsByRows;
   }
 
-  void step(Part& a, int64_t s, int64_t s0, const Share& mine) {
+  // columns: this member's blocks. With layer norm, members own rows in between.
+  void step(Part& a, int64_t s, int64_t s0, const Share& columns) {
     Scratch& w = a.w;
     const Rows& rows = a.rows;
-    const int64_t N = sets_.N, H = n_.H, r0 = mine.r0, u0 = mine.u0;
-    const int64_t pair = rows.off[s] + r0, in_chunk = pair - rows.off[s0];
     const bool alone = by_rows(a), part = rows.live[s] > 1;
+    const Share mine = norm_ && !alone ? all_units(a, rows.live[s]) : columns;
+    const int64_t N = sets_.N, H = n_.H, r0 = mine.r0, u0 = mine.u0;
+    const int64_t pair = rows.off[s] + r0, first = rows.off[s] - rows.off[s0], in_chunk = first + r0;
     arriving(a, s, mine);
-    if (proj_) unproject(a, s, in_chunk, mine, part);
+    if (proj_) {
+      zone_outputs(a, s, first, mine);
+      if (!alone) a.team.wait();
+      unproject(a, first, columns, part);
+      if (norm_ && !alone) a.team.wait();
+      if (!cell_.cell_state) take_carried(a, s, mine);
+    }
     BackwardTile<S, P> t{};
     t.rows = mine.r1 - r0;
     t.units = mine.u1 - u0;
@@ -482,6 +517,11 @@ class Backward {
       t.h[q] = proj_ ? t.c[q] : data + pair * H + u0;
       t.h_prev[q] = w.before[proj_][q] + in_chunk;
       t.h_seen[q] = proj_ ? t.h_prev[q] : w.h_seen[q] + in_chunk;
+      if (norm_) {
+        t.c_hat[q] = w.c_hat + in_chunk * ld_;
+        t.dseen[q] = w.dseen + in_chunk * ld_;
+        t.numbers = const_cast<S*>(data) + tape_.numbers_offset(N) + pair * 4;
+      }
       t.m[q] = proj_ ? w.m[q] + in_chunk * ld_ + u0 : nullptr;
       t.c_new[q] = w.c_new[q] ? w.c_new[q] + in_chunk * ld_ + u0 : nullptr;
       t.c_prev[q] = w.before[1][q] + in_chunk;
@@ -493,30 +533,31 @@ class Backward {
         t.rh[q] = w.rh[q] + in_chunk * ld_ + u0;
       }
       t.dh_seen[q] = masks_ && !proj_ ? w.dh_seen[q] + r0 * ld_ + u0 : t.dh[q];
-      for (int64_t i = r0; masks_ && i < mine.r1; ++i)
-        zero_row(w.dh_seen[q] + i * ldq_ + mine.q0, 1, units(0, mine).pad() - mine.q0);
+      for (int64_t i = columns.r0; masks_ && i < columns.r1; ++i)
+        zero_row(w.dh_seen[q] + i * ldq_ + columns.q0, 1, units(0, columns).pad() - columns.q0);
     }
     if (t.units > 0) tile_.backward(t);
     if (carried_ && !cell_.cell_state)
       for (int q = 0; q < P; ++q)
         for (int64_t i = r0; i < mine.r1; ++i)
           add_row(w.dm[q] + i * ld_ + u0, 1, w.d[1][q] + i * ld_ + u0, 1, mine.u1 - u0);
+    if (norm_) norm_back(a, pair, in_chunk, mine);
     if (!alone && (cell_.state_product || s == s0)) a.team.wait();
     if (cell_.two_products) {
       state_product(a, 1, in_chunk, mine, part, false, w.drh);
       if (t.units > 0) tile_.backward_gate(t);
       if (!alone) a.team.wait();
     }
-    if (cell_.state_product) state_product(a, 0, in_chunk, mine, part, true, masks_ ? w.dh_seen : w.d[0]);
-    for (int64_t i = r0; masks_ && i < mine.r1; ++i) unmask(a, i, mine.q0, mine.q1);
-    leaving(a, s, mine);
+    if (cell_.state_product) state_product(a, 0, first + columns.r0, columns, part, true, masks_ ? w.dh_seen : w.d[0]);
+    for (int64_t i = columns.r0; masks_ && i < columns.r1; ++i) unmask(a, i, columns.q0, columns.q1);
+    leaving(a, s, columns);
+    if (norm_ && !alone) a.team.wait();  // columns become rows
   }
 
-  // From dh to dm: zoneout's part stays, the rest goes back through the projection, and to a GRU what it carried on.
-  void unproject(Part& a, int64_t s, int64_t in_chunk, const Share& mine, bool part) {
+  // From dh to the gradient of the projection's results: zoneout's part stays.
+  void zone_outputs(Part& a, int64_t s, int64_t first, const Share& mine) {
     Scratch& w = a.w;
-    const int64_t r0 = mine.r0, n = mine.r1 - r0, first = in_chunk - r0;
-    for (int64_t i = r0; i < mine.r1; ++i) {
+    for (int64_t i = mine.r0; i < mine.r1; ++i) {
       S *dh[P], *fresh[P];
       for (int q = 0; q < P; ++q) dh[q] = w.d[0][q] + i * ldq_, fresh[q] = w.dnew[q] + (first + i) * ldq_;
       if (problem_.variant.zoneout_h > 0) {
@@ -528,31 +569,57 @@ class Backward {
         zero_row(dh[q] + mine.q0, 1, mine.q1 - mine.q0);
       }
     }
-    if (!by_rows(a)) a.team.wait();
+  }
+  // dm: through the projection.
+  void unproject(Part& a, int64_t first, const Share& columns, bool part) {
+    Scratch& w = a.w;
+    const int64_t n = columns.r1 - columns.r0;
     const S* const* rows[P];
     S* dm[P];
-    for (int q = 0; q < P; ++q) rows[q] = w.dnew_rows[q] + in_chunk, dm[q] = w.dm[q] + r0 * ld_;
-    for (int64_t b = mine.o_first; b < mine.o_end; ++b) {
+    for (int q = 0; q < P; ++q) {
+      rows[q] = w.dnew_rows[q] + first + columns.r0;
+      dm[q] = w.dm[q] + columns.r0 * ld_;
+    }
+    for (int64_t b = columns.o_first; b < columns.o_end; ++b) {
       multiply(w.hr[0], b, rows[0], n, static_cast<S*>(nullptr), 0, dm[0], ld_, part);
       if constexpr (P == 2) {
         multiply(w.hr[0], b, rows[1], n, static_cast<S*>(nullptr), 0, dm[1], ld_, part);
         if (has_hr(a, 1)) multiply(w.hr[1], b, rows[0], n, dm[1], ld_, dm[1], ld_, part);
       }
     }
-    if (cell_.cell_state) return;
-    for (int64_t i = r0; i < mine.r1; ++i) {
+  }
+  // dm also gets the gradient of what a projected GRU carried on; zoneout's part stays.
+  void take_carried(Part& a, int64_t s, const Share& mine) {
+    Scratch& w = a.w;
+    for (int64_t i = mine.r0; i < mine.r1; ++i) {
       S *dc[P], *fresh[P];
       for (int q = 0; q < P; ++q) dc[q] = w.d[1][q] + i * ld_, fresh[q] = w.state[0][q] + i * ld_;
-      if (problem_.variant.zoneout_c > 0) {
-        zone_row_back(w.options, 1, s, i, mine.u0, mine.u1, dc, fresh);
-      } else {
-        for (int q = 0; q < P; ++q) {
-          copy_row(dc[q] + mine.u0, 1, fresh[q] + mine.u0, 1, mine.u1 - mine.u0);
-          zero_row(dc[q] + mine.u0, 1, mine.u1 - mine.u0);
-        }
+      if (problem_.variant.zoneout_c > 0) zone_row_back(w.options, 1, s, i, mine.u0, mine.u1, dc, fresh);
+      for (int q = 0; q < P; ++q) {
+        const bool zoned = problem_.variant.zoneout_c > 0;
+        add_row((zoned ? fresh[q] : dc[q]) + mine.u0, 1, w.dm[q] + i * ld_ + mine.u0, 1, mine.u1 - mine.u0);
+        if (!zoned) zero_row(dc[q] + mine.u0, 1, mine.u1 - mine.u0);
       }
-      for (int q = 0; q < P; ++q) add_row(fresh[q] + mine.u0, 1, w.dm[q] + i * ld_ + mine.u0, 1, mine.u1 - mine.u0);
     }
+  }
+  // Gradients of x W^T and h' R^T from those of the sums, a row at a time.
+  void norm_back(Part& a, int64_t pair, int64_t in_chunk, const Share& mine) {
+    Scratch& w = a.w;
+    const int64_t H = n_.H, GH = cell_.gates * H;
+    const S* data = tape(a, 0);
+    for (int64_t r = 0; r < mine.r1 - mine.r0; ++r) {
+      const S *da = w.da[0] + (in_chunk + r) * ld_da_, *numbers = data + tape_.numbers_offset(sets_.N) + (pair + r) * 4;
+      for (int k = 0; k < 2; ++k) {
+        S* to = w.apart[k] + (in_chunk + r) * GH;
+        for (int g = 0; g < cell_.gates; ++g) copy_row(da + da_column(k, g), 1, to + g * H, 1, H);
+        const S* hat = data + tape_.hat_offset(sets_.N, k) + (pair + r) * GH;
+        Norms<S>::back(to, w.norms.gain[k], hat, numbers[k], GH, to);
+      }
+    }
+  }
+  // Where the sum of gate g with x (k = 0) or h' (1) lies in da.
+  int64_t da_column(int k, int g) const {
+    return place_of(cell_.sums, cell_.gates, k ? cell_.h_sum[g] : cell_.x_sum[g]) * n_.H;
   }
   bool has_hr(const Part& a, int q) const { return proj_ && p_[q]->extras && p_[q]->extras[a.ld].hr.data; }
 
@@ -571,7 +638,8 @@ class Backward {
     const int64_t n = mine.r1 - mine.r0;
     const S* const* rows[P];
     S* at[P];
-    for (int q = 0; q < P; ++q) rows[q] = w.da_h_rows[phase][q] + in_chunk, at[q] = to[q] + mine.r0 * ldq_;
+    for (int q = 0; q < P; ++q)
+      rows[q] = (norm_ ? w.apart_rows[1][q] : w.da_h_rows[phase][q]) + in_chunk, at[q] = to[q] + mine.r0 * ldq_;
     for (int64_t b = mine.first; b < mine.end; ++b) {
       multiply(w.R[0][phase], b, rows[0], n, add ? at[0] : nullptr, ldq_, at[0], ldq_, part);
       if constexpr (P == 2) {
@@ -704,28 +772,78 @@ class Backward {
           weight_gradients(a, *dp, e, count, a.source[0].width, da_e, x_e, h_e, rh_e);
         }
       } else {
-        weight_gradients(a, *dp, sets_.count == 1 ? 0 : a.set, pairs, a.source[0].width, da, x, h, rh);
+        norm_ ? normed_gradients(a, *dp, s0, pairs, x, h)
+              : weight_gradients(a, *dp, sets_.count == 1 ? 0 : a.set, pairs, a.source[0].width, da, x, h, rh);
       }
     }
     if (dp_.extras && dp_.extras[a.ld].ph.data) peephole_gradient(a, dp_.extras[a.ld].ph, pairs);
-    if (dp_.extras && dp_.extras[a.ld].hr.data) projection_gradient(a, dp_.extras[a.ld].hr, pairs);
+    if (dp_.extras && dp_.extras[a.ld].hr.data) {
+      const S *const *dnew[P], *const *m[P];
+      for (int q = 0; q < P; ++q) dnew[q] = w.dnew_rows[q], m[q] = w.m_rows[q];
+      matrix_gradient(a, dp_.extras[a.ld].hr, Q_, dnew, n_.H, m, w.h_panels, pairs);
+    }
     if (wants_dx(a.l)) input_gradient(a, s0, s1);
   }
 
-  void projection_gradient(Part& a, const Array<3>& to, int64_t pairs) {
+  // Of a matrix: left^T right over all pairs of the chunk. `panels`: room for right.
+  void matrix_gradient(Part& a, const Array<3>& to, int64_t M, const S* const* const* left, int64_t columns,
+                       const S* const* const* right, S* const* panels, int64_t pairs) {
+    if (!to.data) return;
     Scratch& w = a.w;
-    a.team.wait();  // everyone has done with R's panels
-    for (int q = 0; q < P; ++q) pack_panels(a.team, w.m_rows[q], pairs, n_.H, w.h_panels[q]);
+    a.team.wait();  // everyone has done with what was in this room
+    for (int q = 0; q < P; ++q) pack_panels(a.team, right[q], pairs, columns, panels[q]);
     a.team.wait();
-    const int64_t tiles = (Q_ + kTile - 1) / kTile;
-    const int64_t m0 = a.team.begin(tiles) * kTile, m1 = smaller(a.team.end(tiles) * kTile, Q_);
+    const int64_t tiles = (M + kTile - 1) / kTile;
+    const int64_t m0 = a.team.begin(tiles) * kTile, m1 = smaller(a.team.end(tiles) * kTile, M);
     if (m1 <= m0) return;
     S* packed[P];
     for (int q = 0; q < P; ++q) {
       packed[q] = w.packed[q] + m0 * pairs_;
-      pack_columns(w.dnew_rows[q], pairs, m0, m1 - m0, packed[q]);
+      pack_columns(left[q], pairs, m0, m1 - m0, packed[q]);
     }
-    gradient(a, to, a.set, 0, m0, m1, n_.H, pairs, packed, w.h_panels, true, true);
+    gradient(a, to, a.set, 0, m0, m1, columns, pairs, packed, panels, true, true);
+  }
+  // With layer norm: W's and R's from the gradients of the products, biases' and gains' from those of the sums.
+  void normed_gradients(Part& a, const Params& dp, int64_t s0, int64_t pairs, const S* const* const* x,
+                        const S* const* const* h) {
+    Scratch& w = a.w;
+    const int64_t GH = cell_.gates * n_.H, pair0 = a.rows.off[s0];
+    const S *const *left[2][P], *const *da[P];
+    for (int q = 0; q < P; ++q) left[0][q] = w.apart_rows[0][q], left[1][q] = w.apart_rows[1][q], da[q] = w.da_rows[q];
+    matrix_gradient(a, dp.W, GH, left[0], a.source[0].width, x, w.x_panels, pairs);
+    matrix_gradient(a, dp.R, GH, left[1], Q_, h, w.h_panels, pairs);
+    Params biases;
+    biases.bW = dp.bW, biases.bR = dp.bR;
+    weight_gradients(a, biases, a.set, pairs, a.source[0].width, da, x, h, h);
+    if (!dp_.extras) return;
+    const Extras& to = dp_.extras[a.ld];
+    const S* data = tape(a, 0);
+    for (int k = 0; k < 2; ++k) {
+      const S* hat = data + tape_.hat_offset(sets_.N, k) + pair0 * GH;
+      for (int g = 0; g < cell_.gates; ++g)
+        sum_of_products(a, k ? to.gain_hh : to.gain_ih, g * n_.H, w.da[0] + da_column(k, g), ld_da_, hat + g * n_.H, GH,
+                        pairs);
+    }
+    sum_of_products(a, to.gain_c, 0, w.dseen, ld_, w.c_hat, ld_, pairs);
+    sum_of_products(a, to.bias_c, 0, w.dseen, ld_, nullptr, 0, pairs);
+  }
+  // to[place + u] of the units owned: the sum over all pairs of left[u] right[u], or of left[u].
+  void sum_of_products(Part& a, const Array<2>& to, int64_t place, const S* left, int64_t ld_left, const S* right,
+                       int64_t ld_right, int64_t pairs) {
+    if (!to.data) return;
+    const bool add = !a.fresh || (to.stride[0] == 0 && a.set > 0);
+    for (int64_t u = a.u0; u < a.u1; u += L) {
+      const int64_t n = smaller<int64_t>(L, a.u1 - u);
+      Vec<S> sum(S(0));
+      for (int64_t r = 0; r < pairs; ++r) {
+        const Vec<S> d = load(left + r * ld_left + u, n);
+        sum = sum + (right ? d * load(right + r * ld_right + u, n) : d);
+      }
+      for (int64_t j = 0; j < n; ++j) {
+        S& at = *element<S>(to, a.set, place + u + j);
+        at = add ? at + sum.v[j] : sum.v[j];
+      }
+    }
   }
 
   // Of the units owned: the sum over all pairs of da times the c that the gate saw.
@@ -898,11 +1016,13 @@ class Backward {
     const int64_t pair0 = rows.off[s0], pairs = rows.off[s1] - pair0, ld = padded(a.source[0].width);
     const int64_t c0 = smaller(a.x_first * w.W[0].block * L, a.source[0].width);
     const int64_t c1 = smaller(a.x_end * w.W[0].block * L, a.source[0].width);
+    const S* const* da[P];
+    for (int q = 0; q < P; ++q) da[q] = norm_ ? w.apart_rows[0][q] : w.da_rows[q];
     for (int64_t b = a.x_first; b < a.x_end; ++b) {
-      if (P == 1 || a.l > 0) multiply(w.W[0], b, w.da_rows[0], pairs, static_cast<S*>(nullptr), 0, w.dx[0], ld);
+      if (P == 1 || a.l > 0) multiply(w.W[0], b, da[0], pairs, static_cast<S*>(nullptr), 0, w.dx[0], ld);
       if constexpr (P == 2) {
-        multiply(w.W[0], b, w.da_rows[1], pairs, static_cast<S*>(nullptr), 0, w.dx[1], ld);
-        if (has_W(a, 1)) multiply(w.W[1], b, w.da_rows[0], pairs, w.dx[1], ld, w.dx[1], ld);
+        multiply(w.W[0], b, da[1], pairs, static_cast<S*>(nullptr), 0, w.dx[1], ld);
+        if (has_W(a, 1)) multiply(w.W[1], b, da[0], pairs, w.dx[1], ld, w.dx[1], ld);
       }
     }
     if (c1 <= c0) return;
@@ -980,6 +1100,10 @@ class Backward {
     const Extras& extras = dp_.extras[a.ld];
     if (extras.ph.data && (a.set == 0 || extras.ph.stride[0]))
       zero_row(element<S>(extras.ph, a.set, 0), extras.ph.stride[1], (cell_.gates - 1) * n_.H);
+    const Array<2>* const vectors[4] = {&extras.gain_ih, &extras.gain_hh, &extras.gain_c, &extras.bias_c};
+    for (int k = 0; k < 4; ++k)
+      if (vectors[k]->data && (a.set == 0 || vectors[k]->stride[0]))
+        zero_row(element<S>(*vectors[k], a.set, 0), vectors[k]->stride[1], (k < 2 ? cell_.gates : 1) * n_.H);
     for (int64_t m = 0; extras.hr.data && (a.set == 0 || extras.hr.stride[0]) && m < Q_; ++m)
       zero_row(element<S>(extras.hr, a.set, m), extras.hr.stride[2], n_.H);
   }
@@ -1162,7 +1286,7 @@ class Backward {
   S* zeros_;
   Scratch* scratch_;
   int64_t inputs_, Q_, ld_, ldq_, ld_da_, chunk_, pairs_;  // Q: units of h; rows of H, of Q
-  bool proj_, carried_;                                    // carried: there is a c, or what a projected GRU carries on
+  bool norm_, proj_, carried_;                             // carried: there is a c, or what a projected GRU carries on
 };
 
 }  // namespace fusedrnn::cpu::FUSEDRNN_ISA

@@ -4,7 +4,7 @@
 // Limit: the divider and the FMA units about equally (sigmoid and tanh); about 1 ns a unit for an LSTM.
 #pragma once
 
-#include "varied.h"
+#include "normed.h"
 
 namespace fusedrnn::cpu::FUSEDRNN_ISA {
 
@@ -163,6 +163,12 @@ constexpr CellTable<S, P> make_table() {
   if constexpr (Cell::two_products) {
     t.plain.gate = gate_tile<Cell, S, P>;
     t.plain.backward_gate = backward_gate_tile<Cell, S, P>;
+  }
+  if constexpr (Cell::state_product && Cell::cell_state && P == 1) {
+    t.normed[0].forward = normed_forward_tile<Cell, false, S>;
+    t.normed[0].backward = normed_backward_tile<Cell, false, S>;
+    t.normed[1].forward = normed_forward_tile<Cell, true, S>;
+    t.normed[1].backward = normed_backward_tile<Cell, true, S>;
   }
   if constexpr (Cell::state_product) {
     t.varied[0] = varied_tiles<Cell, false, S, P>();

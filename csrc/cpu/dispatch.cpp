@@ -3,7 +3,7 @@
 //
 // How csrc/cpu is compiled (-std=c++20 -O3 -fopenmp -fvisibility=hidden for all; OpenMP is needed by threads.cpp only):
 //   once:     dispatch.cpp draw.cpp rows.cpp threads.cpp fiber.cpp machine.cpp ctc_beam.cpp
-//   per ISA:  forward.cpp backward.cpp stepwise.cpp generate.cpp clip.cpp ctc.cpp ctc_align.cpp hmm.cpp and a file for
+//   per ISA:  forward.cpp backward.cpp generate.cpp clip.cpp ctc.cpp ctc_align.cpp hmm.cpp and a file for
 //   each of CMake's CELLS, each with -DFUSEDRNN_ISA=<name>
 //             -ffp-contract=fast -fno-math-errno -fno-trapping-math and
 //     baseline  (nothing more)
@@ -35,8 +35,6 @@ struct Table {
   void (*jvp)(const Call&);
   void (*hvp)(const Call&);
   Failure (*generate)(const Problem&, const Arguments&, const Results&, const Generation&, int);
-  void (*forward_stepwise)(const Call&);
-  void (*backward_stepwise)(const Call&);
   double (*sum_of_squares[2])(const void*, int64_t);
   double (*sum_of_sizes[2])(const void*, int64_t);
   double (*largest_size[2])(const void*, int64_t);
@@ -78,8 +76,6 @@ bool has_avx512() {
    isa::jvp,                                                              \
    isa::hvp,                                                              \
    isa::generate,                                                         \
-   isa::forward_stepwise,                                                 \
-   isa::backward_stepwise,                                                \
    {read<float, isa::sum_of_squares>, read<double, isa::sum_of_squares>}, \
    {read<float, isa::sum_of_sizes>, read<double, isa::sum_of_sizes>},     \
    {read<float, isa::largest_size>, read<double, isa::largest_size>},     \
@@ -185,8 +181,6 @@ double work(const Problem& problem) {
 
 size_t tape_elements(const Problem& problem) {
   const Sizes& n = problem.sizes;
-  if (whole_rows(problem))
-    return static_cast<size_t>(StepwiseTape(problem).elements()) * static_cast<size_t>(n.L * n.D * n.E);
   const Tape tape(problem);
   return static_cast<size_t>(tape.elements(n.E * n.B)) * static_cast<size_t>(n.L * n.D);
 }
@@ -195,7 +189,7 @@ void forward(const Problem& problem, const Arguments& p, const Results& out, voi
   Call call = make_call(problem, p, false, threads);
   call.out = out;
   call.tape = tape;
-  (whole_rows(problem) ? table().forward_stepwise : table().forward)(call);
+  table().forward(call);
 }
 
 void backward(const Problem& problem, const Arguments& p, const void* tape, const Results& g, const Arguments& dp,
@@ -204,7 +198,7 @@ void backward(const Problem& problem, const Arguments& p, const void* tape, cons
   call.g = g;
   call.tape = const_cast<void*>(tape);
   call.dp = dp;
-  (whole_rows(problem) ? table().backward_stepwise : table().backward)(call);
+  table().backward(call);
 }
 
 void jvp(const Problem& problem, const Arguments& p, const Arguments& v, const Results& tout, int threads) {

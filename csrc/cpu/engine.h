@@ -22,6 +22,7 @@ template <class S, int P>
 struct TilePlace {
   const Options<S, P>* options;
   int64_t step, row, unit;  // of the tile's first row and unit
+  S* numbers;               // layer norm: rows of four on the tape, null in inference
 };
 
 template <class S, int P>
@@ -53,6 +54,7 @@ struct BackwardTile : TilePlace<S, P> {
   S* dh_seen[P];  // added to by backward_gate
   S* c_new[P];    // c before zoneout, and what a projection multiplies: rows of ld, null where nobody asks
   S* m[P];
+  S *c_hat[P], *dseen[P];  // layer norm of c: rows of ld
   S clip;
 };
 
@@ -69,8 +71,8 @@ struct CellTable {
   int gates, sums, kept;
   bool cell_state, state_product, two_products;
   int x_sum[4], h_sum[4];
-  TileFunctions<S, P> plain,
-      varied[2];  // varied: for problems with options; with other activations, with the usual ones
+  // varied: for problems with options; with other activations, with the usual ones. normed: where c is normalised.
+  TileFunctions<S, P> plain, varied[2], normed[2];
 };
 // Each is defined in the file of its cell.
 #define FUSEDRNN_DECLARE_TABLE(name, ...) \
@@ -221,8 +223,8 @@ struct Sets {
   Sets(const Call& call, Workspace& workspace) {
     const Problem& problem = *call.problem;
     const Sizes& n = problem.sizes;
-    // Gradients of peepholes and projections are made for one weight set at a time.
-    const bool apart = problem.variant.peepholes || problem.variant.proj > 0;
+    // Gradients of peepholes, projections and norms are made for one weight set at a time.
+    const bool apart = problem.variant.peepholes || problem.variant.proj > 0 || problem.variant.layer_norm;
     const bool one = n.E <= 1 || (!apart && shared(call.p, n) && shared(call.v, n));
     count = one ? 1 : n.E;
     N = one ? n.E * n.B : n.B;

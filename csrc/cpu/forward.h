@@ -7,7 +7,7 @@
 #pragma once
 
 #include "context.h"
-#include "options.h"
+#include "norm.h"
 
 namespace fusedrnn::cpu::FUSEDRNN_ISA {
 
@@ -31,6 +31,7 @@ class Forward {
     p_[0] = &call.p;
     if (P == 2) p_[1] = &call.v;
     const int64_t inputs = layers_.widest();
+    norm_ = problem_.variant.layer_norm;
     Q_ = outputs_of(problem_), proj_ = problem_.variant.proj > 0, carried_ = has_cell_state(problem_);
     ld_ = padded(n_.H), ldq_ = padded(Q_);
     const int64_t ldz = ld_ * cell_.sums, N = sets_.N;
@@ -38,7 +39,7 @@ class Forward {
                      larger<int64_t>(1, (int64_t{1} << 20) / larger<int64_t>(1, N * ldz * int64_t{sizeof(S)})));
     const int64_t pairs = chunk_ * N;
     masks_ = problem_.variant.training && problem_.variant.recurrent_dropout > 0;
-    pairs_ = !masks_ && !proj_ && kPairs && P == 1 && sizeof(S) == 4 && call.pairs && problem_.bf16_weights &&
+    pairs_ = !masks_ && !proj_ && !norm_ && kPairs && P == 1 && sizeof(S) == 4 && call.pairs && problem_.bf16_weights &&
              problem_.bf16_state && cell_.state_product && !cell_.two_products && !layers_.tokens() &&
              !p_[0]->context.data;
     scratch_ = static_cast<Scratch*>(workspace.take(sizeof(Scratch) * static_cast<size_t>(groups_.count)));
@@ -48,6 +49,11 @@ class Forward {
       s.weights.allocate(cell_, larger(inputs, vocabulary_.most), n_.H, Q_, workspace);
       if (layers_.tokens()) s.tokens = take<int32_t>(workspace, pairs);
       if (p_[0]->context.data) s.context.allocate(p_, n_, N, cell_, workspace);
+      if (norm_) {
+        s.norms.allocate(problem_, cell_.sums, workspace);
+        s.options.norms = &s.norms;
+        s.zh = take<S>(workspace, N * ldz);
+      }
       if (problem_.variant.given) s.options.allocate(problem_, ld_, ldq_, N, workspace);
       if (pairs_) {
         s.weights.in_pairs = true;
@@ -107,6 +113,8 @@ class Forward {
     int32_t* tokens = nullptr;
     Context<S, P> context;
     Options<S, P> options;
+    Norms<S> norms;
+    S* zh = nullptr;                         // h R^T of a step, where layer norm keeps the two products apart
     S *x_pairs = nullptr, *h_pairs[2] = {};  // x and h rounded to bfloat16, two in an element
     const S **x_pair_rows = nullptr, **h_pair_rows[2] = {};
   };
@@ -119,8 +127,14 @@ class Forward {
     const int64_t H = n_.H, ld = l * n_.D + d;
     const Params* p[P];
     Source<S> source_of[P];
+    Params bare;  // layer norm adds the biases itself
     for (int q = 0; q < P; ++q) {
       p[q] = p_[q]->params ? &p_[q]->params[ld] : nullptr;
+      if (norm_) {
+        bare = *p[q];
+        bare.bW.data = bare.bR.data = nullptr;
+        p[q] = &bare;
+      }
       source_of[q] = layers_.source(q, l, set);
     }
     const int64_t e = sets_.count == 1 ? 0 : set, inputs = source_of[0].width;
@@ -162,8 +176,15 @@ class Forward {
           w.weights.input_product(cell_, b, x, pairs, w.z);
         if (context) w.context.add(w.weights, cell_, b, rows, s0, s1, w.z);
       }
+      if (norm_) norm_input(team, w, rows, set, l, d, s0, pairs, by_rows ? x : nullptr);
       for (int64_t s = s0; s < s1; ++s) {
         const int64_t live = rows.live[s], next = s + 1 < rows.steps ? rows.live[s + 1] : 0;
+        if (norm_) {
+          Share mine = own;
+          mine.r1 = live;
+          normed_step(team, w, rows, set, l, d, s, s0, mine, next, by_rows);
+          continue;
+        }
         if (by_rows) {
           Share mine = all_units(w, team.begin(live), team.end(live));
           if (cell_.two_products) each_tile(w, rows, set, l, d, s, s0, mine, true, x, pairs);
@@ -257,6 +278,7 @@ class Forward {
                      const Share& own) {
     if (!problem_.variant.given) return;
     if (team.rank == 0) w.options.begin(p_, &rows, reversed, ld, e);
+    if (team.rank == 0 && norm_) w.norms.begin(p_[0]->params[ld], p_[0]->extras[ld], e);
     team.wait();
     // Without a step nobody would wait before the next layer's begin.
     for (int64_t i = 0; masks_ && rows.steps && i < sets_.N; ++i) w.options.draw_mask(i, own.q0, own.q1);
@@ -280,6 +302,64 @@ class Forward {
         pack_transposed(panels, b, element<S>(hr, e), hr.stride[1], hr.stride[2], Q_, gate);
     }
     own.q0 = smaller(own.o0 * w.hr[0].block * L, Q_), own.q1 = smaller(own.o1 * w.hr[0].block * L, Q_);
+  }
+
+  // x W^T of a chunk, normalised: each member its rows.
+  void norm_input(const Team& team, Scratch& w, const Rows& rows, int64_t set, int l, int d, int64_t s0, int64_t pairs,
+                  const S* const* const* x) {
+    const int64_t begin = team.begin(pairs), end = team.end(pairs);
+    if (x) {  // each member has multiplied nothing yet: its rows
+      const S* const* mine[P];
+      S* z[P];
+      for (int q = 0; q < P; ++q) mine[q] = x[q] ? x[q] + begin : nullptr, z[q] = w.z[q] + begin * w.weights.ldz;
+      for (int64_t b = 0; b < w.weights.blocks(); ++b)
+        w.weights.input_product(cell_, b, mine, end - begin, z, pairs > 1);
+    } else {
+      team.wait();
+    }
+    const Tape& layout = layers_.layout();
+    S* tape = layers_.taped() ? layers_.plane(0, l, d, set) : nullptr;
+    for (int64_t r = begin; r < end; ++r) {
+      const int64_t pair = rows.off[s0] + r;
+      S* z = w.z[0] + r * w.weights.ldz;
+      S* hat = tape ? tape + layout.hat_offset(sets_.N, 0) + pair * cell_.gates * n_.H : nullptr;
+      const S scale = w.norms.row_of_z(0, z, cell_.x_sum, false, z, hat);
+      if (tape) tape[layout.numbers_offset(sets_.N) + pair * 4] = scale;
+    }
+    team.wait();
+  }
+
+  // A step with layer norm. `columns`: this member's blocks of all rows. In between, and by rows, members own rows.
+  void normed_step(const Team& team, Scratch& w, const Rows& rows, int64_t set, int l, int d, int64_t s, int64_t s0,
+                   const Share& columns_of_all, int64_t next, bool by_rows) {
+    const int64_t live = rows.live[s], ldz = w.weights.ldz, ld = int64_t{l} * n_.D + d;
+    const bool reversed = n_.D == 2 ? d == 1 : problem_.reverse;
+    const Share mine = all_units(w, team.begin(live), team.end(live)), &columns = by_rows ? mine : columns_of_all;
+    for (int64_t b = columns.first; b < columns.end; ++b)
+      multiply(w.weights.R[0][0], b, w.h_rows[s & 1][0] + columns.r0, columns.r1 - columns.r0, static_cast<S*>(nullptr),
+               0, w.zh + columns.r0 * ldz, ldz, live > 1);
+    if (!by_rows) team.wait();
+    const Tape& layout = layers_.layout();
+    S* tape = layers_.taped() ? layers_.plane(0, l, d, set) : nullptr;
+    for (int64_t i = mine.r0; i < mine.r1; ++i) {
+      const int64_t pair = rows.off[s] + i;
+      S* hat = tape ? tape + layout.hat_offset(sets_.N, 1) + pair * cell_.gates * n_.H : nullptr;
+      S* z = w.z[0] + (pair - rows.off[s0]) * ldz;
+      const S scale = w.norms.row_of_z(1, w.zh + i * ldz, cell_.h_sum, true, z, hat);
+      if (tape) tape[layout.numbers_offset(sets_.N) + pair * 4 + 1] = scale;
+    }
+    each_tile(w, rows, set, l, d, s, s0, mine, false, nullptr, 0);
+    if (proj_) {
+      if (!by_rows) team.wait();
+      project(w, s, columns, live > 1);
+      if (!by_rows) team.wait();
+    }
+    hand_out(w, rows, set, l, d, s, mine);
+    if (next != live) team.wait();  // rows change hands
+    const Share after = all_units(w, team.begin(next), team.end(next));
+    if (next && rows.step_cut(reversed, s + 1)) restart(w, rows, reversed, ld, s + 1, after);
+    show_state(w, !(s & 1), after);
+    if (!by_rows) team.wait();
   }
 
   // h = m hr^T of this member's share, then zoneout.
@@ -419,7 +499,7 @@ class Forward {
     const ForwardWeights<S, P>& weights = w.weights;
     // A few rows: several blocks before their cells, which then overlap. Every other step the other way round: what was
     // read last is still in the cache.
-    const int64_t together = larger<int64_t>(1, kUnitsAtOnce / (live * weights.unit(1)));
+    const int64_t together = norm_ ? end - first : larger<int64_t>(1, kUnitsAtOnce / (live * weights.unit(1)));
     const int64_t parts = (end - first + together - 1) / together;
     for (int64_t k = 0; k < parts; ++k) {
       const int64_t b0 = first + together * (s & 1 ? parts - 1 - k : k), b1 = smaller(b0 + together, end);
@@ -450,6 +530,7 @@ class Forward {
           if (layers_.taped()) {
             const Tape& layout = layers_.layout();
             S* tape = layers_.plane(q, l, d, set);
+            if (norm_) t.numbers = tape + layout.numbers_offset(N) + (pair + r) * 4;
             if (layout.kept) t.kept[q] = tape + layout.kept_offset(N) + (pair + r) * t.ld_kept + u0;
             if (cell_.cell_state && !layout.every) t.c_kept[q] = tape + layout.c_offset(N) + (pair + r) * H + u0;
             if (cell_.cell_state && layout.every && s % layout.every == 0 && !gate)
@@ -463,7 +544,7 @@ class Forward {
         for (int64_t j = b0; j < b1; ++j) {
           const int64_t block = s & 1 ? b0 + b1 - 1 - j : j;
           if (x) weights.input_product(cell_, block, at_x, t.rows, z, pairs > 1);
-          weights.state_product(phase, block, a, t.rows, z, part);
+          if (!norm_) weights.state_product(phase, block, a, t.rows, z, part);
         }
         gate ? tile_.gate(t) : tile_.forward(t);
         if (carried_ && !cell_.cell_state) {
@@ -510,8 +591,8 @@ class Forward {
   Groups groups_;
   Vocabulary vocabulary_;
   Scratch* scratch_;
-  int64_t Q_, ld_, ldq_, chunk_;         // Q: units of h; rows of H, of Q
-  bool pairs_, masks_, proj_, carried_;  // carried: there is a c, or what a projected GRU carries on
+  int64_t Q_, ld_, ldq_, chunk_;                // Q: units of h; rows of H, of Q
+  bool pairs_, masks_, norm_, proj_, carried_;  // carried: there is a c, or what a projected GRU carries on
 };
 
 }  // namespace fusedrnn::cpu::FUSEDRNN_ISA

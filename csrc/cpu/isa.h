@@ -27,8 +27,6 @@ struct Call {
   void backward(const Call&);                    \
   void jvp(const Call&);                         \
   void hvp(const Call&);                         \
-  void forward_stepwise(const Call&);            \
-  void backward_stepwise(const Call&);           \
   double sum_of_squares(const float*, int64_t);  \
   double sum_of_squares(const double*, int64_t); \
   double sum_of_sizes(const float*, int64_t);    \

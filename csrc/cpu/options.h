@@ -23,13 +23,19 @@ inline bool usual_activations(const Problem& problem) {
 
 template <class S, int P>
 const TileFunctions<S, P>& tiles_of(const CellTable<S, P>& cell, const Problem& problem) {
+  if (problem.variant.layer_norm && cell.cell_state) return cell.normed[usual_activations(problem)];
   return problem.variant.given ? cell.varied[usual_activations(problem)] : cell.plain;
 }
+
+template <class S>
+class Norms;
 
 // For one layer, direction and weight set.
 template <class S, int P>
 class Options {
  public:
+  const Norms<S>* norms = nullptr;  // with layer norm
+
   static constexpr int kPeeps = 3;  // i, f, o
 
   // ld, ldq: of rows of H, and of h.
@@ -38,6 +44,7 @@ class Options {
     ld_ = ld, ldq_ = ldq;
     for (int k = 0; k < kPeeps; ++k)
       for (int q = 0; q < P; ++q) peep_[k][q] = peepholes() ? take<S>(workspace, ld) : nullptr;
+    rows_of_room_ = variant().layer_norm ? take<S>(workspace, N * ld) : nullptr;
     mask_ = masks() ? take<S>(workspace, N * ldq) : nullptr;
   }
   // One member calls it before the others compute. `p[q]`: values, tangents. `rows`: for what is drawn.
@@ -80,6 +87,8 @@ class Options {
     Dropout{p, problem_->seed}.drawn(out, n, static_cast<uint64_t>(row * units + u), layer_, stream);
   }
 
+  // Room for a row of units, for row i.
+  S* row(int64_t i) const { return rows_of_room_ + i * ld_; }
   // Recurrent dropout's factors of row i: one mask for all steps.
   S* mask(int64_t i) const { return mask_ + i * ldq_; }
   void draw_mask(int64_t i, int64_t u0, int64_t u1) const {
@@ -107,7 +116,7 @@ class Options {
   bool reversed_ = false;
   int layer_ = 0;
   int64_t ld_ = 0, ldq_ = 0;
-  S *peep_[kPeeps][P] = {}, *mask_ = nullptr;
+  S *peep_[kPeeps][P] = {}, *mask_ = nullptr, *rows_of_room_ = nullptr;
 };
 
 // k old + (1 - k) fresh; 0 and 1 leave no rounding behind.

@@ -41,8 +41,8 @@ FUSEDRNN_FORCE int kept_of(const Problem& problem) {
 // The tape, in elements: per layer and direction, per weight set, h of all pairs, then c, then the kept values.
 struct Tape {
   int64_t T, H, Q, every;  // Q: units of h. c is kept before every `every`-th step (recompute) or after each step (0)
-  int kept;
-  bool cell_state;
+  int kept, gates;
+  bool cell_state, norm;  // norm: x W^T and h' R^T as they are before the gain, and four numbers a row
 
   FUSEDRNN_FORCE explicit Tape(const Problem& problem)
       : T(problem.sizes.T),
@@ -50,7 +50,9 @@ struct Tape {
         Q(outputs_of(problem)),
         every(0),
         kept(kept_of(problem)),
-        cell_state(has_cell_state(problem)) {
+        gates(facts_of(problem.cell).gates),
+        cell_state(has_cell_state(problem)),
+        norm(problem.variant.layer_norm) {
     if (problem.recompute && kept > 0) {
       const int64_t B = problem.sizes.B > 0 ? problem.sizes.B : 1;
       every = B > 32 ? 8 : 256 / B;
@@ -59,32 +61,15 @@ struct Tape {
   }
   FUSEDRNN_FORCE int64_t c_steps() const { return !cell_state ? 0 : every ? (T + every - 1) / every : T; }
   FUSEDRNN_FORCE int64_t elements(int64_t N) const {
-    return N * (T * Q + (c_steps() + T * kept) * H);
+    return hat_offset(N, 0) + (norm ? N * T * (2 * gates * H + 4) : 0);
   }  // of one direction and weight set
   FUSEDRNN_FORCE int64_t c_offset(int64_t N) const { return T * N * Q; }
   FUSEDRNN_FORCE int64_t kept_offset(int64_t N) const { return c_offset(N) + c_steps() * N * H; }
-};
-
-// The stepwise engine's tape, of one layer, direction and weight set: all rows of h, then of c, of the kept gates, and
-// with layer norm of x W^T and h' R^T, normalised, and of four numbers: 1/deviation of both, of c, and c's mean.
-struct StepwiseTape {
-  int64_t rows, Q, H, GH, kept;
-  bool has_c, norm;
-
-  FUSEDRNN_FORCE explicit StepwiseTape(const Problem& problem)
-      : rows(problem.sizes.T * problem.sizes.B),
-        Q(outputs_of(problem)),
-        H(problem.sizes.H),
-        GH(facts_of(problem.cell).gates * H),
-        kept(facts_of(problem.cell).kept > 0 ? facts_of(problem.cell).kept : 1),
-        has_c(has_cell_state(problem)),
-        norm(problem.variant.layer_norm) {}
-  FUSEDRNN_FORCE int64_t c() const { return rows * Q; }
-  FUSEDRNN_FORCE int64_t gates() const { return c() + (has_c ? rows * H : 0); }
-  FUSEDRNN_FORCE int64_t x_hat() const { return gates() + rows * kept * H; }
-  FUSEDRNN_FORCE int64_t h_hat() const { return x_hat() + (norm ? rows * GH : 0); }
-  FUSEDRNN_FORCE int64_t numbers() const { return h_hat() + (norm ? rows * GH : 0); }
-  FUSEDRNN_FORCE int64_t elements() const { return numbers() + (norm ? rows * 4 : 0); }
+  // Rows of G*H of x W^T (which = 0) and h' R^T (1); rows of four: 1 / deviation of both, mean and 1 / deviation of c.
+  FUSEDRNN_FORCE int64_t hat_offset(int64_t N, int which) const {
+    return kept_offset(N) + T * N * (kept + which * gates) * H;
+  }
+  FUSEDRNN_FORCE int64_t numbers_offset(int64_t N) const { return hat_offset(N, 2); }
 };
 
 }  // namespace fusedrnn::cpu

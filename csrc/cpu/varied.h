@@ -94,7 +94,7 @@ class Chosen {
   const Options<S, P>& options_;
   bool peeps_, clips_;
   S limit_, end_[2][2] = {};
-  N peep_[Options<S, P>::kPeeps];
+  N peep_[Options<S, P>::kPeeps]{};
 };
 
 template <class Cell, bool Usual, class S, int P>

@@ -378,8 +378,6 @@ def call(op: str, cell_name: str, given: Mapping[str, Any]) -> tuple[Call, np.nd
         dtype, like = x.dtype, "x"
     halves = [n for n, a in zip(names, flat, strict=True) if isinstance(a, np.ndarray) and a.dtype == np.uint16]
     bf16 = dtype == np.float32 and len(halves) > 0
-    if bf16 and changed and (changed.whole_rows or changed.proj_size):
-        fail(op, "params", "hold bfloat16 weights", "float32 or float64 weights with proj_size or layer_norm")
     for name, array in (*zip(names, flat, strict=True), *context_params.items()):
         if bf16 and name.startswith("weight"):
             if is_array(op, name, array).dtype != np.uint16:

@@ -403,9 +403,9 @@ def _forward(op: str, cell: str, given: dict[str, Any]) -> Any:
             call.params = [parameters.widen(a) if a.dtype == np.uint16 else a for a in call.params]
             call.context_params = parameters.from_bfloat16(call.context_params)
             problem.bf16_weights = False
-        else:  # the kernels multiply by rows of bfloat16, and read vectors as float32
+        else:  # the kernels read W and R as bfloat16, and what options add as float32
             call.params = [
-                parameters.widen(a) if name.startswith("weight_ph") else a
+                parameters.widen(a) if name.startswith(("weight_ph", "weight_hr")) else a
                 for name, a in zip(call.names, call.params, strict=True)
             ]
     inputs = {"x": x, "h": h0, "c": c0} | dict(zip(call.names, call.params, strict=True)) | call.context_params
