@@ -78,7 +78,7 @@ class Call:
     @property
     def on_cuda(self) -> bool:
         """Whether the arrays are on a CUDA device."""
-        return isinstance(self.params[0], arrays.DeviceArray)
+        return isinstance(self.x, arrays.DeviceArray)
 
     @property
     def named(self) -> list[tuple[str, Any]]:
