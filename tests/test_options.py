@@ -66,6 +66,8 @@ def test_functions_take_what_their_signature_says(name):
     assert [x.name, state.name, params.name] == ["x", "state", "params"]
     assert {one.kind for one in (x, state, params)} == {inspect.Parameter.POSITIONAL_OR_KEYWORD}
     assert {one.kind for one in rest} == {inspect.Parameter.KEYWORD_ONLY}
+    usual = {"num_layers": 1, "reset_to": "zero", "reset_after": True, "nonlinearity": "tanh"}
+    assert {one.name: one.default for one in rest if one.default}.items() <= usual.items()  # all others are off
     own = {*(function.__kwdefaults__ or ())}
     assert {one.name for one in rest} == own | OPS[name].__optional_keys__
     cell = {"rnn": "rnn_tanh"}.get(name, name)
