@@ -23,7 +23,10 @@ _values = attrgetter(*_ALL)
 
 
 class Refusal(NamedTuple):
-    """Something that a call with one of these options is refused for, and the words of the error."""
+    """Something that a call with one of these options is refused for, and the words of the error.
+
+    In `got`, {} is what came. In `fix`, {0} is "a, b, c" and {1} is "a, b and c" of the options.
+    """
 
     options: tuple[str, ...]
     name: str
@@ -36,11 +39,11 @@ class Refusal(NamedTuple):
 # What is not built for which options. An engine that learns one of them takes its name out of the first column.
 _GIVE = "Tokens and contexts are not built for them: give one-hot vectors, or the context as features of x."
 REFUSALS = {
-    "recompute": Refusal(_ALL, "recompute", "is True", "False with these options", "{}: they keep all."),
+    "recompute": Refusal(_ALL, "recompute", "is True", "False with these options", "{0}: they keep all."),
     "tokens": Refusal(_ALL, "x", "has dtype {}", "float32 or float64 with these options", _GIVE, TypeError),
     "context": Refusal(_ALL, "context", "is given", "none with these options", _GIVE, TypeError),
     "bfloat16": Refusal(_ALL, "params", "hold bfloat16 weights", "float32 or float64 weights with these options"),
-    "cuda": Refusal(_ALL, "x", "is on a CUDA device", "a NumPy array with these options", "{} run on the CPU."),
+    "cuda": Refusal(_ALL, "x", "is on a CUDA device", "a NumPy array with these options", "{1} run on the CPU."),
 }
 TANGENTS_BY_REFERENCE = _ALL  # no refusal: the reference computes jvp and hvp of these
 
@@ -50,9 +53,9 @@ def refuse(op: str, cell: str, variant: Variant | None, what: str, shown: Any = 
     refusal = REFUSALS[what]
     if variant is None or not used(cell, variant).intersection(refusal.options):
         return
-    *first, last = refusal.options
-    names = ", ".join(refusal.options) if what != "cuda" or not first else f"{', '.join(first)} and {last}"
-    fail(op, refusal.name, refusal.got.format(shown), refusal.expected, refusal.fix.format(names), refusal.error)
+    listed = ", ".join(refusal.options)
+    fix = refusal.fix.format(listed, " and ".join(listed.rsplit(", ", 1)))
+    fail(op, refusal.name, refusal.got.format(shown), refusal.expected, fix, refusal.error)
 
 
 def used(cell: str, variant: Variant) -> set[str]:
