@@ -205,6 +205,19 @@ def test_the_judge_does_not_use_the_judged(path):
     assert not bad
 
 
+def test_imports_have_no_circle():
+    """Imports inside functions count, too. Those of the package that a file lies in do not: `from . import beside`."""
+    paths = {".".join(("fusedrnn", *path.relative_to(PACKAGE).with_suffix("").parts)): path for path in modules()}
+    paths = {name.removesuffix(".__init__"): path for name, path in paths.items()}
+    needs = {}
+    for name, path in paths.items():
+        needs[name] = {other for other in imports(path) & paths.keys() if not f"{name}.".startswith(f"{other}.")}
+    while free := [name for name, wanted in needs.items() if not wanted & needs.keys()]:
+        for name in free:
+            del needs[name]
+    assert not needs
+
+
 HEAVY = (
     "torch",
     "jax",

@@ -247,7 +247,7 @@ def test_missing_backend_says_why(monkeypatch):
 
 
 def test_log_tells_what_runs(monkeypatch, caplog):
-    monkeypatch.setattr(config, "announced", False)
+    monkeypatch.setattr(backends, "announced", False)
     with caplog.at_level(logging.INFO, logger="fusedrnn"):
         backends.choose("reference")
         backends.choose("reference")

@@ -451,7 +451,7 @@ def test_jvp_and_hvp_of_a_variant_run_on_the_reference(caplog):
         ),
         (
             lambda: fusedrnn.GRU(5, 4, layer_norm=True)(np.array([[1]])),
-            "gru: x has dtype int64; expected float32 or float64 with layer_norm",
+            "gru: x has dtype int64; expected float32 or float64 with these options",
         ),
         (
             lambda: fusedrnn.lstm(random(2, 2, 3), None, fusedrnn.params.init("lstm", 3, 4), proj_size=2),

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import backends, clip, generation, hmm, ops, params, report, rtrl, sampling, tbptt
-    from .config import get_num_threads, set_backend, set_num_threads
+    from .backends import get_num_threads, set_backend, set_num_threads
     from .ctc import ctc_align, ctc_beam, ctc_greedy, ctc_loss, ctc_loss_backward
     from .generation import generate
     from .layers import GRU, LSTM, RNN, MinGRU, MinLSTM
@@ -40,7 +40,7 @@ _HOMES = {
     "ctc": ("ctc_align", "ctc_beam", "ctc_greedy", "ctc_loss", "ctc_loss_backward"),
     "layers": ("LSTM", "GRU", "RNN", "MinGRU", "MinLSTM"),
     "generation": ("generate",),
-    "config": ("set_backend", "set_num_threads", "get_num_threads"),
+    "backends": ("set_backend", "set_num_threads", "get_num_threads"),
     "report": ("info",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}

@@ -18,56 +18,78 @@ from . import arrays
 from . import params as parameters
 from .backends import Problem, Variant
 from .cells import CELLS
-from .cells.activations import ACTIVATIONS
 from .cells.cell import Cell
 from .errors import fail as fail
 from .errors import flag as flag
 from .errors import integer as integer
+from .errors import limit as limit
 from .errors import number as number
+from .errors import probability as probability
 from .errors import text as text
 from .errors import word as word
+from .options import Settings
+from .variants import refuse, variant
 
 _FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
 _EXTRA_AXES = (arrays.WEIGHT_HR, arrays.WEIGHT_PH, arrays.BIAS, arrays.BIAS, arrays.NORM_C, arrays.NORM_C)
 _WEIGHT_AXES = dict(zip(parameters.KINDS, (arrays.WEIGHT_IH, arrays.WEIGHT_HH, arrays.BIAS, arrays.BIAS), strict=True))
 _WEIGHT_AXES |= dict(zip(parameters.EXTRAS, _EXTRA_AXES, strict=True))
 _WEIGHT_AXES["weight_ch"] = arrays.WEIGHT_CH
-
+_kinds = functools.lru_cache(64)(parameters.kinds)
+_names = functools.lru_cache(64)(parameters.names)  # small calls ask for the same ones again and again
 
 NARROW = ("h", "state", "state[0]", "dy", "tdy", "dstate", "dstate[0]", "tdstate", "tdstate[0]")  # h's units, by name
 
 
 @dataclass(slots=True)
 class Call:
-    """A checked call: the problem, and how the user's arrays lie."""
+    """A call on its way through the checks: what came, and what each of the four steps of `call` finds out."""
 
     op: str
     cell: Cell
-    problem: Problem
-    dtype: np.dtype[Any]
-    names: list[str]  # of the parameters, flat
-    params: list[np.ndarray]
-    context: np.ndarray | None
-    context_params: dict[str, np.ndarray]  # of layer 0's directions; empty without a context
+    variant: Variant | None
     batch_first: bool
-    unbatched: bool
-    sets: bool  # whether results have an E axis
-    x_axes: str
-    y_axes: str
-    state_axes: str
-    sources: dict[str, str]  # size letter -> the argument that it was read from
-    sizes: dict[str, int] = field(init=False)  # of every axis letter
-
-    def __post_init__(self) -> None:
-        p = self.problem
-        self.sizes = {"T": p.T, "E": p.E, "B": p.B, "I": p.I, "H": p.H, "L": p.L, "J": p.D * p.H, "S": p.L * p.D}
-        self.sizes["K"] = 0 if self.context is None else self.context.shape[-1]
-        self.sizes |= {"G": self.cell.gates * p.H, "P": p.outputs, "N": (self.cell.gates - 1) * p.H}
+    L: int
+    D: int
+    # the arrays, by the first step
+    x: Any
+    h0: Any
+    c0: Any
+    lengths: Any
+    reset: Any
+    context: Any
+    tokens: bool = False
+    names: list[str] = field(init=False)  # of the parameters, flat
+    params: list[Any] = field(init=False)
+    context_params: dict[str, Any] = field(init=False)  # of layer 0's directions; empty without a context
+    dtype: np.dtype[Any] = field(init=False)
+    bf16: bool = False  # whether the weights are bfloat16
+    # how they lie, by the second
+    unbatched: bool = False
+    sets: bool = False  # whether results have an E axis
+    x_axes: str = ""
+    y_axes: str = ""
+    state_axes: str = ""
+    sizes: dict[str, int] = field(default_factory=dict)  # of every axis letter
+    sources: dict[str, str] = field(default_factory=dict)  # size letter -> the argument that it was read from
+    # by the third
+    problem: Problem = field(init=False)
 
     @property
     def on_cuda(self) -> bool:
         """Whether the arrays are on a CUDA device."""
-        return isinstance(self.params[0], arrays.DeviceArray)
+        return isinstance(self.x, arrays.DeviceArray)
+
+    @property
+    def named(self) -> list[tuple[str, Any]]:
+        """All parameters with their names."""
+        return [*zip(self.names, self.params, strict=True), *self.context_params.items()]
+
+    @property
+    def states(self) -> list[tuple[str, Any]]:
+        """h and c, where they are given, as messages call them."""
+        parts = ("state" if self.c0 is None else "state[0]", self.h0), ("state[1]", self.c0)
+        return [(name, part) for name, part in parts if part is not None]
 
     @property
     def cells_axes(self) -> str:
@@ -108,6 +130,14 @@ class Call:
         if not fix and array.ndim == 2 and array.shape[::-1] == expected:
             fix = "Did you pass its transpose?"
         fail(op or self.op, name, f"has shape {array.shape}", f"{expected} = {letters} with {where}", fix)
+
+    def expect_data(self, name: str, array: Any, canonical: str, fix: str = "") -> str:
+        """The same for what comes with x, with or without the E axis. Returns how the array lies."""
+        axes = arrays.data_axes(canonical, self.batch_first, self.unbatched, self.sets)
+        shared = axes.replace("E", "")
+        axes = shared if array.ndim == len(shared) else axes
+        self.expect(name, array, axes, fix)
+        return axes
 
 
 def is_array(op: str, name: str, value: Any) -> np.ndarray:
@@ -219,24 +249,6 @@ def float_type(op: str, name: str, value: Any) -> np.dtype[Any]:
     return result
 
 
-def limit(op: str, name: str, value: Any) -> float:
-    """A clipping limit: 0 for None (off), else a positive finite number."""
-    if value is None:
-        return 0.0
-    result = number(op, name, value)
-    if not 0 < result < np.inf:
-        fail(op, name, f"is {value!r}", "a finite number > 0, or None for no clipping")
-    return result
-
-
-def probability(op: str, name: str, value: Any) -> float:
-    """A dropout probability."""
-    result = number(op, name, value)
-    if not 0 <= result <= 1:
-        fail(op, name, f"is {value!r}", "a probability in [0, 1]")
-    return result
-
-
 def state_parts(op: str, name: str, cell: Cell, state: Any) -> tuple[Any, Any]:
     """A state as (h, c); c is None for cells that have none. None stays (None, None)."""
     if state is None:
@@ -251,257 +263,215 @@ def state_parts(op: str, name: str, cell: Cell, state: Any) -> tuple[Any, Any]:
     return state[0], state[1]
 
 
-# The options that choose a variant of a cell, with what leaves it plain.
-VARIANTS: dict[str, Any] = {
-    "proj_size": 0,
-    "peepholes": False,
-    "layer_norm": False,
-    "zoneout": 0.0,
-    "recurrent_dropout": 0.0,
-    "activations": None,
-    "clip_gates": None,
-}
-
-
-def _equals(value: Any, plain: Any) -> bool:
-    return value is plain or (type(value) is type(plain) and value == plain)
-
-
-def variant(op: str, cell: str, given: Mapping[str, Any], training: bool = False) -> Variant | None:
-    """Those of `given`, checked; None where all are as usual."""
-    if all(_equals(given.get(name, plain), plain) for name, plain in VARIANTS.items()):
-        return None
-    proj_size, peepholes, layer_norm, zoneout, recurrent_dropout, activations, clip_gates = (
-        given.get(name, plain) for name, plain in VARIANTS.items()
-    )
-    usual = ["Sigmoid", "Tanh", "Tanh"] if CELLS[cell].cell_state else ["Sigmoid", "Tanh"]
-    if cell.startswith("rnn"):
-        usual = ["Tanh"] if cell == "rnn_tanh" else ["Relu"]
-    P = integer(op, "proj_size", proj_size, 0)
-    pair = zoneout if isinstance(zoneout, tuple | list) else (zoneout, zoneout)
-    if len(pair) != 2:
-        fail(op, "zoneout", f"is {zoneout!r}", "a probability, or a pair of them for h and c")
-    zones = [probability(op, "zoneout", p) for p in pair]
-    result = Variant(
-        _activations(op, activations, usual),
-        P,
-        flag(op, "peepholes", peepholes),
-        flag(op, "layer_norm", layer_norm),
-        limit(op, "clip_gates", clip_gates),
-        zones[0],
-        zones[1] if CELLS[cell].cell_state or P else 0.0,
-        probability(op, "recurrent_dropout", recurrent_dropout),
-        training,
-    )
-    if cell == "gru_reset_before" and (P or layer_norm):
-        name = "proj_size" if P else "layer_norm"
-        fail(op, name, f"is {P or True}", "none of it with reset_after=False", "The two need r after the product.")
-    return None if result == Variant(_activations(op, usual, usual), training=training) else result
-
-
-def _activations(op: str, given: Any, usual: list[str]) -> tuple[tuple[str, float, float], ...]:
-    """Each activation as (name, alpha, beta); given as a name or with its numbers."""
-    listed = usual if given is None else given
-    if isinstance(listed, str) or not isinstance(listed, Sequence) or len(listed) != len(usual):
-        fail(op, "activations", f"is {given!r}", f"{len(usual)} of them, as in {usual!r}")
-    result = []
-    by_name = {name.lower(): name for name in ACTIVATIONS}
-    for one in listed:
-        parts: tuple[Any, ...] = tuple(one) if isinstance(one, tuple | list) and one else (one,)
-        name, numbers = parts[0], list(parts[1:])
-        if not isinstance(name, str) or name.lower() not in by_name:
-            fail(op, "activations", f"has {name!r}", f"one of {', '.join(ACTIVATIONS)}")
-        name = by_name[name.lower()]
-        known = ACTIVATIONS[name]
-        if len(numbers) > 2:
-            fail(op, "activations", f"has {one!r}", "a name, alpha and beta at most")
-        numbers = [number(op, f"activations: {name}'s alpha and beta", value) for value in numbers]
-        alpha = numbers[0] if numbers else known.alpha
-        beta = numbers[1] if len(numbers) > 1 else known.beta
-        if (known.condition == ">= 0" and not alpha >= 0) or (known.condition == "!= 0" and alpha == 0):
-            fix = "Its slope is taken from its value, which must tell the two sides apart."
-            fail(op, "activations", f"has {name} with alpha {alpha}", f"alpha {known.condition}", fix)
-        result.append((name, alpha, beta))
-    return tuple(result)
-
-
-def call(op: str, cell_name: str, given: Mapping[str, Any]) -> tuple[Call, np.ndarray | None, np.ndarray | None]:
-    """Check the arguments, by name, of a function of ops. Returns the call, and the state's two parts as they came."""
-    x, state, params = given["x"], given["state"], given["params"]
-    lengths, reset, context = given["lengths"], given["reset"], given["context"]
-    changed = variant(op, cell_name, given, flag(op, "training", given["training"]))
+def call(op: str, cell_name: str, x: Any, state: Any, params: Any, *, options: Settings) -> Call:
+    """Check a call of the function `op` of ops, in four steps: arrays, sizes, problem, shapes."""
+    changed = _switches(op, cell_name, options)
     cell = CELLS[cell_name]
     if changed and changed.proj_size:
         cell = dataclasses.replace(cell, cell_state=True)
-    L = integer(op, "num_layers", given["num_layers"], 1)
-    bidirectional, reverse = flag(op, "bidirectional", given["bidirectional"]), flag(op, "reverse", given["reverse"])
-    batch_first, recompute = flag(op, "batch_first", given["batch_first"]), flag(op, "recompute", given["recompute"])
-    D = 2 if bidirectional else 1
-    if changed and changed.whole_rows and recompute:
-        fail(op, "recompute", "is True", "False with layer_norm", "It keeps all.")
-    if reverse and bidirectional:
+    result = _arrays(op, cell, x, state, params, options=options, changed=changed)
+    _ranks_and_sizes(result)
+    _problem(result, options)
+    _shapes(result)
+    return result
+
+
+def _switches(op: str, cell_name: str, options: Settings) -> Variant | None:
+    """The switches and numbers that the arrays are read by, put in their place; and the variant they make."""
+    changed = variant(op, cell_name, options)
+    options.num_layers = integer(op, "num_layers", options.num_layers, 1)
+    options.bidirectional = flag(op, "bidirectional", options.bidirectional)
+    options.reverse = flag(op, "reverse", options.reverse)
+    options.batch_first = flag(op, "batch_first", options.batch_first)
+    options.recompute = flag(op, "recompute", options.recompute)
+    if options.recompute:
+        refuse(op, cell_name, changed, "recompute")
+    if options.reverse and options.bidirectional:
         fail(op, "reverse", "is True beside bidirectional=True", "one of the two", "bidirectional has both directions.")
-    reset_to = word(op, "reset_to", given["reset_to"], "zero", "initial")
+    word(op, "reset_to", options.reset_to, "zero", "initial")
+    return changed
+
+
+def _arrays(
+    op: str, cell: Cell, x: Any, state: Any, params: Any, *, options: Settings, changed: Variant | None
+) -> Call:
+    """The first step: every array by name, in one place with the others, of one type, and which these are."""
+    lengths, reset, context = options.lengths, options.reset, options.context
     if type(x) is not np.ndarray and arrays.device_array(x) is not None:
         everything = (x, state, params, lengths, reset, context)
         x, state, params, lengths, reset, context = map(arrays.on_device, everything)
-    on_cuda = isinstance(x, arrays.DeviceArray)
     tokens = isinstance(x, np.ndarray | arrays.DeviceArray) and x.dtype.kind in "iu"
     if not tokens:
         x = is_float(op, "x", x)
-    x_rank = x.ndim + tokens
-    if x_rank not in (2, 3, 4):
-        order = "B,T" if batch_first else "T,B"
+    if x.ndim + tokens not in (2, 3, 4):
+        order = "B,T" if options.batch_first else "T,B"
         shapes = (f"({order})", "(T,)", "three") if tokens else (f"({order},I)", "(T,I)", "four")
         expected = f"{shapes[0]}, or {shapes[1]} without a batch, or {shapes[2]} axes with E weight sets"
         fail(op, "x", f"has shape {x.shape}", expected)
     h0, c0 = state_parts(op, "state", cell, state)
-    if changed and changed.whole_rows and (tokens or context is not None):
-        name, got = ("x", f"has dtype {x.dtype}") if tokens else ("context", "is given")
-        expected = f"{'float32 or float64' if tokens else 'none'} with layer_norm"
-        fix = "Tokens and contexts are not built for it: give one-hot vectors, or the context as features of x."
-        fail(op, name, got, expected, fix, TypeError)
-    names, flat, context_params = _flatten(op, cell_name, params, L, D, context is not None, changed)
     if tokens:
-        is_whole(op, "x", x)
-        for name, array in (*zip(names, flat, strict=True), *context_params.items()):
-            is_array(op, name, array)
-        if x_rank == 4 and not any(a.ndim == len(weight_axes(n)) for n, a in zip(names, flat, strict=True)):
-            fix = "Integers without an axis of features are tokens, that is one-hot vectors; convert others."
-            fail(op, "x", f"has dtype {x.dtype}", "float32 or float64, or two axes", fix, TypeError)
-        dtype, like = getattr(flat[0], "dtype", None), names[0]
-        if dtype == np.uint16:
-            dtype = np.dtype(np.float32)
-        if on_cuda or dtype not in _FLOATS:
-            dtype = is_float(op, names[0], flat[0]).dtype
+        refuse(op, cell.name, changed, "tokens", x.dtype)
+    if context is not None:
+        refuse(op, cell.name, changed, "context")
+    D = 2 if options.bidirectional else 1
+    call = Call(
+        op, cell, changed, options.batch_first, options.num_layers, D, x, h0, c0, lengths, reset, context, tokens
+    )
+    call.names, call.params, call.context_params = _flatten(call, params)
+    like = "x"
+    if tokens:
+        like = call.names[0]
+        _tokens_and_parameters(call)
     else:
-        dtype, like = x.dtype, "x"
-    halves = [n for n, a in zip(names, flat, strict=True) if isinstance(a, np.ndarray) and a.dtype == np.uint16]
-    bf16 = dtype == np.float32 and len(halves) > 0
-    for name, array in (*zip(names, flat, strict=True), *context_params.items()):
-        if bf16 and name.startswith("weight"):
+        call.dtype = x.dtype
+    _parameters(call, like)
+    for name, array in call.states:
+        is_float(op, name, array, call.dtype, like)
+    if context is not None:
+        is_float(op, "context", context, call.dtype, like)
+    if type(x) is not np.ndarray:
+        together(op, x, [*call.named, *call.states, ("context", context)])
+    return call
+
+
+def _tokens_and_parameters(call: Call) -> None:
+    """Tokens are whole and mean tokens; the type is that of the parameters."""
+    op, first = call.op, call.params[0]
+    is_whole(op, "x", call.x)
+    for name, array in call.named:
+        is_array(op, name, array)
+    pairs = zip(call.names, call.params, strict=True)
+    if call.x.ndim == 3 and not any(a.ndim == len(weight_axes(n)) for n, a in pairs):
+        fix = "Integers without an axis of features are tokens, that is one-hot vectors; convert others."
+        fail(op, "x", f"has dtype {call.x.dtype}", "float32 or float64, or two axes", fix, TypeError)
+    dtype = getattr(first, "dtype", None)
+    if dtype == np.uint16:
+        dtype = np.dtype(np.float32)
+    if call.on_cuda or dtype not in _FLOATS:
+        dtype = is_float(op, call.names[0], first).dtype
+    call.dtype = dtype
+
+
+def _parameters(call: Call, like: str) -> None:
+    """Parameters of the call's type, or weights of bfloat16, with as many axes as they may have."""
+    op = call.op
+    pairs = zip(call.names, call.params, strict=True)
+    half = [name for name, array in pairs if isinstance(array, np.ndarray) and array.dtype == np.uint16]
+    call.bf16 = call.dtype == np.float32 and len(half) > 0
+    for name, array in call.named:
+        if call.bf16 and name.startswith("weight"):
             if is_array(op, name, array).dtype != np.uint16:
                 fix = "Weights are bfloat16 all or none: see fusedrnn.params.to_bfloat16."
-                fail(op, name, f"has dtype {_dtype(array)}", f"uint16, as {halves[0]} has", fix, TypeError)
+                fail(op, name, f"has dtype {_dtype(array)}", f"uint16, as {half[0]} has", fix, TypeError)
         else:
-            is_float(op, name, array, dtype, like)
-        if array.ndim - len(weight_axes(name)) not in (0, -1):
-            expected = f"{len(weight_axes(name)) - 1} axes, or {len(weight_axes(name))} with weight sets E"
-            fail(op, name, f"has shape {array.shape}", expected)
-    if h0 is not None:
-        is_float(op, "state" if c0 is None else "state[0]", h0, dtype, like)
-    if c0 is not None:
-        is_float(op, "state[1]", c0, dtype, like)
-    if context is not None:
-        is_float(op, "context", context, dtype, like)
+            is_float(op, name, array, call.dtype, like)
+        axes = len(weight_axes(name))
+        if array.ndim not in (axes, axes - 1):
+            fail(op, name, f"has shape {array.shape}", f"{axes - 1} axes, or {axes} with weight sets E")
 
-    if type(x) is not np.ndarray:
-        others = [("state" if c0 is None else "state[0]", h0), ("state[1]", c0), ("context", context)]
-        together(op, x, [*zip(names, flat, strict=True), *context_params.items(), *others])
 
-    unbatched = x_rank == 2
-    x_axes = arrays.data_axes(arrays.TOKENS if tokens else arrays.X, batch_first, unbatched, x_rank == 4)
-    found = dict(zip(x_axes, x.shape, strict=True))
-    sources = dict.fromkeys(x_axes, "x")
-    if tokens:
-        found["I"], sources["I"] = flat[0].shape[-1], names[0]
+def _ranks_and_sizes(call: Call) -> None:
+    """The second step: which axes the arrays have, and how long these are. Sizes are read off, not yet compared."""
+    op, x, sources = call.op, call.x, call.sources
+    x_rank = x.ndim + call.tokens
+    call.unbatched = x_rank == 2
+    call.x_axes = arrays.data_axes(
+        arrays.TOKENS if call.tokens else arrays.X, call.batch_first, call.unbatched, x_rank == 4
+    )
+    call.sizes = found = dict(zip(call.x_axes, x.shape, strict=True))
+    sources.update(dict.fromkeys(call.x_axes, "x"))
+    W, R = 0, 1
+    if call.tokens:
+        found["I"], sources["I"] = call.params[W].shape[-1], call.names[W]
     found.setdefault("B", 1)
-    if cell.state_product:
-        found["H"], sources["H"] = flat[1].shape[-1], names[1]
-        if changed and changed.proj_size:
-            found["H"], sources["H"] = flat[0].shape[-2] // cell.gates, names[0]
+    projected = call.variant is not None and call.variant.proj_size > 0
+    if call.cell.state_product and not projected:
+        found["H"], sources["H"] = call.params[R].shape[-1], call.names[R]
     else:
-        found["H"], sources["H"] = flat[0].shape[-2] // cell.gates, names[0]
-    if h0 is not None and h0.ndim >= 2 and not (changed and changed.proj_size):
-        found["H"], sources["H"] = h0.shape[-1], "state"
-    lengths = None if lengths is None else _lengths(op, lengths)
-    reset = None if reset is None else _reset(op, reset)
-
-    # The E axis: wherever an array has one axis more than it must.
-    state_rank = 2 if unbatched else 3
-    ranked = [("x", x, 3 - tokens), *((n, a, len(weight_axes(n)) - 1) for n, a in zip(names, flat, strict=True))]
-    ranked += [("state", h0, state_rank), ("state", c0, state_rank)]
-    ranked += [("lengths", lengths, state_rank - 2), ("reset", reset, state_rank - 1)]
-    ranked += [("context", context, state_rank - 1), *((n, a, 2) for n, a in context_params.items())]
-    for name, array, rank in ranked:
-        if array is not None and array.ndim == rank + 1 and "E" not in found:
-            lies = x_axes if name == "x" else _with_sets(name, batch_first, unbatched)
-            found["E"], sources["E"] = array.shape[lies.index("E")], name
-    sets = "E" in found
-    found.setdefault("E", 1)
-    if context is not None:
-        found["K"], sources["K"] = context.shape[-1] if context.ndim else 0, "context"
+        found["H"], sources["H"] = call.params[W].shape[-2] // call.cell.gates, call.names[W]
+    if call.h0 is not None and call.h0.ndim >= 2 and not projected:
+        found["H"], sources["H"] = call.h0.shape[-1], "state"
+    call.lengths = None if call.lengths is None else _lengths(op, call.lengths)
+    call.reset = None if call.reset is None else _reset(op, call.reset)
+    _weight_sets(call)
+    if call.context is not None:
+        found["K"], sources["K"] = call.context.shape[-1] if call.context.ndim else 0, "context"
     for letter, fix in (("I", "x has no features."), ("H", ""), ("E", ""), ("K", "")):
-        if letter not in found:
-            continue
-        if found[letter] < 1:
+        if letter in found and found[letter] < 1:
             fail(op, sources[letter], f"has {letter}={found[letter]}", f"{letter} >= 1", fix)
+    call.y_axes = arrays.data_axes(arrays.Y, call.batch_first, call.unbatched, call.sets)
+    call.state_axes = arrays.data_axes(arrays.STATE, False, call.unbatched, call.sets)
 
-    problem = Problem(
-        cell_name,
-        T=found["T"],
-        E=found["E"],
-        B=found["B"],
-        I=found["I"],
-        H=found["H"],
-        L=L,
-        D=D,
-        reverse=reverse,
-        reset_to_initial=reset_to == "initial",
-        recompute=recompute,
-        bf16_weights=bf16,
-        clip_cell=limit(op, "clip_cell", given.get("clip_cell")),
-        clip_grad=limit(op, "clip_grad", given["clip_grad"]),
-        dropout=probability(op, "dropout", given["dropout"]),
-        seed=integer(op, "seed", given["seed"], 0, 2**64 - 1),
-        variant=changed,
+
+def _weight_sets(call: Call) -> None:
+    """The E axis: the first array that has one axis more than it must says how long it is."""
+    state_rank = 2 if call.unbatched else 3
+    ranked = [("x", call.x, 3 - call.tokens)]
+    ranked += [(name, array, len(weight_axes(name)) - 1) for name, array in zip(call.names, call.params, strict=True)]
+    ranked += [("state", call.h0, state_rank), ("state", call.c0, state_rank)]
+    ranked += [("lengths", call.lengths, state_rank - 2), ("reset", call.reset, state_rank - 1)]
+    ranked += [("context", call.context, state_rank - 1), *((n, a, 2) for n, a in call.context_params.items())]
+    for name, array, rank in ranked:
+        if array is not None and array.ndim == rank + 1 and "E" not in call.sizes:
+            lies = call.x_axes if name == "x" else _with_sets(name, call.batch_first, call.unbatched)
+            call.sizes["E"], call.sources["E"] = array.shape[lies.index("E")], name
+    call.sets = "E" in call.sizes
+    call.sizes.setdefault("E", 1)
+
+
+def _problem(call: Call, options: Settings) -> None:
+    """The third step: what the backends are told, and all other sizes."""
+    op, sizes, cell = call.op, call.sizes, call.cell
+    call.problem = Problem(
+        cell.name,
+        T=sizes["T"],
+        E=sizes["E"],
+        B=sizes["B"],
+        I=sizes["I"],
+        H=sizes["H"],
+        L=call.L,
+        D=call.D,
+        reverse=options.reverse,
+        reset_to_initial=options.reset_to == "initial",
+        recompute=options.recompute,
+        bf16_weights=call.bf16,
+        clip_cell=limit(op, "clip_cell", options.clip_cell),
+        clip_grad=limit(op, "clip_grad", options.clip_grad),
+        dropout=probability(op, "dropout", options.dropout),
+        seed=integer(op, "seed", options.seed, 0, 2**64 - 1),
+        variant=call.variant,
     )
-    result = Call(
-        op,
-        cell,
-        problem,
-        dtype,
-        names,
-        flat,
-        context,
-        context_params,
-        batch_first,
-        unbatched,
-        sets,
-        x_axes,
-        y_axes=arrays.data_axes(arrays.Y, batch_first, unbatched, sets),
-        state_axes=arrays.data_axes(arrays.STATE, False, unbatched, sets),
-        sources=sources,
-    )
-    for n, (name, array) in enumerate(zip(names, flat, strict=True)):
+    if not options.training:
+        call.problem.dropout = 0.0
+    H, G = sizes["H"], cell.gates
+    sizes |= {"L": call.L, "J": call.D * H, "S": call.L * call.D, "P": call.problem.outputs}
+    sizes |= {"G": G * H, "N": (G - 1) * H}
+    sizes.setdefault("K", 0)
+
+
+def _shapes(call: Call) -> None:
+    """The last step: every array has the shape that the sizes say, and what counts steps or inputs is in range."""
+    op, problem, each = call.op, call.problem, len(call.names) // call.L
+    for n, (name, array) in enumerate(call.named):
         axes = weight_axes(name)
-        layer = n // (D * (len(names) // (L * D)))
-        result.expect(name, array, axes if array.ndim == len(axes) else axes[1:], layer=layer)
-    for name, array in context_params.items():
-        axes = weight_axes(name)
-        result.expect(name, array, axes if array.ndim == len(axes) else axes[1:])
-    if context is not None:
-        axes = arrays.data_axes(arrays.CONTEXT, False, unbatched, sets)
-        shared = axes.replace("E", "")
+        layer = n // each if n < len(call.names) else 0
+        call.expect(name, array, axes if array.ndim == len(axes) else axes[1:], layer=layer)
+    if call.context is not None:
         fix = "The context is one vector for each row, the same at every step."
-        result.expect("context", context, shared if context.ndim == len(shared) else axes, fix)
-    for name, part in (("state" if c0 is None else "state[0]", h0), ("state[1]", c0)):
-        if part is not None:
-            axes = arrays.data_axes(arrays.STATE, False, unbatched, sets)
-            shared = axes.replace("E", "")
-            fix = "States lie as (layers * directions, B, H), also with batch_first." if batch_first else ""
-            result.expect(name, part, shared if part.ndim == len(shared) else axes, fix)
-    if lengths is not None:
-        problem.lengths = _placed(result, "lengths", lengths, arrays.LENGTHS)
+        call.expect_data("context", call.context, arrays.CONTEXT, fix)
+    for name, part in call.states:
+        fix = "States lie as (layers * directions, B, H), also with batch_first." if call.batch_first else ""
+        call.expect_data(name, part, arrays.STATE, fix)
+    if call.lengths is not None:
+        problem.lengths = lengths = _placed(call, "lengths", call.lengths, arrays.LENGTHS)
         host = isinstance(lengths, np.ndarray)  # on a device nothing waits for them: kernels clamp them to 0..T
         if host and lengths.size and (lengths.min() < 0 or lengths.max() > problem.T):
             got = f"lie in [{lengths.min()}, {lengths.max()}]"
             fail(op, "lengths", got, f"0 <= lengths <= T={problem.T}", "Lengths count time steps of x.")
-    if reset is not None:
-        problem.reset = _placed(result, "reset", reset, arrays.RESET)
-    if tokens and not on_cuda:  # on a device nothing waits for them: kernels take zeros for what is out of range
-        _in_range(result, x, arrays.view(x, x_axes, arrays.TOKENS, problem.E))
-    return result, h0, c0
+    if call.reset is not None:
+        problem.reset = _placed(call, "reset", call.reset, arrays.RESET)
+    if call.tokens and not call.on_cuda:  # on a device kernels take zeros for what is out of range
+        _in_range(call, call.x, arrays.view(call.x, call.x_axes, arrays.TOKENS, problem.E))
 
 
 @functools.cache
@@ -521,13 +491,10 @@ def _with_sets(name: str, batch_first: bool, unbatched: bool) -> str:
     return weight_axes(name)
 
 
-def _placed(result: Call, name: str, array: np.ndarray, canonical: str) -> Any:
+def _placed(call: Call, name: str, array: Any, canonical: str) -> Any:
     """lengths or reset as its canonical view, its shape checked."""
-    full = arrays.data_axes(canonical, result.batch_first, result.unbatched, result.sets)
-    shared = full.replace("E", "")
-    axes = shared if array.ndim == len(shared) else full
-    result.expect(name, array, axes)
-    return arrays.view(array, axes, canonical, result.problem.E)
+    axes = call.expect_data(name, array, canonical)
+    return arrays.view(array, axes, canonical, call.problem.E)
 
 
 def _in_range(result: Call, x: np.ndarray, tokens: np.ndarray) -> None:
@@ -569,18 +536,17 @@ def _reset(op: str, reset: Any) -> Any:
     return array
 
 
-def _flatten(
-    op: str, cell: str, params: Any, L: int, D: int, context: bool, variant: Variant | None
-) -> tuple[list[str], list[np.ndarray], dict[str, np.ndarray]]:
+def _flatten(call: Call, params: Any) -> tuple[list[str], list[Any], dict[str, Any]]:
     """Parameters as names and arrays, flat in torch.nn's order, and those of the context."""
+    op, cell, L, D = call.op, call.cell.name, call.L, call.D
     options: dict[str, Any] = {}
-    if variant:
-        options = {name: getattr(variant, name) for name in ("proj_size", "peepholes", "layer_norm")}
-    extra = parameters.context_names(D == 2) if context else []
+    if call.variant:
+        options = {name: getattr(call.variant, name) for name in ("proj_size", "peepholes", "layer_norm")}
+    extra = parameters.context_names(D == 2) if call.context is not None else []
     if isinstance(params, Mapping):
         bias = "bias_ih_l0" in params or "bias_hh_l0" in params
         named = min(L, len(params) + 1)  # one of these lacks a name, or all are there
-        own = parameters.names(named, D == 2, bias, cell, **options)
+        own = _names(named, D == 2, bias, cell, **options)
         wanted = own + extra
         given = list(params)
         if given != wanted:
@@ -599,11 +565,11 @@ def _flatten(
         fix = "fusedrnn.params.init makes new ones."
         expected = "a dict under torch.nn's names or a flat list in its order"
         fail(op, "params", f"is {arrays.kind(params)}", expected, fix, TypeError)
-    with_bias, without = (len(parameters.kinds(cell, bias, **options)) * L * D + len(extra) for bias in (True, False))
+    with_bias, without = (len(_kinds(cell, bias, **options)) * L * D + len(extra) for bias in (True, False))
     if len(params) not in (with_bias, without):
         expected = f"{with_bias} arrays (with biases) or {without} (without) for num_layers={L}, {D} direction(s)"
         if extra:
             expected += f", the last {len(extra)} for context"
         fail(op, "params", f"has {len(params)} arrays", expected)
-    own = parameters.names(L, D == 2, len(params) == with_bias, cell, **options)
+    own = _names(L, D == 2, len(params) == with_bias, cell, **options)
     return own, list(params[: len(own)]), dict(zip(extra, params[len(own) :], strict=True))

@@ -82,6 +82,8 @@ def ctc_loss_backward(
 ) -> tuple[Any, np.ndarray]:
     """The loss and its gradient: (loss, dlog_probs), as ctc_loss gives the one and with log_probs' shape and dtype.
 
+    targets, target_lengths and blank are as in ctc_loss.
+
     dloss  (B,) or one number for all rows: the gradient of the loss of each row; None: 1. Sums of losses need 1, means
            over rows 1 / B. torch's reduction="mean" has 1 / (B * max(target_lengths[b], 1)).
 
@@ -111,8 +113,8 @@ def ctc_greedy(log_probs: np.ndarray, input_lengths: Any = None, blank: int = 0)
     """What the most probable class of each step spells, for each row: repeats made one, blanks left out.
 
     log_probs (T,B,C), or (T,C) for one row, as ctc_loss takes them (scores of any scale will do); input_lengths: None
-    for T. Of equal classes the lowest. Returns one int64 array of labels for each row. Raises ValueError where a step
-    of a row has NaN or inf, or no class above -1e37 (see the module's rule).
+    for T; blank as in ctc_loss. Of equal classes the lowest. Returns one int64 array of labels for each row. Raises
+    ValueError where a step of a row has NaN or inf, or no class above -1e37 (see the module's rule).
 
     >>> path = np.array([1, 1, 0, 1, 2, 2])
     >>> fusedrnn.ctc_greedy(np.log(np.eye(3)[path] + 0.1))

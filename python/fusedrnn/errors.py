@@ -30,6 +30,24 @@ def number(op: str, name: str, value: Any) -> float:
     return float(value)
 
 
+def limit(op: str, name: str, value: Any) -> float:
+    """A clipping limit: 0 for None (off), else a positive finite number."""
+    if value is None:
+        return 0.0
+    result = number(op, name, value)
+    if not 0 < result < np.inf:
+        fail(op, name, f"is {value!r}", "a finite number > 0, or None for no clipping")
+    return result
+
+
+def probability(op: str, name: str, value: Any) -> float:
+    """A dropout probability."""
+    result = number(op, name, value)
+    if not 0 <= result <= 1:
+        fail(op, name, f"is {value!r}", "a probability in [0, 1]")
+    return result
+
+
 def flag(op: str, name: str, value: Any) -> bool:
     """The value, if it is True or False (or 1 or 0)."""
     if value is True or value is False:  # the usual case, at no cost

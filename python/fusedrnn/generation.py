@@ -179,7 +179,7 @@ def _model(op: str, layer: Any, head_weight: Any, head_bias: Any, embedding: Any
         check.fail(op, "layer", "is bidirectional", "one direction", "The other would have to see what comes.")
     if layer.context_size:
         check.fail(op, "layer", f"has context_size={layer.context_size}", "a layer without a context")
-    if layer._variant is not None and (layer._variant.whole_rows or layer._variant.proj_size):
+    if layer._variant is not None and (layer._variant.layer_norm or layer._variant.proj_size):
         check.fail(op, "layer", f"has {', '.join(layer.variants)}", "a layer without proj_size and layer_norm")
     params = parameters.from_bfloat16(layer.parameters)
     peepholes = layer._variant is not None and layer._variant.peepholes

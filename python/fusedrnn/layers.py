@@ -4,15 +4,58 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from inspect import signature
+from typing import Any, NamedTuple, TypedDict, Unpack
 
 import numpy as np
 
 from . import arrays, backends, check, config, exchange, ops
 from . import params as parameters
 from .cells import CELLS
+from .options import TEXTS, GRUVariants, LSTMVariants, RNNVariants, Settings, entries, explained, signed, spelled_out
+from .variants import VARIANTS, variant
 
 _Array = np.ndarray
+
+
+class LayerOptions(TypedDict, total=False):
+    """What every layer takes beside its two sizes."""
+
+    num_layers: int
+    bias: bool
+    batch_first: bool
+    dropout: float
+    bidirectional: bool
+    clip_grad: float | None
+    recompute: bool
+    context_size: int
+    dtype: Any
+    seed: int | None
+    backend: str | None
+
+
+class RNNLayerOptions(LayerOptions, RNNVariants, total=False):
+    """What `RNN` takes."""
+
+
+class GRULayerOptions(LayerOptions, GRUVariants, total=False):
+    """What `GRU` takes."""
+
+
+class LSTMLayerOptions(LayerOptions, LSTMVariants, total=False):
+    """What `LSTM` takes."""
+
+
+_TEXTS = TEXTS | entries("""
+input_size: features of x, I.
+hidden_size: units, H.
+bias: whether there are bias_ih and bias_hh.
+dropout: the probability that a value is dropped on its way up between layers, in training mode.
+recompute: keep half the tape or less, and rebuild the gates in backward.
+context_size: K, for a layer that takes a context (B,K). 0: it takes none.
+dtype: float32 or float64, of the parameters and of x.
+seed: of the initial weights and of all masks. None: one is drawn.
+""")
 
 # Why there is no tape, and what to do: what stands in the tape's place.
 _AGAIN = "Call layer.train(), then layer(x), then layer.backward(dy)."
@@ -49,8 +92,14 @@ class _Layer:
 
     _op: str  # the function in ops
     _cell: str
+    _variants: frozenset[str] = frozenset()  # those of its options that make one
     _tape: ops.Tape | Recorded | str = _NOT_CALLED
 
+    def __init_subclass__(cls) -> None:
+        if cls.__doc__:
+            cls.__doc__ = explained(cls.__doc__, signature(cls.__init__).parameters, _TEXTS)
+
+    @signed()
     def __init__(
         self,
         input_size: int,
@@ -67,16 +116,15 @@ class _Layer:
         dtype: Any = np.float32,
         seed: int | None = None,
         backend: str | None = None,
-        **variants: Any,
+        **variants: Unpack[LSTMVariants],
     ) -> None:
         op = type(self).__name__
-        known = [name for name in check.VARIANTS if name in getattr(ops, self._op).__kwdefaults__]
         for name in variants:
-            if name not in known:
-                expected = f"an option it has: {', '.join(known) or 'see its text'}"
-                check.fail(op, name, "is unknown", expected, error=TypeError)
+            if name not in self._variants:
+                known = ", ".join(option for option in VARIANTS if option in self._variants)
+                check.fail(op, name, "is unknown", f"an option it has: {known or 'see its text'}", error=TypeError)
         self.variants = variants
-        self._variant = check.variant(op, self._cell, variants)
+        self._variant = variant(op, self._cell, Settings(**variants))
         self.input_size = check.integer(op, "input_size", input_size, 1)
         self.hidden_size = check.integer(op, "hidden_size", hidden_size, 1)
         self.num_layers = check.integer(op, "num_layers", num_layers, 1)
@@ -132,6 +180,7 @@ class _Layer:
     def _options(self) -> dict[str, Any]:
         return {}
 
+    @spelled_out()
     def __call__(
         self,
         x: _Array,
@@ -144,9 +193,9 @@ class _Layer:
     ) -> Any:
         """Run the layer: (y, state), or (y, state, cells) with return_cells. In training mode `backward` may follow.
 
-        x (T,B,I), (B,T,I) with batch_first, or (T,I); or tokens, integers of one axis less that stand for one-hot
-        vectors of input_size: `fusedrnn.LSTM(vocabulary, H)(tokens)` looks columns of weight_ih_l0 up (fusedrnn.ops).
-        context (B,K), with K = context_size: what layer 0 sees at every step beside x; `backward` has its gradient.
+        Tokens stand for one-hot vectors of input_size: `fusedrnn.LSTM(vocabulary, H)(tokens)` looks columns of
+        weight_ih_l0 up (see fusedrnn.ops). A context has K = context_size numbers; `backward` has its gradient.
+
         Raises TypeError or ValueError before anything is written.
         """
         plain = lengths is None and reset is None and not return_cells and context is None
@@ -211,12 +260,14 @@ class _Layer:
             **options,
         )
 
+    @spelled_out()
     def backward(self, dy: _Array | None = None, dstate: Any = None, dcells: _Array | None = None) -> dict[str, Any]:
         """Gradients of the last training call: a dict with "x", "state" and one entry per parameter.
 
-        dy, dstate, dcells: gradients of what that call returned; None: zero. x, state and the parameters must still
-        hold what they held then; a parameter that was replaced by another array counts as it was.
-        May be called again, until the next call. Raises RuntimeError that says why there is no tape; ValueError or
+        x, state and the parameters must still hold what they held then. A parameter that was replaced by another array
+        counts as it was. May be called again, until the next call.
+
+        Raises RuntimeError that says why there is no tape; ValueError or
         TypeError for arrays that do not fit.
 
         >>> layer = fusedrnn.GRU(3, 4, seed=0)
@@ -235,12 +286,16 @@ class _Layer:
                 tape = self._tape = self._run(tape.x, tape.state, tape.weights, training=True)[-1]
         return result or getattr(ops, f"{self._op}_backward")(tape, dy, dstate, dcells)
 
+    @spelled_out()
     def step(self, x_t: Any, state: Any = None, *, context: Any = None) -> Any:
         """One time step of streaming inference: (y_t, state). No dropout, no tape, one direction only.
 
-        x_t (B,I) or (I,), or tokens (B,) or one integer; state None (zeros), or what the last step returned; y_t (B,H)
-        or (H,). The arrays that come back belong to the layer: they hold until the next step but one; copy what you
-        keep.
+        y_t is (B,H) or (H,). The arrays that come back belong to the layer: they hold until the next step but one. Copy
+        what you keep.
+
+        x_t: (B,I) or (I,), or tokens (B,) or one integer.
+        state: None (zeros), or what the last step returned.
+
         Raises TypeError or ValueError as the layer call does.
 
         >>> layer = fusedrnn.LSTM(3, 4, seed=0)
@@ -274,7 +329,7 @@ class _Layer:
         return (y[:, 0] if time else y[0]), state
 
     def train(self, mode: bool = True) -> Any:
-        """Calls keep a tape and apply dropout from now on. Returns the layer."""
+        """Calls keep a tape and apply dropout from now on; with mode=False as after `eval`. Returns the layer."""
         self.training = check.flag(type(self).__name__, "mode", mode)
         return self
 
@@ -343,16 +398,9 @@ class _Layer:
 
 
 class LSTM(_Layer):
-    """A stack of LSTM layers, as torch.nn.LSTM, on NumPy arrays.
+    """A stack of LSTM layers, as torch.nn.LSTM, on NumPy arrays. See `fusedrnn.lstm`.
 
-    coupled: the forget gate is 1 - i, so that there are three gates. proj_size, peepholes, layer_norm, zoneout,
-    recurrent_dropout, activations, clip_gates: see `fusedrnn.lstm`.
-
-    input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional: as torch.nn's. clip_cell: |c| is
-    limited to it after every step. clip_grad: |dh|, |dc| are limited to it at every step of backward. recompute: keep
-    half the tape or less and rebuild the gates in backward. context_size: K, for a layer that takes context (B,K).
-    dtype: float32 or float64. seed: of the initial weights and
-    of the dropout masks. backend: "native", "numba", "reference", or None for the best.
+    coupled: the forget gate is 1 - i, so there are three gates i, g, o (Greff et al. 2017; ONNX's input_forget).
 
     >>> layer = fusedrnn.LSTM(3, 4, num_layers=2, seed=0)
     >>> y, (h, c) = layer(np.ones((5, 2, 3), np.float32))
@@ -361,11 +409,19 @@ class LSTM(_Layer):
     """
 
     _op = "lstm"
+    _variants = LSTMVariants.__optional_keys__
 
-    def __init__(self, *args: Any, clip_cell: float | None = None, coupled: bool = False, **options: Any) -> None:
+    @signed(LSTMVariants, before=_Layer.__init__)
+    def __init__(
+        self,
+        *sizes: Any,
+        clip_cell: float | None = None,
+        coupled: bool = False,
+        **options: Unpack[LSTMLayerOptions],
+    ) -> None:
         self.coupled = check.flag("LSTM", "coupled", coupled)
         self._cell = "cifg" if self.coupled else "lstm"
-        super().__init__(*args, **options)
+        super().__init__(*sizes, **options)
         check.limit("LSTM", "clip_cell", clip_cell)
         self._clip_cell = clip_cell
 
@@ -379,10 +435,9 @@ class LSTM(_Layer):
 
 
 class GRU(_Layer):
-    """A stack of GRU layers, as torch.nn.GRU; the arguments are LSTM's without clip_cell.
+    """A stack of GRU layers, as torch.nn.GRU, on NumPy arrays. See `fusedrnn.gru`.
 
-    reset_after=False: the reset gate acts before the product, as in the paper, in ONNX and in Keras's older GRU.
-    proj_size, layer_norm, zoneout, recurrent_dropout, activations, clip_gates: see `fusedrnn.gru`.
+    reset_after: the reset gate acts after the product (PyTorch, cuDNN) or before it (the paper, ONNX, older Keras).
 
     >>> y, h = fusedrnn.GRU(3, 4, bidirectional=True)(np.ones((5, 2, 3), np.float32))
     >>> y.shape, h.shape
@@ -390,20 +445,22 @@ class GRU(_Layer):
     """
 
     _op = "gru"
+    _variants = GRUVariants.__optional_keys__
 
-    def __init__(self, *args: Any, reset_after: bool = True, **options: Any) -> None:
+    @signed(GRUVariants, before=_Layer.__init__)
+    def __init__(self, *sizes: Any, reset_after: bool = True, **options: Unpack[GRULayerOptions]) -> None:
         self.reset_after = check.flag("GRU", "reset_after", reset_after)
         self._cell = "gru" if self.reset_after else "gru_reset_before"
-        super().__init__(*args, **options)
+        super().__init__(*sizes, **options)
 
     def _options(self) -> dict[str, Any]:
         return {"reset_after": self.reset_after}
 
 
 class RNN(_Layer):
-    """A stack of vanilla RNN layers, as torch.nn.RNN; nonlinearity is "tanh" or "relu", the rest GRU's arguments.
+    """A stack of vanilla RNN layers, as torch.nn.RNN, on NumPy arrays. See `fusedrnn.rnn`.
 
-    zoneout, recurrent_dropout, activations, clip_gates: see `fusedrnn.rnn`.
+    nonlinearity: "tanh" or "relu".
 
     >>> y, h = fusedrnn.RNN(3, 4, nonlinearity="relu", batch_first=True)(np.ones((2, 5, 3), np.float32))
     >>> y.shape, h.shape
@@ -411,18 +468,20 @@ class RNN(_Layer):
     """
 
     _op = "rnn"
+    _variants = RNNVariants.__optional_keys__
 
-    def __init__(self, *args: Any, nonlinearity: str = "tanh", **options: Any) -> None:
+    @signed(RNNVariants, before=_Layer.__init__)
+    def __init__(self, *sizes: Any, nonlinearity: str = "tanh", **options: Unpack[RNNLayerOptions]) -> None:
         self.nonlinearity = check.word("RNN", "nonlinearity", nonlinearity, "tanh", "relu")
         self._cell = f"rnn_{nonlinearity}"
-        super().__init__(*args, **options)
+        super().__init__(*sizes, **options)
 
     def _options(self) -> dict[str, Any]:
         return {"nonlinearity": self.nonlinearity}
 
 
 class MinGRU(_Layer):
-    """A stack of minGRU layers (Feng et al. 2024): gates from x alone, see `fusedrnn.mingru`; arguments as GRU's.
+    """A stack of minGRU layers (Feng et al. 2024): gates from x alone, see `fusedrnn.mingru`.
 
     >>> y, h = fusedrnn.MinGRU(3, 4, seed=0)(np.ones((5, 2, 3), np.float32))
     >>> y.shape, h.shape
@@ -434,7 +493,7 @@ class MinGRU(_Layer):
 
 
 class MinLSTM(_Layer):
-    """A stack of minLSTM layers (Feng et al. 2024): gates from x alone, see `fusedrnn.minlstm`; arguments as GRU's.
+    """A stack of minLSTM layers (Feng et al. 2024): gates from x alone, see `fusedrnn.minlstm`.
 
     >>> y, h = fusedrnn.MinLSTM(3, 4, seed=0)(np.ones((5, 2, 3), np.float32))
     >>> y.shape, h.shape

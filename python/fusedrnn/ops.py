@@ -36,15 +36,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 
 from . import arrays, backends, check
 from . import params as parameters
 from .backends import Arguments, Results
+from .options import GRUOptions, LSTMOptions, Options, RNNOptions, Settings, settle, spelled_out
+from .variants import TANGENTS_BY_REFERENCE, refuse, used
 
 _Array = np.ndarray
+
+_CALL = """Returns (y, state, tape), or (y, state, cells, tape) with return_cells; tape is None unless training.
+Raises TypeError or ValueError with what came, what was expected and why, before anything is written."""
+_BACKWARD = """Returns a dict of new arrays, each in its argument's shape: "x" (not for tokens), "state" (as the call
+takes it), "context" (where there was one), and one entry per parameter name.
+Raises TypeError or ValueError as the call does."""
 
 
 @dataclass(slots=True)
@@ -66,57 +74,18 @@ class Tape:
         return 0 if self.buffer is None else int(self.buffer.nbytes)
 
 
+@spelled_out(LSTMOptions, ending=_CALL)
 def lstm(
     x: _Array,
     state: tuple[_Array, _Array] | None = None,
     params: Any = None,
     *,
     coupled: bool = False,
-    proj_size: int = 0,
-    peepholes: bool = False,
-    layer_norm: bool = False,
-    zoneout: float | tuple[float, float] = 0.0,
-    recurrent_dropout: float = 0.0,
-    activations: Any = None,
-    clip_gates: float | None = None,
-    num_layers: int = 1,
-    bidirectional: bool = False,
-    reverse: bool = False,
-    batch_first: bool = False,
-    lengths: Any = None,
-    reset: Any = None,
-    reset_to: str = "zero",
-    context: Any = None,
-    dropout: float = 0.0,
-    seed: int = 0,
-    clip_cell: float | None = None,
-    clip_grad: float | None = None,
-    training: bool = False,
-    recompute: bool = False,
-    return_cells: bool = False,
-    backend: str | None = None,
-    reuse: Tape | None = None,
+    **options: Unpack[LSTMOptions],
 ) -> Any:
-    """Run an LSTM over a whole sequence. Shapes: see the module's text.
+    """Run an LSTM over a whole sequence.
 
     coupled: the forget gate is 1 - i, so there are three gates i, g, o (Greff et al. 2017; ONNX's input_forget).
-    proj_size: h = m Wr^T has so many units, m = o tanh(c) has H (Sak et al. 2014; torch's proj_size).
-    peepholes: i and f see c', o sees c, through weight_ph (Gers & Schmidhuber 2000; ONNX's P).
-    layer_norm: x W^T, h' R^T and c before its tanh are normalised over all their units (eps 1e-5), then gain and bias
-    (Ba et al. 2016; the biases are those of the gates).
-    zoneout: the probability, of h and c or a pair of them, that a unit keeps its old value while training; otherwise
-    it keeps that share of it (Krueger et al. 2017). recurrent_dropout: of h' on its way into R, one mask for all steps
-    (Gal & Ghahramani 2016). Both draw from `seed`.
-    activations: of the gates, of g, of c: names of ONNX's list, or (name, alpha, beta). clip_gates: what goes into the
-    first two lies in [-clip_gates, clip_gates] (ONNX's clip).
-    reverse: walk from the last step to the first. reset_to: what a reset goes back to, "zero" or "initial" (`state`).
-    dropout: on what goes up between layers, only while training; the same seed gives the same mask everywhere.
-    clip_cell: |c| <= clip_cell after every step. clip_grad: |dh|, |dc| <= clip_grad at every step of backward.
-    training: also make the tape for `lstm_backward`. recompute: a tape of half the size or less, for a slower backward.
-    reuse: an old tape that is not needed any more; the new one takes over its memory where it is large enough.
-
-    Returns (y, state, tape), or (y, state, cells, tape) with return_cells; tape is None unless training.
-    Raises TypeError or ValueError with what came, what was expected and why, before anything is written.
 
     >>> params = fusedrnn.params.init("lstm", 3, 4, seed=0)
     >>> x = np.ones((5, 2, 3), np.float32)
@@ -127,171 +96,94 @@ def lstm(
     >>> grads["x"].shape, grads["weight_ih_l0"].shape
     ((5, 2, 3), (16, 3))
     """
-    given = locals()
-    return _forward("lstm", "cifg" if check.flag("lstm", "coupled", coupled) else "lstm", given)
+    settings = settle("lstm", LSTMOptions, options)
+    cell = "cifg" if check.flag("lstm", "coupled", coupled) else "lstm"
+    return _forward("lstm", cell, x, state, params, settings=settings)
 
 
+@spelled_out(GRUOptions, ending=_CALL)
 def gru(
     x: _Array,
-    state: _Array | None = None,
+    state: Any = None,
     params: Any = None,
     *,
     reset_after: bool = True,
-    proj_size: int = 0,
-    layer_norm: bool = False,
-    zoneout: float | tuple[float, float] = 0.0,
-    recurrent_dropout: float = 0.0,
-    activations: Any = None,
-    clip_gates: float | None = None,
-    num_layers: int = 1,
-    bidirectional: bool = False,
-    reverse: bool = False,
-    batch_first: bool = False,
-    lengths: Any = None,
-    reset: Any = None,
-    reset_to: str = "zero",
-    context: Any = None,
-    dropout: float = 0.0,
-    seed: int = 0,
-    clip_grad: float | None = None,
-    training: bool = False,
-    recompute: bool = False,
-    return_cells: bool = False,
-    backend: str | None = None,
-    reuse: Tape | None = None,
+    **options: Unpack[GRUOptions],
 ) -> Any:
-    """Run a GRU. reset_after: the reset gate acts after the product (PyTorch, cuDNN) or before it (the paper, ONNX).
+    """Run a GRU; the state is one array h.
 
-    proj_size: h = m Wr^T has so many units, and m, of H, is what z carries over: the state is a pair (h, m), as the
-    LSTM's (h, c), and return_cells gives m. layer_norm, zoneout, recurrent_dropout, activations (of the gates, of n)
-    and clip_gates: as in `lstm`. proj_size and layer_norm need reset_after.
+    With proj_size, m is what z carries over. Then the state is a pair (h, m), as the LSTM's (h, c), and return_cells
+    gives m. proj_size and layer_norm need reset_after.
 
-    All else as in `lstm`; the state is one array h.
+    reset_after: the reset gate acts after the product (PyTorch, cuDNN) or before it (the paper, ONNX).
 
     >>> params = fusedrnn.params.init("gru", 3, 4, seed=0)
     >>> y, h, tape = fusedrnn.gru(np.ones((5, 2, 3), np.float32), None, params, reset_after=False)
     >>> y.shape, h.shape, tape
     ((5, 2, 4), (1, 2, 4), None)
     """
-    given = locals()
-    return _forward("gru", "gru" if check.flag("gru", "reset_after", reset_after) else "gru_reset_before", given)
+    settings = settle("gru", GRUOptions, options)
+    cell = "gru" if check.flag("gru", "reset_after", reset_after) else "gru_reset_before"
+    return _forward("gru", cell, x, state, params, settings=settings)
 
 
+@spelled_out(RNNOptions, ending=_CALL)
 def rnn(
     x: _Array,
     state: _Array | None = None,
     params: Any = None,
     *,
     nonlinearity: str = "tanh",
-    zoneout: float = 0.0,
-    recurrent_dropout: float = 0.0,
-    activations: Any = None,
-    clip_gates: float | None = None,
-    num_layers: int = 1,
-    bidirectional: bool = False,
-    reverse: bool = False,
-    batch_first: bool = False,
-    lengths: Any = None,
-    reset: Any = None,
-    reset_to: str = "zero",
-    context: Any = None,
-    dropout: float = 0.0,
-    seed: int = 0,
-    clip_grad: float | None = None,
-    training: bool = False,
-    recompute: bool = False,
-    return_cells: bool = False,
-    backend: str | None = None,
-    reuse: Tape | None = None,
+    **options: Unpack[RNNOptions],
 ) -> Any:
-    """Run a vanilla RNN with nonlinearity "tanh" or "relu". All else as in `lstm`; the state is one array h.
+    """Run a vanilla RNN; the state is one array h.
+
+    nonlinearity: "tanh" or "relu".
 
     >>> params = fusedrnn.params.init("rnn_relu", 3, 4, seed=0)
     >>> y, h, _ = fusedrnn.rnn(np.ones((5, 2, 3)), None, {k: v.astype(float) for k, v in params.items()})
     >>> y.dtype
     dtype('float64')
     """
-    given = locals()
-    return _forward("rnn", f"rnn_{check.word('rnn', 'nonlinearity', nonlinearity, 'tanh', 'relu')}", given)
+    settings = settle("rnn", RNNOptions, options)
+    cell = f"rnn_{check.word('rnn', 'nonlinearity', nonlinearity, 'tanh', 'relu')}"
+    return _forward("rnn", cell, x, state, params, settings=settings)
 
 
-def mingru(
-    x: _Array,
-    state: _Array | None = None,
-    params: Any = None,
-    *,
-    num_layers: int = 1,
-    bidirectional: bool = False,
-    reverse: bool = False,
-    batch_first: bool = False,
-    lengths: Any = None,
-    reset: Any = None,
-    reset_to: str = "zero",
-    context: Any = None,
-    dropout: float = 0.0,
-    seed: int = 0,
-    clip_grad: float | None = None,
-    training: bool = False,
-    recompute: bool = False,
-    return_cells: bool = False,
-    backend: str | None = None,
-    reuse: Tape | None = None,
-) -> Any:
+@spelled_out(Options, ending=_CALL)
+def mingru(x: _Array, state: _Array | None = None, params: Any = None, **options: Unpack[Options]) -> Any:
     """Run a minGRU (Feng et al. 2024): z = sigmoid(x Wz^T + bz), n = x Wn^T + bn, h = (1 - z) h' + z n.
 
     The gates look at x alone, so there is no weight_hh: one product for all steps, then a cheap walk over time.
-    All else as in `lstm`; the state is one array h.
+    The state is one array h.
 
     >>> params = fusedrnn.params.init("mingru", 3, 4, seed=0)
     >>> y, h, tape = fusedrnn.mingru(np.ones((5, 2, 3), np.float32), None, params, training=True)
     >>> sorted(fusedrnn.mingru_backward(tape, np.ones_like(y)))
     ['bias_ih_l0', 'state', 'weight_ih_l0', 'x']
     """
-    return _forward("mingru", "mingru", locals())
+    return _forward("mingru", "mingru", x, state, params, settings=settle("mingru", Options, options))
 
 
-def minlstm(
-    x: _Array,
-    state: _Array | None = None,
-    params: Any = None,
-    *,
-    num_layers: int = 1,
-    bidirectional: bool = False,
-    reverse: bool = False,
-    batch_first: bool = False,
-    lengths: Any = None,
-    reset: Any = None,
-    reset_to: str = "zero",
-    context: Any = None,
-    dropout: float = 0.0,
-    seed: int = 0,
-    clip_grad: float | None = None,
-    training: bool = False,
-    recompute: bool = False,
-    return_cells: bool = False,
-    backend: str | None = None,
-    reuse: Tape | None = None,
-) -> Any:
+@spelled_out(Options, ending=_CALL)
+def minlstm(x: _Array, state: _Array | None = None, params: Any = None, **options: Unpack[Options]) -> Any:
     """Run a minLSTM (Feng et al. 2024): i, f = sigmoid(x Wi^T + bi, x Wf^T + bf), g = x Wg^T + bg,
     h = (f h' + i g) / (f + i).
 
     The gates look at x alone, so there is no weight_hh: one product for all steps, then a cheap walk over time.
-    All else as in `lstm`; the state is one array h.
+    The state is one array h.
 
     >>> params = fusedrnn.params.init("minlstm", 3, 4, seed=0)
     >>> y, h, tape = fusedrnn.minlstm(np.ones((5, 2, 3), np.float32), None, params, training=True)
     >>> sorted(fusedrnn.minlstm_backward(tape, np.ones_like(y)))
     ['bias_ih_l0', 'state', 'weight_ih_l0', 'x']
     """
-    return _forward("minlstm", "minlstm", locals())
+    return _forward("minlstm", "minlstm", x, state, params, settings=settle("minlstm", Options, options))
 
 
+@spelled_out(ending=_BACKWARD)
 def lstm_backward(tape: Tape, dy: _Array | None = None, dstate: Any = None, dcells: _Array | None = None) -> Any:
-    """Gradients from those of y, of the final state (h, c; either may be None) and of cells; None: zero.
-
-    Returns a dict of new arrays: "x" (not for tokens), "state" (a pair), "context" (where there was one) and one entry
-    per parameter name, each in its argument's shape.
-    Raises TypeError or ValueError as `lstm` does.
+    """Gradients from those of the results of `lstm`. dstate is a pair (h, c), either of which may be None.
 
     >>> params = fusedrnn.params.init("lstm", 3, 4, bias=False, seed=0)
     >>> y, state, tape = fusedrnn.lstm(np.ones((5, 3), np.float32), None, params, training=True)
@@ -301,31 +193,37 @@ def lstm_backward(tape: Tape, dy: _Array | None = None, dstate: Any = None, dcel
     return _backward("lstm", tape, dy, dstate, dcells)
 
 
+@spelled_out(ending=_BACKWARD)
 def gru_backward(tape: Tape, dy: _Array | None = None, dstate: Any = None, dcells: _Array | None = None) -> Any:
-    """As `lstm_backward`; "state" is one array."""
+    """Gradients from those of the results of `gru`."""
     return _backward("gru", tape, dy, dstate, dcells)
 
 
+@spelled_out(ending=_BACKWARD)
 def rnn_backward(tape: Tape, dy: _Array | None = None, dstate: Any = None, dcells: _Array | None = None) -> Any:
-    """As `lstm_backward`; "state" is one array."""
+    """Gradients from those of the results of `rnn`."""
     return _backward("rnn", tape, dy, dstate, dcells)
 
 
+@spelled_out(ending=_BACKWARD)
 def mingru_backward(tape: Tape, dy: _Array | None = None, dstate: Any = None, dcells: _Array | None = None) -> Any:
-    """As `lstm_backward`; "state" is one array."""
+    """Gradients from those of the results of `mingru`."""
     return _backward("mingru", tape, dy, dstate, dcells)
 
 
+@spelled_out(ending=_BACKWARD)
 def minlstm_backward(tape: Tape, dy: _Array | None = None, dstate: Any = None, dcells: _Array | None = None) -> Any:
-    """As `lstm_backward`; "state" is one array."""
+    """Gradients from those of the results of `minlstm`."""
     return _backward("minlstm", tape, dy, dstate, dcells)
 
 
+@spelled_out()
 def jvp(tape: Tape, tangents: Mapping[str, Any], return_cells: bool = False) -> Any:
     """Tangents of the results of the call that made the tape, along tangents of its arguments (forward mode).
 
-    tangents: a dict with any of "x", "state", "context" and the parameters' names, each in its argument's shape; the
-    rest is zero.
+    tangents: a dict with any of "x", "state", "context" and the parameters' names, each in its argument's shape. The
+        rest is zero.
+
     Returns (ty, tstate), or (ty, tstate, tcells) with return_cells.
     Raises TypeError or ValueError as `lstm` does.
 
@@ -343,6 +241,7 @@ def jvp(tape: Tape, tangents: Mapping[str, Any], return_cells: bool = False) -> 
     return _state_last(call, public, return_cells)
 
 
+@spelled_out()
 def hvp(
     tape: Tape,
     tangents: Mapping[str, Any],
@@ -354,8 +253,10 @@ def hvp(
     tdstate: Any = None,
     tdcells: _Array | None = None,
 ) -> Any:
-    """Tangents of what backward(tape, dy, dstate, dcells) returns, along tangents of the arguments of forward and of
-    the gradients that went in (tdy, tdstate, tdcells): second derivatives times a vector.
+    """Tangents of what backward(tape, dy, dstate, dcells) returns: second derivatives times a vector.
+
+    tangents: of the arguments of forward, as in `jvp`.
+    tdy, tdstate, tdcells: tangents of the gradients that went in. None: zero.
 
     Returns a dict as backward does. Raises TypeError or ValueError as `lstm` does.
 
@@ -377,42 +278,25 @@ def hvp(
 # The way of every call.
 
 
-def _forward(op: str, cell: str, given: dict[str, Any]) -> Any:
-    """A call of the function `op`; `given`: all its arguments by name."""
-    training = check.flag(op, "training", given["training"])
-    return_cells = check.flag(op, "return_cells", given["return_cells"])
-    x, reuse = given["x"], given["reuse"]
+def _forward(op: str, cell: str, x: Any, state: Any, params: Any, *, settings: Settings) -> Any:
+    """A call of the function `op`, whose options chose this cell."""
+    settings.training = training = check.flag(op, "training", settings.training)
+    settings.return_cells = check.flag(op, "return_cells", settings.return_cells)
+    reuse = settings.reuse
     if reuse is not None and not isinstance(reuse, Tape):
         check.fail(op, "reuse", f"is {arrays.kind(reuse)}", "an old tape, or None", error=TypeError)
-    call, h0, c0 = check.call(op, cell, given)
+    call = check.call(op, cell, x, state, params, options=settings)
     problem = call.problem
-    if not training:
-        problem.dropout = 0.0
-    if problem.variant and call.on_cuda:
-        fix = "proj_size, peepholes, layer_norm, zoneout, recurrent_dropout, activations and clip_gates run on the CPU."
-        check.fail(call.op, "x", "is on a CUDA device", "a NumPy array with these options", fix)
-    chosen: Any = backends.choose(given["backend"], on_cuda=call.on_cuda)
     if call.on_cuda:
-        x = arrays.on_device(x)
-    if problem.bf16_weights:
-        if training:
-            fix = "Train with float32 weights; fusedrnn.params.from_bfloat16 makes them."
-            check.fail(call.op, "params", "hold bfloat16 weights", "float32 or float64 weights with training=True", fix)
-        if not chosen.__name__.endswith("native"):
-            backends.log.info("%s computes with bfloat16 weights as float32", chosen.__name__.rpartition(".")[2])
-            call.params = [parameters.widen(a) if a.dtype == np.uint16 else a for a in call.params]
-            call.context_params = parameters.from_bfloat16(call.context_params)
-            problem.bf16_weights = False
-        else:  # the kernels read W and R as bfloat16, and what options add as float32
-            call.params = [
-                parameters.widen(a) if name.startswith(("weight_ph", "weight_hr")) else a
-                for name, a in zip(call.names, call.params, strict=True)
-            ]
-    inputs = {"x": x, "h": h0, "c": c0} | dict(zip(call.names, call.params, strict=True)) | call.context_params
+        refuse(op, cell, call.variant, "cuda")
+    chosen: Any = backends.choose(settings.backend, on_cuda=call.on_cuda)
+    if call.bf16:
+        _bfloat16_weights(call, chosen, training)
+    inputs = {"x": call.x, "h": call.h0, "c": call.c0} | dict(call.named)
     if call.context is not None:
         inputs["context"] = call.context
     arguments = _arguments(call, inputs)
-    public, out = _new_results(call, return_cells)
+    public, out = _new_results(call, settings.return_cells)
     if not training:
         buffer = None
     elif call.on_cuda:
@@ -421,7 +305,24 @@ def _forward(op: str, cell: str, given: dict[str, Any]) -> Any:
         buffer = _tape_memory(chosen.tape_elements(problem), call.dtype, reuse)
     chosen.forward(problem, arguments, out, buffer)
     tape = Tape(call, chosen, arguments, inputs, buffer) if training else None
-    return (*_state_last(call, public, return_cells), tape)
+    return (*_state_last(call, public, settings.return_cells), tape)
+
+
+def _bfloat16_weights(call: check.Call, chosen: backends.Backend, training: bool) -> None:
+    """Leave them to kernels that read them; widen them for the others."""
+    if training:
+        fix = "Train with float32 weights; fusedrnn.params.from_bfloat16 makes them."
+        check.fail(call.op, "params", "hold bfloat16 weights", "float32 or float64 weights with training=True", fix)
+    if not chosen.__name__.endswith("native"):
+        backends.log.info("%s computes with bfloat16 weights as float32", chosen.__name__.rpartition(".")[2])
+        call.params = [parameters.widen(a) if a.dtype == np.uint16 else a for a in call.params]
+        call.context_params = parameters.from_bfloat16(call.context_params)
+        call.problem.bf16_weights = False
+    else:  # the kernels read W and R as bfloat16, and what options add as float32
+        call.params = [
+            parameters.widen(a) if name.startswith(("weight_ph", "weight_hr")) else a
+            for name, a in zip(call.names, call.params, strict=True)
+        ]
 
 
 def _tape_memory(size: int, dtype: Any, reuse: Tape | None) -> _Array:
@@ -593,8 +494,9 @@ def _tangents(op: str, tape: Tape, tangents: Mapping[str, Any]) -> Arguments:
 
 
 def _tangents_backend(op: str, tape: Tape) -> backends.Backend:
-    """Tangents of layer norm are computed by the reference, which the log tells."""
-    if tape.call.problem.variant is None or not tape.call.problem.variant.whole_rows:
+    """Tangents of some variants are computed by the reference, which the log tells."""
+    call = tape.call
+    if call.variant is None or not used(call.cell.name, call.variant).intersection(TANGENTS_BY_REFERENCE):
         return tape.backend
     backends.log.info("%s of this variant runs on the reference", op)
     return backends.choose("reference")

@@ -16,7 +16,7 @@ def info() -> dict[str, Any]:
     """
     import numpy as np
 
-    from . import __version__, backends, config
+    from . import __version__, backends
 
     report: dict[str, Any] = {
         "fusedrnn": __version__,
@@ -40,7 +40,7 @@ def info() -> dict[str, Any]:
         ] or f"none: {why}"
     else:
         report["no CUDA"] = backends.missing("cuda")
-    report["threads"] = config.get_num_threads()
+    report["threads"] = backends.get_num_threads()
     report["backends"] = backends.available()
     for name in backends.NAMES:
         if why := backends.missing(name):

@@ -54,11 +54,6 @@ class Variant:
     recurrent_dropout: float = 0.0
     training: bool = False  # zoneout and recurrent dropout draw; otherwise their expectations act
 
-    @property
-    def whole_rows(self) -> bool:
-        """Whether a step needs whole rows of units between its products."""
-        return self.layer_norm
-
 
 @dataclass(slots=True)
 class Problem:
@@ -187,6 +182,7 @@ class Backend(Protocol):
 _loaded: dict[str, Any] = {}
 _missing: dict[str, str] = {}
 log = logging.getLogger("fusedrnn")
+announced = False  # whether the log has told which backend ran first
 
 
 def load(name: str) -> Any:
@@ -224,6 +220,7 @@ def choose(name: str | None = None, *, on_cuda: bool = False) -> Backend:
     >>> fusedrnn.backends.choose("reference").__name__
     'fusedrnn.backends.reference'
     """
+    global announced
     if on_cuda:
         return _choose_cuda(name)
     name = config.backend if name is None else name
@@ -240,8 +237,8 @@ def choose(name: str | None = None, *, on_cuda: bool = False) -> Backend:
                 f"fusedrnn: backend {name!r} cannot run here: {_missing[name]}. Available: {others}. "
                 "`python -m fusedrnn info` tells more."
             )
-    if not config.announced:
-        config.announced = True
+    if not announced:
+        announced = True
         log.info("running on the %s backend", chosen.__name__.rpartition(".")[2])
         if _missing.get("native") and name is None:
             log.warning("the compiled extension is missing (%s): slower", _missing["native"])
@@ -259,3 +256,42 @@ def _choose_cuda(name: str | None) -> Backend:
     if result is None:
         raise ImportError(f"fusedrnn: x is on a CUDA device, and {_missing['cuda']}. Or copy the arrays to the host.")
     return result  # type: ignore[no-any-return]
+
+
+def set_backend(name: str | None) -> None:
+    """Make every later call run on "native", "numba" or "reference"; None: the best that is there.
+
+    Raises ValueError for another name, ImportError when that backend cannot run here.
+
+    >>> fusedrnn.set_backend("reference")
+    >>> fusedrnn.set_backend(None)
+    """
+    global announced
+    if name is not None:
+        choose(name)
+    config.backend = name
+    announced = False
+
+
+def get_num_threads() -> int:
+    """How many threads the native kernels use (OpenMP's own setting); 1 without the extension.
+
+    >>> fusedrnn.get_num_threads() >= 1
+    True
+    """
+    native = load("native")
+    return native.get_num_threads() if native else 1
+
+
+def set_num_threads(n: int) -> None:
+    """Set how many threads the native kernels use from now on. The other backends leave threads to NumPy's BLAS.
+
+    Raises ValueError unless n is an integer >= 1.
+
+    >>> fusedrnn.set_num_threads(fusedrnn.get_num_threads())
+    """
+    if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n < 2**31:
+        raise ValueError(f"fusedrnn: n is {n!r}; expected an integer >= 1 (threads).")
+    native = load("native")
+    if native:
+        native.set_num_threads(n)
