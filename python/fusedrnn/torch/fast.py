@@ -11,12 +11,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C import _functorch
-from torch.autograd import forward_ad
 
 from .. import config
-from . import gate, operators
+from . import gate, operators, private
 from .how import How
+from .private import any_requires_grad, pack_padded, pad_packed, transforms_active, unusual
 
 _native = gate.native
 _open = gate.is_open
@@ -65,7 +64,7 @@ class FusedRNN(torch.autograd.Function):
     def backward(ctx: Any, dy: Any, dhn: Any, dcn: Any) -> Any:
         lengths, x, h0, c0, tape, *weights = ctx.saved_tensors
         needs = ctx.needs_input_grad[2:]
-        if not torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
+        if not torch.is_grad_enabled() and not transforms_active():
             wanted = 0
             for n, need in enumerate(needs):
                 wanted |= need << n
@@ -86,20 +85,16 @@ def call(settings: Settings, x: Any, h0: Any, c0: Any, weights: Any, lengths: An
         or len(weights) > operators.MOST_WEIGHTS
         or type(x) is not Tensor
         or config.backend not in (None, "native")
-        or forward_ad._current_level >= 0
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._is_torch_function_mode_enabled()
-        or torch._C._is_any_autocast_enabled()
-        or torch._C._get_tracing_state() is not None
+        or unusual()
     ):
         return None
-    if torch._C._are_functorch_transforms_active():
+    if transforms_active():
         return None if settings.packed else _models(settings, x, h0, c0, weights, lengths)
     return _run(settings, x, h0, c0, weights, lengths)
 
 
 def _run(settings: Settings, x: Any, h0: Any, c0: Any, weights: Any, lengths: Any) -> Any:
-    if torch.is_grad_enabled() and torch._C._any_requires_grad(x, h0, c0, *weights):
+    if torch.is_grad_enabled() and any_requires_grad(x, h0, c0, *weights):
         try:
             return _apply(settings, lengths, x, h0, c0, *weights)
         except _NotPlain:
@@ -112,34 +107,33 @@ def _run(settings: Settings, x: Any, h0: Any, c0: Any, weights: Any, lengths: An
 
 def _models(settings: Settings, x: Any, h0: Any, c0: Any, weights: Any, lengths: Any) -> Any:
     """Under one vmap and nothing else: tensors with its axis in front, and back."""
-    if _functorch.get_dynamic_layer_stack_depth() != 1 or (lengths is not None and type(lengths) is not Tensor):
+    if private.transform_depth() != 1 or (lengths is not None and type(lengths) is not Tensor):
         return None
-    interpreter = _functorch.peek_interpreter_stack()
-    if interpreter.key() != _functorch.TransformType.Vmap:
+    vmap = private.innermost_vmap()
+    if vmap is None:
         return None
-    vmap = _functorch.CVmapInterpreterPtr(interpreter)
-    level = vmap.level()
-    if lengths is not None and _functorch.is_batchedtensor(lengths):
+    level, size = vmap
+    if lengths is not None and private.is_batched(lengths):
         return None
     each = 0
     given: list[Any] = []
-    stack = _functorch.pop_dynamic_layer_stack()
+    stack = private.pop_transform()
     try:
         for n, tensor in enumerate((x, h0, c0, *weights)):
             if tensor is not None:
-                tensor, dim = _functorch._unwrap_batched(tensor, level)
+                tensor, dim = private.unwrap_batched(tensor, level)
                 if dim is not None:
                     each |= 1 << n
                     tensor = tensor.movedim(dim, 0) if dim else tensor
             given.append(tensor)
         if each:
-            settings = settings._replace(models=vmap.batchSize(), each=each)
+            settings = settings._replace(models=size, each=each)
         outputs = _run(settings, given[0], given[1], given[2], given[3:], lengths)
     finally:
-        _functorch.push_dynamic_layer_stack(stack)
+        private.push_transform(stack)
     if outputs is None or not each:
         return outputs
-    return tuple(None if t is None else _functorch._add_batch_dim(t, 0, level) for t in outputs)
+    return tuple(None if t is None else private.add_batch_dim(t, 0, level) for t in outputs)
 
 
 def _bfloat16(settings: Settings, x: Any, h0: Any, c0: Any, weights: Any, lengths: Any) -> Any:
@@ -195,7 +189,7 @@ def _differentiable(
         if t is None:
             return None
         if packed:
-            t, _ = torch._VF._pad_packed_sequence(t, sizes, False, 0.0, len(sizes))  # type: ignore[attr-defined]
+            t, _ = pad_packed(t, sizes)
         t = t if models else t.unsqueeze(0)
         if not batched:
             t = t.unsqueeze(-2)
@@ -212,7 +206,7 @@ def _differentiable(
         return t.unsqueeze(0) if is_cell else t.transpose(0, 1)
 
     if packed:
-        _, rows = torch._VF._pad_packed_sequence(x, sizes, False, 0.0, len(sizes))  # type: ignore[attr-defined]
+        _, rows = pad_packed(x, sizes)
     p = [sequence(x, settings.has_models(0)), state(h0, settings.has_models(1))]
     p += [state(c0, settings.has_models(2))] if lstm else []
     p += [w if settings.has_models(3 + n) else w.unsqueeze(0) for n, w in enumerate(weights)]
@@ -226,7 +220,7 @@ def _differentiable(
         value = next(values) if need and n in kept else None
         if value is not None:
             if n == 0 and packed:
-                value = torch._VF._pack_padded_sequence(value.squeeze(1), rows, False)[0]  # type: ignore[attr-defined]
+                value = pack_padded(value.squeeze(1), rows)
             elif n == 0 and not is_cell:
                 value = value.permute(1, 2, 0, 3) if batch_first and batched else value.transpose(0, 1)
             elif n < 3 and not is_cell:

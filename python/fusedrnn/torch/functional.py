@@ -17,6 +17,7 @@ from torch.nn.functional import dropout as draw
 from . import composite, cuda, exits, gate, onnx_nodes, operators
 from .how import How, names
 from .kernels import DTYPES
+from .private import any_requires_grad, pack_padded, pad_packed, transforms_active, watched
 
 _ONEDNN = torch.backends.mkldnn.is_available()
 _route = "none: nothing ran yet"
@@ -59,7 +60,7 @@ def why_not(tensors: Sequence[Tensor | None], proj_size: int = 0, dtypes: Sequen
             return "tensors differ in dtype or device"
         if tensor.layout != torch.strided:
             return f"no kernels for {tensor.layout}"
-    if torch.compiler.is_compiling() or gate.is_plain(*tensors) or operators.watched():
+    if torch.compiler.is_compiling() or gate.is_plain(*tensors) or watched():
         return ""
     return next((f"no kernels for {type(t).__name__}" for t in tensors if gate.is_foreign(t)), "")
 
@@ -135,7 +136,7 @@ def run(
         grad = torch.is_grad_enabled() and (
             not torch.compiler.is_exporting()
             if torch.compiler.is_compiling()
-            else torch._C._are_functorch_transforms_active() or torch._C._any_requires_grad(*tensors)
+            else transforms_active() or any_requires_grad(*tensors)
         )
         settings = settings._replace(tape=grad)
         call: Any = operators.call
@@ -172,10 +173,9 @@ def _layers(
 
 
 def _draw_packed(y: Tensor, dropout: float, lengths: Tensor, sizes: Tensor) -> Tensor:
-    packed = torch._VF._pack_padded_sequence(y.squeeze(1), lengths[0], False)[0]  # type: ignore[attr-defined]
-    packed = draw(packed, dropout, True)
-    y = torch._VF._pad_packed_sequence(packed, sizes, False, 0.0, len(sizes))[0]  # type: ignore[attr-defined]
-    return y.unsqueeze(1)
+    packed = pack_padded(y.squeeze(1), lengths[0])
+    padded: Tensor = pad_packed(draw(packed, dropout, True), sizes)[0]
+    return padded.unsqueeze(1)
 
 
 def mask(name: str, given: Any, T: int, B: int, batch_first: bool, x: Tensor) -> Tensor:

@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.nn.utils.rnn import PackedSequence
 
-from . import exits, fast, functional, gate, operators
+from . import exits, fast, functional, gate, operators, private
 from .how import How
 
 _FEW_STEPS = 8  # of a projection, in which torch.nn's own code is as fast as the kernels or faster
@@ -79,9 +78,8 @@ class _Layer(exits.Scriptable, nn.RNNBase):
             if type(hx) is not tuple or len(hx) != 2:
                 return None
             h0, c0 = hx
-        parameters = self._parameters
         try:
-            weights = [parameters[name] for name in self._flat_weights_names]
+            weights = private.weights(self)
         except KeyError:  # parametrized
             return None
         settings = fast.Settings(
@@ -121,7 +119,7 @@ class _Layer(exits.Scriptable, nn.RNNBase):
         if way == exits.TRACE and bare and not self.clip_grad:
             return self._fall_back(way, input, hx)
         states = hx if self.mode == "LSTM" and isinstance(hx, tuple | list) else (hx,)
-        weights = [getattr(self, name) for name in self._flat_weights_names]
+        weights = [getattr(self, name) for name in private.weight_names(self)]
         self._check_memory({"input": input}, states, weights)
         why = self._why_not(input, states, weights)
         if bare and not (why or way):
@@ -139,7 +137,7 @@ class _Layer(exits.Scriptable, nn.RNNBase):
     def _check_memory(self, inputs: dict[str, Any], states: Any, weights: list[Tensor]) -> None:
         """See gate.check."""
         tensors = [*inputs.values(), *states, *weights]
-        gate.check(type(self).__name__, lambda: [*inputs, *_state_names(states), *self._flat_weights_names], tensors)
+        gate.check(type(self).__name__, lambda: [*inputs, *_state_names(states), *private.weight_names(self)], tensors)
 
     def _why_not(self, input: Tensor, states: Any, weights: list[Tensor], rows: int | None = None) -> str:
         """Why torch.nn's own code must run; "" if the kernels can. Wrong arguments too: torch.nn words the errors.
@@ -177,7 +175,7 @@ class _Layer(exits.Scriptable, nn.RNNBase):
         kernels should. input: of one call that asks for no gradients."""
         if self.clip_cell or self.clip_grad or torch.compiler.is_compiling():
             return ""
-        if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        if private.transforms_active() or private.in_dual_level():
             return ""
         if self.proj_size and torch.is_autocast_enabled("cpu"):
             return "proj_size under autocast" if T else ""
@@ -185,7 +183,7 @@ class _Layer(exits.Scriptable, nn.RNNBase):
             return f"proj_size in fewer than {_FEW_STEPS} steps" if 0 < T < _FEW_STEPS else ""
         if input is None or torch.is_grad_enabled() or not functional.by_onednn(_CELLS[self.mode], input, True):
             return ""
-        wide = torch.get_autocast_dtype("cpu") != torch.bfloat16 or not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        wide = torch.get_autocast_dtype("cpu") != torch.bfloat16 or not private.onednn_multiplies_bfloat16()
         return "" if wide else "oneDNN under autocast"
 
     def _fall_back(self, why: str, input: Any, hx: Any) -> Any:
@@ -194,7 +192,7 @@ class _Layer(exits.Scriptable, nn.RNNBase):
             self.check_forward_args(input.data, hx, input.batch_sizes)
         if why == "a weight's shape":
             shapes = functional.weight_shapes(self._settings(None, False), self.input_size, self.hidden_size)
-            _check_weights(self, zip(self._flat_weights_names, shapes, strict=True))
+            _check_weights(self, zip(private.weight_names(self), shapes, strict=True))
         functional.set_route(f"torch.nn: {why}")
         return self._torch.forward(self, input, hx)
 
@@ -208,7 +206,7 @@ class _Layer(exits.Scriptable, nn.RNNBase):
                 "padded tensor with them. Use torch.nn.utils.rnn.pad_packed_sequence, which gives both."
             )
         data, sizes, order, back = input
-        weights = [getattr(self, name) for name in self._flat_weights_names]
+        weights = [getattr(self, name) for name in private.weight_names(self)]
         states = hx if self.mode == "LSTM" and isinstance(hx, tuple | list) else (hx,)
         if not gate.is_plain(sizes, order, back, *states):
             _check_order(type(self).__name__, input)
@@ -230,17 +228,17 @@ class _Layer(exits.Scriptable, nn.RNNBase):
 
     def _general_packed(self, data: Tensor, sizes: Tensor, states: Any, weights: list[Tensor], recompute: Any) -> Any:
         """The data of y, and the final state; rows sorted."""
-        x, rows = torch._VF._pad_packed_sequence(data, sizes, False, 0.0, len(sizes))  # type: ignore[attr-defined]
+        x, rows = private.pad_packed(data, sizes)
         h0, c0 = (*states, None, None)[:2]
         dropout = self.dropout if self.training else 0.0
         settings = self._settings(recompute, False)
         y, *final = functional.run(settings, x, h0, c0, weights, rows, None, dropout, sizes, whole=False)
-        packed = torch._VF._pack_padded_sequence(y, rows, False)[0]  # type: ignore[attr-defined]
+        packed = private.pack_padded(y, rows)
         return packed, tuple(final) if self.mode == "LSTM" else final[0]
 
     def flatten_parameters(self) -> None:
         """Nothing: weights are read where they lie (on a GPU torch.nn's own code still finds them in one piece)."""
-        if self._flat_weights and isinstance(self._flat_weights[0], Tensor) and self._flat_weights[0].is_cuda:
+        if private.on_gpu(self):
             super().flatten_parameters()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -368,14 +366,12 @@ def _fast_step(module: Any, cell: str, input: Any, hx: Any) -> Any:
         if type(hx) is not tuple or len(hx) != 2:
             return None
         h0, c0 = hx
-    parameters = module._parameters
     try:
-        weights = [parameters["weight_ih"], parameters["weight_hh"], parameters["bias_ih"], parameters["bias_hh"]]
+        weights = private.cell_weights(module)
     except KeyError:  # parametrized
         return None
-    bias = weights[2] is not None
-    settings = fast.Settings(cell, 1, 1, bias, True, False, False, 0.0, 0.0)
-    out = fast.call(settings, input, h0, c0, weights if bias else weights[:2])
+    settings = fast.Settings(cell, 1, 1, len(weights) == 4, True, False, False, 0.0, 0.0)
+    out = fast.call(settings, input, h0, c0, weights)
     if out is None:
         return None
     functional.set_route("fused")

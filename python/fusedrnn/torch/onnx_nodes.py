@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import composite
+from . import composite, private
 from .how import How, read
 
 # ONNX's gates iofc and zrh, as places among torch's ifgo and rzn.
@@ -118,7 +118,7 @@ def _torch_weights(how: How, W: Tensor, R: Tensor, B: Tensor | None) -> list[Ten
 def _node(how: How, x: Tensor, W: Tensor, R: Tensor, B: Any, lengths: Any, states: Sequence[Any]) -> Sequence[Tensor]:
     """Y (T,D,B,H), Y_h (D,B,H) and, of an LSTM, Y_c."""
     inputs = (x, W, R, B, lengths, *states)
-    if torch._C._get_tracing_state() is not None:
+    if private.tracing_state() is not None:
         with torch.no_grad():
             outputs: tuple[Tensor, ...] = _Node.apply(how.text(), *inputs)  # type: ignore[no-untyped-call]
         return outputs
@@ -150,8 +150,7 @@ class _Node(torch.autograd.Function):
     @staticmethod
     def symbolic(g: Any, text: str, *inputs: Any) -> Any:
         how = read(text)
-        absent = g.op("prim::Constant")
-        absent.setType(torch._C.OptionalType.ofTensor())
+        absent = private.set_absent(g.op("prim::Constant"))
         given = [absent if value is None else value for value in inputs]
         H = inputs[2].type().sizes()[-1]
         attributes = {f"{k}_{'i' if isinstance(v, int) else 's'}": v for k, v in _attributes(how, H).items()}
@@ -161,10 +160,9 @@ class _Node(torch.autograd.Function):
 @contextmanager
 def _paused() -> Iterator[None]:
     """torch.jit's tracer does not see what happens inside."""
-    core: Any = torch._C
-    state = core._get_tracing_state()
-    core._set_tracing_state(None)
+    state = private.tracing_state()
+    private.set_tracing_state(None)
     try:
         yield
     finally:
-        core._set_tracing_state(state)
+        private.set_tracing_state(state)

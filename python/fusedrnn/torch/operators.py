@@ -24,13 +24,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _after_autograd_keyset, _AutoDispatchBelowAutograd, _functorch  # type: ignore[attr-defined]
-from torch._functorch.utils import unwrap_dead_wrappers
-from torch.autograd import forward_ad
 
 from ..cells import CELLS
-from . import composite, cuda, flops, gate, how, kernels, onnx_nodes
+from . import composite, cuda, flops, gate, how, kernels, onnx_nodes, private
 from .how import How
+from .private import any_requires_grad, transforms_active, unwrap_dead, watched
 
 Tensors = tuple[Tensor | None, ...]
 
@@ -104,8 +102,8 @@ def _reverse(
     if name == "backward":
         _once(settings)
         p, _, g = parts
-        p, g = unwrap_dead_wrappers(p), unwrap_dead_wrappers(g)
-        along = unwrap_dead_wrappers(_placed(settings, settings.want, u))
+        p, g = unwrap_dead(p), unwrap_dead(g)
+        along = unwrap_dead(_placed(settings, settings.want, u))
         dp: tuple[Any, ...] = (None,) * len(p)
         dg: tuple[Any, ...] = (None,) * len(cut[2])
         none = (None,) * len(cut[2])
@@ -227,7 +225,7 @@ def _batched(
 def _make_function(name: str) -> Any:
     def forward(text: str, lengths: Any, reset: Any, *tensors: Any) -> tuple[Any, ...]:
         settings = how.read(text)
-        with _AutoDispatchBelowAutograd():
+        with private.BelowAutograd():
             return _call_operator(name, settings, lengths, reset, *tensors)
 
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -261,21 +259,16 @@ def _make_function(name: str) -> Any:
 _FUNCTIONS = {name: _make_function(name) for name in _NAMES}
 
 
-def watched() -> bool:
-    """Whether a mode or a tracer looks on, which must see operators."""
-    return bool(torch._C._len_torch_dispatch_stack()) or torch._C._get_tracing_state() is not None
-
-
 def _is_plain(tensors: Sequence[Any]) -> bool:
     """Whether the kernel can read them: on the CPU, under no vmap, and not under torch's first one, which gradcheck
     still uses."""
-    return not torch._C._are_functorch_transforms_active() and tensors[0].is_cpu and gate.has_memory_of_its_own(tensors)
+    return not transforms_active() and tensors[0].is_cpu and gate.has_memory_of_its_own(tensors)
 
 
 def _is_alone(tensors: Sequence[Any]) -> bool:
     """Whether they are plain and no derivative is wanted of what is made of them."""
-    needed = torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)
-    return not needed and forward_ad._current_level < 0 and _is_plain(tensors)
+    needed = torch.is_grad_enabled() and any_requires_grad(*tensors)
+    return not needed and not private.in_dual_level() and _is_plain(tensors)
 
 
 def apply(name: str, settings: How, lengths: Any, reset: Any, *tensors: Any) -> tuple[Any, ...]:
@@ -283,13 +276,11 @@ def apply(name: str, settings: How, lengths: Any, reset: Any, *tensors: Any) -> 
     function = _FUNCTIONS[name]
     apply: Any = function.apply
     if not watched():
-        lengths, reset, *rest = unwrap_dead_wrappers((lengths, reset, *tensors))
+        lengths, reset, *rest = unwrap_dead((lengths, reset, *tensors))
         tensors = tuple(rest)
-        if torch._C._are_functorch_transforms_active():
-            interpreter = _functorch.peek_interpreter_stack()
-            if interpreter.key() == _functorch.TransformType.Vmap:
-                vmap = _functorch.CVmapInterpreterPtr(interpreter)
-                return _vmapped(vmap, name, settings, lengths, reset, tensors)
+        if transforms_active():
+            if (vmap := private.innermost_vmap()) is not None:
+                return _vmapped(*vmap, name, settings, lengths, reset, tensors)
         else:
             if _is_alone(tensors):
                 return _run(name, settings, lengths, reset, tensors)
@@ -298,23 +289,24 @@ def apply(name: str, settings: How, lengths: Any, reset: Any, *tensors: Any) -> 
     return outputs
 
 
-def _vmapped(vmap: Any, name: str, settings: How, lengths: Any, reset: Any, tensors: Sequence[Any]) -> tuple[Any, ...]:
+def _vmapped(
+    level: int, N: Any, name: str, settings: How, lengths: Any, reset: Any, tensors: Sequence[Any]
+) -> tuple[Any, ...]:
     """What a Function under vmap does, on a flat list: torch's way over trees takes longer than a small kernel."""
-    level = vmap.level()
     given: list[Any] = [None] * (2 + len(tensors))
     dims: list[int | None] = [None] * len(given)
     for n, tensor in enumerate((lengths, reset, *tensors)):
         if tensor is not None:
-            given[n], dims[n] = _functorch._unwrap_batched(tensor, level)
-    stack = _functorch.pop_dynamic_layer_stack()
+            given[n], dims[n] = private.unwrap_batched(tensor, level)
+    stack = private.pop_transform()
     try:
         if all(dim is None for dim in dims):
             return apply(name, settings, *given)
-        outputs, out_dims = _batched(name, vmap.batchSize(), dims, settings, given[0], given[1], given[2:])
+        outputs, out_dims = _batched(name, N, dims, settings, given[0], given[1], given[2:])
     finally:
-        _functorch.push_dynamic_layer_stack(stack)
+        private.push_transform(stack)
     return tuple(
-        None if output is None else _functorch._add_batch_dim(output, dim, level)
+        None if output is None else private.add_batch_dim(output, dim, level)
         for output, dim in zip(outputs, out_dims, strict=True)
     )
 
@@ -365,16 +357,16 @@ def _make_operator(name: str, states: int, weights: int) -> Any:
         return whole(name, settings, _fake(name, settings, lengths, reset, tensors), tensors[0])
 
     def below(keyset: Any, *arguments: Any) -> tuple[Tensor, ...]:
-        with _AutoDispatchBelowAutograd():
-            outputs: tuple[Tensor, ...] = overload.redispatch(keyset & _after_autograd_keyset, *arguments)
+        with private.BelowAutograd():
+            outputs: tuple[Tensor, ...] = overload.redispatch(keyset & private.below_autograd_keys, *arguments)
         return outputs
 
     def autograd(keyset: Any, *arguments: Any) -> tuple[Tensor, ...]:
         if name == "forward" and type(arguments[0]) is not Tensor and onnx_nodes.writing():  # a program is exported
             settings, lengths, reset, tensors = unpack(arguments)
             return whole(name, settings, onnx_nodes.written(settings, lengths, reset, tensors), tensors[0])
-        differentiated = torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)
-        if differentiated or torch._C._is_fwd_grad_enabled():  # whether there are tangents costs more to ask
+        differentiated = torch.is_grad_enabled() and any_requires_grad(*arguments)
+        if differentiated or private.forward_grad_enabled():  # whether there are tangents costs more to ask
             return transformed(*arguments)
         return below(keyset, *arguments)
 
