@@ -58,7 +58,7 @@ def record(
         "reset": more[1] is not None,
         "return_cells": settings.cells,
         "reverse": settings.reverse,
-        "reset_after=False": settings.cell == "gru_reset_before",
+        "reset_after=False": settings.facts.two_products,
     }
     for name, given in missing.items():
         if given:
@@ -67,7 +67,7 @@ def record(
                 "Use torch.export.export, or for rows of different lengths a PackedSequence."
             )
     S, B = settings.layers * settings.directions, x.shape[1]
-    units = (weights[1].shape[-1], weights[1].shape[0] // 4)
+    units = (weights[1].shape[-1], weights[1].shape[0] // settings.facts.gates)
     first = [x.new_zeros(S, B, n) if s is None else s for s, n in zip(states, units, strict=False)]
     operator = private.recurrent_operator(settings.cell)
     options = (settings.bias, settings.layers, dropout, dropout > 0, settings.directions == 2, False)

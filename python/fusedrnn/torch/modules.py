@@ -8,18 +8,61 @@ fusedrnn.torch.route() tells. They are no subclasses of nn.RNN, nn.LSTM and nn.G
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import lru_cache
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from ..cells import CELLS
 from . import exits, fast, functional, gate, operators, private
-from .how import How
+from .how import How, how_of
 
 _FEW_STEPS = 8  # of a projection, in which torch.nn's own code is as fast as the kernels or faster
 
 _CELLS = {"LSTM": "lstm", "GRU": "gru", "RNN_TANH": "rnn_tanh", "RNN_RELU": "rnn_relu"}
+
+
+_ATTRIBUTES = (
+    "mode",
+    "num_layers",
+    "bidirectional",
+    "bias",
+    "batch_first",
+    "proj_size",
+    "recompute",
+    "reset_to",
+    "clip_cell",
+    "clip_grad",
+)
+_attributes = attrgetter(*_ATTRIBUTES)
+
+
+def _make_how(attributes: tuple[Any, ...], recompute: bool | None) -> How:
+    """What a call of a layer with these attributes is; recompute: for this call."""
+    own = dict(zip(_ATTRIBUTES, attributes, strict=True))
+    return How(
+        cell=_CELLS[own["mode"]],
+        layers=own["num_layers"],
+        directions=2 if own["bidirectional"] else 1,
+        bias=own["bias"],
+        reset_to_initial=own["reset_to"] == "initial",
+        recompute=own["recompute"] if recompute is None else recompute,
+        clip_cell=own["clip_cell"] or 0.0,
+        clip_grad=own["clip_grad"] or 0.0,
+        proj_size=own["proj_size"],
+    )
+
+
+_how = lru_cache(maxsize=1024)(_make_how)
+
+
+@lru_cache(maxsize=1024)
+def _short(attributes: tuple[Any, ...], recompute: bool | None, packed: bool) -> fast.Settings:
+    batch_first = attributes[_ATTRIBUTES.index("batch_first")]
+    return fast.Settings(how=_how(attributes, recompute), batch_first=batch_first, packed=packed)
 
 
 class _Layer(exits.Scriptable, nn.RNNBase):
@@ -37,19 +80,11 @@ class _Layer(exits.Scriptable, nn.RNNBase):
     clip_grad: float | None = None
 
     def _settings(self, recompute: bool | None, cells: bool) -> How:
-        return How(
-            _CELLS[self.mode],
-            self.num_layers,
-            2 if self.bidirectional else 1,
-            self.bias,
-            False,
-            self.reset_to == "initial",
-            self.recompute if recompute is None else recompute,
-            self.clip_cell or 0.0,
-            self.clip_grad or 0.0,
-            cells=cells,
-            proj_size=self.proj_size,
-        )
+        if torch.compiler.is_compiling():  # it cannot look into attrgetter, and looks through caches
+            how = _make_how(tuple([getattr(self, name) for name in _ATTRIBUTES]), recompute)
+        else:
+            how = _how(_attributes(self), recompute)
+        return how.but(cells=cells) if cells else how
 
     def forward(  # type: ignore[override]
         self,
@@ -82,18 +117,7 @@ class _Layer(exits.Scriptable, nn.RNNBase):
             weights = private.weights(self)
         except KeyError:  # parametrized
             return None
-        settings = fast.Settings(
-            _CELLS[mode],
-            self.num_layers,
-            2 if self.bidirectional else 1,
-            self.bias,
-            False,
-            self.batch_first,
-            self.recompute if recompute is None else recompute,
-            self.clip_cell or 0.0,
-            self.clip_grad or 0.0,
-            packed,
-        )
+        settings = _short(_attributes(self), recompute, packed)
         out = fast.call(settings, input, h0, c0, weights, lengths)
         if out is None:
             return None
@@ -248,7 +272,7 @@ class _Layer(exits.Scriptable, nn.RNNBase):
     def _prepare(self) -> None:
         settings = self._settings(None, False)
         operators.make_operators(settings.states, settings.weights)
-        one = settings._replace(layers=1)
+        one = settings.but(layers=1)
         operators.make_operators(one.states, one.weights)
 
 
@@ -360,9 +384,14 @@ def _step(module: Any, cell: str, input: Any, hx: Any) -> Any:
     return _general_step(module, cell, input, hx) if out is None else out
 
 
+@lru_cache
+def _step_settings(cell: str, bias: bool) -> fast.Settings:
+    return fast.Settings(how=How(cell=cell, bias=bias), is_cell=True)
+
+
 def _fast_step(module: Any, cell: str, input: Any, hx: Any) -> Any:
     h0, c0 = hx, None
-    if cell == "lstm" and hx is not None:
+    if CELLS[cell].cell_state and hx is not None:
         if type(hx) is not tuple or len(hx) != 2:
             return None
         h0, c0 = hx
@@ -370,21 +399,22 @@ def _fast_step(module: Any, cell: str, input: Any, hx: Any) -> Any:
         weights = private.cell_weights(module)
     except KeyError:  # parametrized
         return None
-    settings = fast.Settings(cell, 1, 1, len(weights) == 4, True, False, False, 0.0, 0.0)
+    settings = _step_settings(cell, len(weights) == 4)
     out = fast.call(settings, input, h0, c0, weights)
     if out is None:
         return None
     functional.set_route("fused")
-    return out[1:] if cell == "lstm" else out[1]
+    return out[1:] if CELLS[cell].cell_state else out[1]
 
 
 def _general_step(module: Any, cell: str, input: Any, hx: Any) -> Any:
     if way := exits.exit_of(input):
         return exits.leaf(module, input, hx) if way == exits.FX else _refuse(way)
-    states = hx if cell == "lstm" and isinstance(hx, tuple | list) else (hx,)
+    facts = CELLS[cell]
+    states = hx if facts.cell_state and isinstance(hx, tuple | list) else (hx,)
     weights = [module.weight_ih, module.weight_hh]
     H = module.hidden_size
-    gates = {"lstm": 4, "gru": 3}.get(cell, 1) * H
+    gates = facts.gates * H
     if module.bias_ih is not None:
         weights += [module.bias_ih, module.bias_hh]
     parameters = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")[: len(weights)]
@@ -395,7 +425,7 @@ def _general_step(module: Any, cell: str, input: Any, hx: Any) -> Any:
     single = input.dim() == 1
     expected = (H,) if single else (input.shape[0], H)
     if hx is not None:
-        if len(states) != (2 if cell == "lstm" else 1):
+        if len(states) != 1 + facts.cell_state:
             return _refuse("hx's type")
         if any(not isinstance(state, Tensor) or state.shape != expected for state in states):
             return _refuse("hx's shape")
@@ -405,8 +435,7 @@ def _general_step(module: Any, cell: str, input: Any, hx: Any) -> Any:
     if input.dtype != weights[0].dtype and not torch.is_autocast_enabled(input.device.type):
         return _refuse("input's dtype")
     h0, c0 = (*states, None)[:2]
-    given = [input, h0, c0] if cell == "lstm" else [input, h0]
-    given = [*given, *weights]
+    given = [*(input, h0, c0)[: 2 + facts.cell_state], *weights]
     if why := functional.why_not(given, 0, functional.cast_dtypes(cell, given, whole=False)):
         return _refuse(why)
     return gate.call(_run_step, given, cell, input, h0, c0, weights)
@@ -416,10 +445,10 @@ def _run_step(cell: str, input: Tensor, h0: Any, c0: Any, weights: list[Tensor])
     single = input.dim() == 1
     at: Any = (None, None) if single else (None,)
     h0, c0 = (None if state is None else state[at] for state in (h0, c0))
-    settings = How(cell, bias=len(weights) == 4)
+    settings = how_of(cell=cell, bias=len(weights) == 4)
     _, *final = functional.run(settings, input[at], h0, c0, weights, None, None, 0.0, whole=False)
     final = [state.squeeze(0).squeeze(0) if single else state.squeeze(0) for state in final]
-    return tuple(final) if cell == "lstm" else final[0]
+    return tuple(final) if settings.states == 2 else final[0]
 
 
 def _check_weights(module: nn.Module, shapes: Iterable[tuple[str, tuple[int, ...]]]) -> None:

@@ -25,10 +25,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..cells import CELLS
 from . import composite, cuda, flops, gate, how, kernels, onnx_nodes, private
 from .how import How
 from .private import any_requires_grad, transforms_active, unwrap_dead, watched
+from .tape import computing, cuda_length, length
 
 Tensors = tuple[Tensor | None, ...]
 
@@ -95,7 +95,7 @@ def _reverse(
         g = u[: settings.results]
         if all(gradient is None for gradient in g):
             return (None,) * len(needs)
-        down = settings._replace(want=want)
+        down = settings.but(want=want)
         return _placed(settings, want, apply("backward", down, lengths, reset, *p, tape, *_padded(settings, g)))
     parts = how.parts(name, settings, saved)
     cut = how.cut(needs, how.groups(name, settings.states, settings.weights))
@@ -108,7 +108,7 @@ def _reverse(
         dg: tuple[Any, ...] = (None,) * len(cut[2])
         none = (None,) * len(cut[2])
         want = _digits(cut[0])
-        down = settings._replace(want=want, each=False)
+        down = settings.but(want=want, each=False)
         alone = any(cut[0]) and _is_alone((*p, *along, *g)) and not watched()
         if alone:  # nobody asks for more derivatives: one pass for both
             both = kernels.hvp(down, lengths, reset, p, along, g, none[: len(g)], tout=any(cut[2]))
@@ -117,7 +117,7 @@ def _reverse(
             dp = _placed(settings, want, apply("hvp", down, lengths, reset, *p, *along, *_padded(settings, g), *none))
         if any(cut[2]):
             if not alone:
-                dg = apply("jvp", settings._replace(want="", each=False), lengths, reset, *p, *along)
+                dg = apply("jvp", settings.but(want="", each=False), lengths, reset, *p, *along)
             dg = tuple(_reduced(*item) for item in zip(dg, g, settings.result_axes, strict=True))
             dg = tuple(d if need else None for d, need in zip(_padded(settings, dg), cut[2], strict=True))
         return (*dp, None, *dg)
@@ -128,11 +128,11 @@ def _reverse(
         u = _padded(settings, u)
         if any(cut[0]):
             want = _digits(cut[0])
-            down = settings._replace(want=want, each=False)
+            down = settings.but(want=want, each=False)
             dp = _placed(settings, want, apply("hvp", down, lengths, reset, *p, *v, *u, *none))
         if any(cut[1]):
             want = _digits(cut[1])
-            down = settings._replace(want=want, each=True)
+            down = settings.but(want=want, each=True)
             dv = _placed(settings, want, apply("backward", down, lengths, reset, *p, None, *u))
             dv = tuple(_reduced(*item) for item in zip(dv, v, settings.argument_axes, strict=True))
         return (*dp, *dv)
@@ -144,7 +144,7 @@ def _reverse(
 def _forwards(name: str, settings: How, lengths: Any, reset: Any, saved: Tensors, tangents: Tensors) -> tuple[Any, ...]:
     """Tangents of what an operator returns from those of its tensors."""
     if name == "forward":
-        down = settings._replace(tape=False)
+        down = settings.but(tape=False)
         return (*apply("jvp", down, lengths, reset, *saved[:-1], *tangents), None)
     if name == "backward":
         p, _, g = how.parts(name, settings, saved)
@@ -197,7 +197,7 @@ def _batched(
         if dims[place] is None or tape is None or tape.shape[0] != N * E:
             folded[place] = None  # made outside of this vmap, so of another shape: forward runs again
     if name in ("backward", "hvp"):
-        down = settings._replace(each=True)
+        down = settings.but(each=True)
     outputs = apply(name, down, *folded)
     if name in ("backward", "hvp"):
         p, p_dims = tensors[: settings.arguments], dims[2 : 2 + settings.arguments]
@@ -285,7 +285,7 @@ def apply(name: str, settings: How, lengths: Any, reset: Any, *tensors: Any) -> 
             if _is_alone(tensors):
                 return _run(name, settings, lengths, reset, tensors)
             apply = super(torch.autograd.Function, function).apply  # without its second look at all that
-    outputs: tuple[Any, ...] = apply(settings.text(), lengths, reset, *tensors)
+    outputs: tuple[Any, ...] = apply(settings.text, lengths, reset, *tensors)
     return outputs
 
 
@@ -405,7 +405,7 @@ def _call_operator(name: str, settings: How, lengths: Any, reset: Any, *tensors:
     if not watched() and _is_plain(tensors):
         return _run(name, settings, lengths, reset, tensors)  # nobody looks on
     op = _OPERATORS[name, settings.states, settings.weights]
-    return _present(name, settings, op(*tensors, lengths, reset, settings.text()))
+    return _present(name, settings, op(*tensors, lengths, reset, settings.text))
 
 
 def _fake(name: str, settings: How, lengths: Any, reset: Any, tensors: Sequence[Any]) -> tuple[Tensor, ...]:
@@ -417,14 +417,14 @@ def _fake(name: str, settings: How, lengths: Any, reset: Any, tensors: Sequence[
     p = tensors[: settings.arguments]
     x, R = p[0], p[settings.states + 2]
     T, _, B, I = x.shape  # noqa: E741
-    sizes = kernels.Sizes(T, E, B, I, R.shape[-2] // CELLS[settings.cell].gates)
+    sizes = kernels.Sizes(T, E, B, I, R.shape[-2] // settings.facts.gates)
     if name in ("forward", "jvp"):
         outputs = [x.new_empty(shape) for shape in kernels.result_shapes(settings, sizes)]
         if name == "forward":
-            length = settings.tape_length(T, B, sizes.H)
+            elements = length(settings, T, B, sizes.H)
             if x.device.type == "cuda":
-                length = cuda.tape_elements(settings, T, B, sizes.H, x.dtype)
-            outputs.append(x.new_empty((E, length), dtype=kernels.computing(x.dtype)))
+                elements = cuda_length(settings, T, B, sizes.H, x.dtype)
+            outputs.append(x.new_empty((E, elements), dtype=computing(x.dtype)))
         return tuple(outputs)
     outputs = []
     for digit, tensor, axis, shape in zip(
@@ -440,7 +440,7 @@ def call(settings: How, lengths: Any, reset: Any, p: Sequence[Any]) -> tuple[Any
     """The results, without the tape, by the road that fits: the operator while torch.compile or export looks on."""
     if torch.compiler.is_compiling():
         op = _OPERATORS["forward", settings.states, settings.weights]
-        outputs = _present("forward", settings, op(*p, lengths, reset, settings.text()))
+        outputs = _present("forward", settings, op(*p, lengths, reset, settings.text))
     else:
         outputs = apply("forward", settings, lengths, reset, *p)
     return outputs[:-1]
