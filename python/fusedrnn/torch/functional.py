@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, TypedDict, TypeVar, Unpack, get_type_hints
 
 import torch
@@ -19,7 +20,7 @@ from ..cells import CELLS
 from ..cells.cell import Cell
 from . import composite, cuda, exits, gate, onnx_nodes, operators
 from .how import How, how_of, names
-from .kernels import DTYPES
+from .kernels import DTYPES, Sizes, argument_shapes
 from .private import any_requires_grad, pack_padded, pad_packed, transforms_active, watched
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -399,11 +400,19 @@ def _check(name: str, x: Tensor, h0: Any, c0: Any, weights: Any, settings: How, 
             )
 
 
-def weight_shapes(settings: How, I: int, H: int) -> list[tuple[int, ...]]:  # noqa: E741
+def weight_shapes(settings: How, I: Any, H: Any) -> tuple[tuple[int, ...], ...]:  # noqa: E741
     """Of all weights, in order."""
-    from .kernels import Sizes, argument_shapes
+    # torch.compile looks through caches; symbolic sizes are no keys
+    known = not torch.compiler.is_compiling() and type(I) is type(H) is int
+    return _shapes(settings, I, H) if known else _make_shapes(settings, I, H)
 
-    return [shape[1:] for shape in argument_shapes(settings, Sizes(1, 1, 1, I, H))[1 + settings.states :]]
+
+def _make_shapes(settings: How, I: Any, H: Any) -> tuple[tuple[int, ...], ...]:  # noqa: E741
+    shapes = argument_shapes(settings, Sizes(1, 1, 1, I, H))
+    return tuple([shape[1:] for shape in shapes[1 + settings.states :]])
+
+
+_shapes = lru_cache(maxsize=1024)(_make_shapes)
 
 
 def batched(

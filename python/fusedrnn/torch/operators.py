@@ -276,8 +276,9 @@ def apply(name: str, settings: How, lengths: Any, reset: Any, *tensors: Any) -> 
     function = _FUNCTIONS[name]
     apply: Any = function.apply
     if not watched():
-        lengths, reset, *rest = unwrap_dead((lengths, reset, *tensors))
-        tensors = tuple(rest)
+        if not (gate.is_open and gate.is_plain(lengths, reset, *tensors)):  # which asks in C++ whether any is wrapped
+            lengths, reset, *rest = unwrap_dead((lengths, reset, *tensors))
+            tensors = tuple(rest)
         if transforms_active():
             if (vmap := private.innermost_vmap()) is not None:
                 return _vmapped(*vmap, name, settings, lengths, reset, tensors)
