@@ -243,6 +243,35 @@ def test_nothing_heavy_is_imported_at_import_time(path):
         assert not has(imports(path), *(f"fusedrnn.{other}" for other in HEAVY if other != own))
 
 
+def private_names(path: Path, ours: set[str]) -> set[str]:
+    """Names with one underscore in front that a file uses and that are not `ours`, and modules below such names."""
+    out: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Attribute):
+            out.add(node.attr)
+        elif isinstance(node, ast.ImportFrom | ast.Import):
+            names = [alias.name for alias in node.names]
+            module = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            out.update(part for name in [*names, *module] for part in name.split("."))
+    return {name for name in out if re.match(r"_(?!_)", name)} - ours
+
+
+def test_private_names_of_torch_stand_in_one_file():
+    files = sources("python/fusedrnn/torch/*.py")
+    ours = {"_asdict", "_replace", "_fields"}  # of named tuples: their underscore is no privacy
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                ours.add(node.name)
+            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                ours.add(node.id)
+            elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+                ours.add(node.attr)  # of self
+    found = {path.name: private_names(path, ours - {"_C", "_VF", "_functorch"}) for path in files}
+    assert {"_C", "_functorch", "_VF", "_current_level", "_parameters"} <= found.pop("private.py")
+    assert {name: names for name, names in found.items() if names} == {}
+
+
 IMPORT = """
 import json, os, sys, time
 def threads(): return len(os.listdir("/proc/self/task")) if os.path.isdir("/proc/self/task") else 0

@@ -37,26 +37,26 @@ def there(values: Any) -> list[Any]:
 
 
 CALLS = [
-    (How("lstm", tape=True, cells=True), 1, False),
-    (How("lstm", 2, 2, tape=True), 2, True),
-    (How("gru", 2, 1, bias=False, reverse=True, reset_to_initial=True, tape=True), 1, False),
-    (How("gru_reset_before", tape=True), 2, False),
-    (How("rnn_tanh", 1, 2, tape=True), 1, False),
-    (How("lstm", recompute=True, tape=True), 1, False),
+    (How(cell="lstm", tape=True, cells=True), 1, False),
+    (How(cell="lstm", layers=2, directions=2, tape=True), 2, True),
+    (How(cell="gru", layers=2, bias=False, reverse=True, reset_to_initial=True, tape=True), 1, False),
+    (How(cell="gru_reset_before", tape=True), 2, False),
+    (How(cell="rnn_tanh", directions=2, tape=True), 1, False),
+    (How(cell="lstm", recompute=True, tape=True), 1, False),
 ]
 
 
 @pytest.mark.parametrize("dtype", list(BUDGETS), ids=str)
-@pytest.mark.parametrize("how, E, shared", CALLS, ids=lambda v: v.text() if isinstance(v, How) else str(v))
+@pytest.mark.parametrize("how, E, shared", CALLS, ids=lambda v: v.text if isinstance(v, How) else str(v))
 def test_forward_and_backward(twin, how, E, shared, dtype):
     p, g, lengths, reset = tensors(how, E, shared, dtype)
     wide, wide_g = [t.double() for t in p], [t.double() for t in g]
     *got, tape = cuda.run("forward", how, *there([lengths, reset]), [there(p)])
     *expected, kept = kernels.forward(how, lengths, reset, wide)
     assert tape.shape[0] == E
-    down = how._replace(want="1" * how.arguments)
+    down = how.but(want="1" * how.arguments)
     for each in (False, True):
-        down = down._replace(each=each)
+        down = down.but(each=each)
         grads = cuda.run("backward", down, *there([lengths, reset]), [there(p), (tape,), there(g)])
         wanted = kernels.backward(down, lengths, reset, wide, kept, wide_g)
         again = cuda.run("backward", down, *there([lengths, reset]), [there(p), (None,), there(g)])
@@ -72,7 +72,7 @@ def test_forward_and_backward(twin, how, E, shared, dtype):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
 def test_tangents(twin, dtype):
     """By kernels, or of 16-bit tensors by torch's own operators."""
-    how = How("gru", cells=True)
+    how = How(cell="gru", cells=True)
     p, g, lengths, reset = tensors(how, 1, False, dtype)
     along = [torch.ones_like(t) if n != 2 else None for n, t in enumerate(p)]
     t = [None, *(2 * a for a in g[1:])]
@@ -85,7 +85,7 @@ def test_tangents(twin, dtype):
 
     budget = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 4e-2}[dtype]
     for name, groups in (("jvp", [p, along]), ("hvp", [p, along, g, t])):
-        down = how._replace(want="1" * how.arguments) if name == "hvp" else how
+        down = how.but(want="1" * how.arguments) if name == "hvp" else how
         got = cuda.run(name, down, *there([lengths, reset]), [placed(group) for group in groups])
         expected = getattr(kernels, name)(down, lengths, reset, *(wide(group) for group in groups))
         for a, b in zip(got, expected, strict=True):

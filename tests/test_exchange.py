@@ -216,6 +216,12 @@ def test_names_that_do_not_fit():
         ({f"layer{n}": 1 for n in range(99)}, {}, ValueError, ".* and 91 more; expected"),
         (torch.nn.LSTM(3, 4, 2).state_dict(), {}, ValueError, ".*are of a layer with num_layers=2.$"),
         (torch.nn.LSTM(3, 4, bias=False).state_dict(), {}, ValueError, ".*are of a layer with bias=False.$"),
+        (
+            {name.removesuffix("_l0") if "bias" in name else name: value for name, value in weights.items()},
+            {},
+            ValueError,
+            ".*Torch's cells say bias_ih, bias_hh, its layers weight_ih_l0, weight_hh_l0: use the names of one of them",
+        ),
         (torch.nn.LSTM(3, 4, bidirectional=True).state_dict(), {}, ValueError, ".*with bidirectional=True.$"),
         (torch.nn.LSTM(3, 4, proj_size=2).state_dict(), {}, ValueError, ".*of a layer with proj_size=P.$"),
         ({}, {}, ValueError, "state_dict lacks weight_ih_l0, weight_hh_l0, bias_ih_l0, bias_hh_l0; expected exactly"),

@@ -2,8 +2,10 @@
 """fusedrnn.torch's modules against torch.nn's: the same in everything torch.nn can do, and right beyond it."""
 
 import copy
+import dataclasses
 import doctest
 import importlib
+import inspect
 import io
 import itertools
 import math
@@ -24,6 +26,9 @@ from torch.utils import _pytree as pytree  # noqa: E402
 
 import fusedrnn  # noqa: E402
 import fusedrnn.torch  # noqa: E402
+from fusedrnn.backends import Problem  # noqa: E402
+from fusedrnn.torch import composite, tape  # noqa: E402
+from fusedrnn.torch.how import How, read  # noqa: E402
 
 LAYERS = ("RNN", "LSTM", "GRU")
 CELLS = ("RNNCell", "LSTMCell", "GRUCell")
@@ -343,10 +348,10 @@ def test_the_short_way_leaves_wrong_batch_sizes_alone(sizes):
     if not fast._open:
         pytest.skip("this torch has no exchange interface of version 1")
     layer = fusedrnn.torch.GRU(2, 3)
-    settings = fast.Settings("gru", 1, 1, True, False, False, False, 0.0, 0.0, True)
+    settings = fast.Settings(how=How(cell="gru"), packed=True)
     weights = [w.detach() for w in layer.parameters()]
     given = (torch.ones(5, 2), None, None, weights, torch.tensor(sizes, dtype=torch.int64))
-    assert fast._native.torch_forward(settings, *given, False) is None
+    assert fast._native.torch_forward(settings.native, *given, False) is None
 
 
 @pytest.mark.parametrize("lengths", [[8, 1], [-1, 1], [1, 1, 1], [1.0, 1.0], [True, True]])
@@ -1137,3 +1142,38 @@ def test_examples_in_docstrings(name):
     module = sys.modules["fusedrnn.torch" + name]  # not the function `replace`
     result = doctest.testmod(module, extraglobs={"fusedrnn": fusedrnn, "torch": torch})
     assert result.attempted > 0 and result.failed == 0
+
+
+# What a call is.
+
+
+def test_every_setting_survives_the_way_through_text():
+    """Whatever setting a `How` gets must be among the words that operators take, or it is lost there."""
+    odd = {"cell": "gru", "want": "0110", "clip_cell": 1 / 3, "clip_grad": 7.25}
+    for field in dataclasses.fields(How):
+        other = odd.get(field.name, {bool: not field.default, int: 7}.get(type(field.default)))
+        how = How(cell="lstm").but(**{field.name: other})
+        assert how != How(cell="lstm") and read(how.text) == how
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("cell", composite._STEPS)
+def test_a_tape_is_as_long_as_the_extension_says(cell, recompute):
+    native = pytest.importorskip("fusedrnn._core", reason="the extension is not built")
+    for T, B, H, L, D in ((1, 1, 1, 1, 1), (7, 3, 5, 2, 2), (17, 33, 8, 1, 2), (300, 2, 3, 3, 1)):
+        how = How(cell=cell, layers=L, directions=D, recompute=recompute, tape=True)
+        problem = Problem(cell, T, 1, B, H, H, L, D, recompute=recompute)
+        there, ours = native.tape_elements(problem), tape.length(how, T, B, H) - 1  # one for the backend's number
+        assert there == ours or (recompute and there < ours < 1.2 * there)
+
+
+def test_functions_show_their_options():
+    for function in (fusedrnn.torch.lstm, fusedrnn.torch.gru, fusedrnn.torch.rnn):
+        shown = inspect.signature(function).parameters
+        own, theirs = set(shown), set(inspect.signature(getattr(fusedrnn, function.__name__)).parameters)
+        assert {"num_layers", "lengths", "dropout"} < own <= theirs | {"training"}
+        assert ("clip_cell" in own) == (function is fusedrnn.torch.lstm)
+        assert shown["reset_to"].default == "zero" and shown["clip_grad"].annotation == float | None
+        wrong = "numlayers" if function is fusedrnn.torch.lstm else "clip_cell"
+        with pytest.raises(TypeError, match=rf"^{function.__name__}\(\) got an unexpected keyword argument '{wrong}'"):
+            function(torch.ones(2, 1, 1), None, [torch.ones(4, 1)] * 4, **{wrong: 1})

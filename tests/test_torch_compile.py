@@ -162,10 +162,10 @@ def test_opcheck():
     from fusedrnn.torch.how import How
     from fusedrnn.torch.kernels import Sizes, argument_shapes
 
-    how = How("gru", tape=True)
+    how = How(cell="gru", tape=True)
     p = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in argument_shapes(how, Sizes(3, 1, 2, 2, 3))]
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(torch.ops.fusedrnn.forward_1_4.default, (*p, None, None, how.text()), test_utils=tests)
+    torch.library.opcheck(torch.ops.fusedrnn.forward_1_4.default, (*p, None, None, how.text), test_utils=tests)
 
 
 # Processes. Each test is a script, so that nothing of this process is in the way.

@@ -591,11 +591,11 @@ def test_errors_of_projections_name_what_is_wrong():
 
 
 def test_programs_of_earlier_versions_are_read():
-    text = how.How("lstm", 2, 1, tape=True).text()
+    text = how.How(cell="lstm", layers=2, tape=True).text
     old, _, last = text.rpartition(" ")
     assert last == "0"
     assert how.read(old) == how.read(text)
-    assert how.read(how.How("lstm", proj_size=7).text()).proj_size == 7
+    assert how.read(how.How(cell="lstm", proj_size=7).text).proj_size == 7
 
 
 def test_errors_of_a_projected_layer_are_torchs():

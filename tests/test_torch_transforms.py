@@ -30,7 +30,7 @@ def flat_function(
     road, cell, T=2, B=1, I=1, H=1, layers=1, directions=1, lengths=None, reset=None, cells=True, **options
 ):
     """A function of one vector, and a vector to begin with."""
-    how = How(cell, layers, directions, cells=cells, tape=road is operators.call, **options)
+    how = How(cell=cell, layers=layers, directions=directions, cells=cells, tape=road is operators.call, **options)
     shapes = argument_shapes(how, Sizes(T, 1, B, I, H))
     sizes = [torch.Size(shape).numel() for shape in shapes]
 

@@ -110,11 +110,15 @@ def _hint(state_dict: Mapping[str, Any], names: Sequence[str], there: Sequence[s
         starts += [start for start in found if all(start + name in state_dict for name in form)]
     if starts and any(name not in there for name in names):
         return f"Did you mean {' or '.join(f'prefix={start!r}' for start in dict.fromkeys(starts[:SHOWN]))}?"
+    lost = [name for name in names if name not in there]
+    of_cell = [name for name in there if name not in names and _of_cell(names, name) in lost]
+    if of_cell:
+        theirs, ours = _list(of_cell), _list(name for name in names if name in there)
+        return f"Torch's cells say {theirs}, its layers {ours}: use the names of one of them for all."
     made, given = _options(names), _options(there)
     others = [f"{option}={given[option]}" for option in made if given and given[option] != made[option]]
     if others:
         return f"These weights are of a layer with {', '.join(others)}."
-    lost = [name for name in names if name not in there]
     unknown = [name for name in there if name not in names][:100]  # of a large checkpoint, enough
     near = [(name, match[0]) for name in unknown if (match := difflib.get_close_matches(name, lost, 1, 0.8))]
     return " ".join(f"Did you mean {match} by {name}?" for name, match in near[:SHOWN])

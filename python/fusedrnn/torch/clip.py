@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .. import clip
-from . import gate
+from . import gate, private
 
 
 def _listed(tensors: Tensor | Iterable[Tensor]) -> list[Tensor]:
@@ -28,11 +28,11 @@ def _listed(tensors: Tensor | Iterable[Tensor]) -> list[Tensor]:
 def _arrays(names: list[str], tensors: list[Tensor]) -> Any:
     """The tensors as NumPy sees them; None where it cannot."""
     # norms and clipping do the same to numbers that stand in memory with the other sign
-    tensors = [torch._neg_view(t) if gate.is_flipped(t) else t for t in tensors]
+    tensors = [private.neg_view(t) if gate.is_flipped(t) else t for t in tensors]
     if not gate.is_plain(*tensors):
         gate.check("clip", lambda: names, tensors)
         for name, tensor in zip(names, tensors, strict=True):
-            if torch._is_functional_tensor(tensor):  # torch's own code aborts the process
+            if private.is_functional(tensor):  # torch's own code aborts the process
                 gate.refuse_foreign("clip", name, tensor)
         return None
     if any(t.dtype not in (torch.float32, torch.float64) for t in tensors):

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..cells import CELLS
 from .how import How, parts, read
 from .kernels import extent, spread
 
@@ -22,32 +21,51 @@ Tensors = Sequence[Tensor | None]
 _vjp: Any = torch.func.vjp
 
 
-def _cell(how: How, a: Tensor, h: Tensor, c: Any, R: Tensor, b: Tensor | None, Wr: Any) -> tuple[Tensor, Any]:
-    """One step from a = x W^T + bW: h and c."""
+def _product(h: Tensor, R: Tensor, b: Tensor | None) -> Tensor:
+    s = h @ R.transpose(-1, -2)
+    return s if b is None else s + b.unsqueeze(-2)
 
-    def product(h: Tensor, R: Tensor, b: Tensor | None) -> Tensor:
-        s = h @ R.transpose(-1, -2)
-        return s if b is None else s + b.unsqueeze(-2)
 
-    if how.cell == "lstm":
-        i, f, g, o = (a + product(h, R, b)).chunk(4, -1)
-        c = _clip(torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g), how.clip_cell)
-        h = torch.sigmoid(o) * torch.tanh(c)
-        return (h if Wr is None else h @ Wr.transpose(-1, -2)), c
-    if how.cell == "gru":
-        ar, az, an = a.chunk(3, -1)
-        hr, hz, hn = product(h, R, b).chunk(3, -1)
-        n = torch.tanh(an + torch.sigmoid(ar + hr) * hn)
-    elif how.cell == "gru_reset_before":
-        ar, az, an = a.chunk(3, -1)
-        H = h.shape[-1]
-        hr, hz = product(h, R[..., : 2 * H, :], None if b is None else b[..., : 2 * H]).chunk(2, -1)
-        rh = torch.sigmoid(ar + hr) * h
-        n = torch.tanh(an + product(rh, R[..., 2 * H :, :], None if b is None else b[..., 2 * H :]))
-    else:
-        a = a + product(h, R, b)
-        return (torch.tanh(a) if how.cell == "rnn_tanh" else torch.relu(a)), None
+# One step of each cell, from a = x W^T + bW: h and c.
+
+
+def _lstm(how: How, a: Tensor, h: Tensor, c: Any, R: Tensor, b: Tensor | None) -> tuple[Tensor, Any]:
+    i, f, g, o = (a + _product(h, R, b)).chunk(4, -1)
+    c = _clip(torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g), how.clip_cell)
+    return torch.sigmoid(o) * torch.tanh(c), c
+
+
+def _gru(how: How, a: Tensor, h: Tensor, c: Any, R: Tensor, b: Tensor | None) -> tuple[Tensor, Any]:
+    ar, az, an = a.chunk(3, -1)
+    hr, hz, hn = _product(h, R, b).chunk(3, -1)
+    n = torch.tanh(an + torch.sigmoid(ar + hr) * hn)
     return n + torch.sigmoid(az + hz) * (h - n), None
+
+
+def _gru_reset_before(how: How, a: Tensor, h: Tensor, c: Any, R: Tensor, b: Tensor | None) -> tuple[Tensor, Any]:
+    ar, az, an = a.chunk(3, -1)
+    H = h.shape[-1]
+    hr, hz = _product(h, R[..., : 2 * H, :], None if b is None else b[..., : 2 * H]).chunk(2, -1)
+    rh = torch.sigmoid(ar + hr) * h
+    n = torch.tanh(an + _product(rh, R[..., 2 * H :, :], None if b is None else b[..., 2 * H :]))
+    return n + torch.sigmoid(az + hz) * (h - n), None
+
+
+def _rnn_tanh(how: How, a: Tensor, h: Tensor, c: Any, R: Tensor, b: Tensor | None) -> tuple[Tensor, Any]:
+    return torch.tanh(a + _product(h, R, b)), None
+
+
+def _rnn_relu(how: How, a: Tensor, h: Tensor, c: Any, R: Tensor, b: Tensor | None) -> tuple[Tensor, Any]:
+    return torch.relu(a + _product(h, R, b)), None
+
+
+_STEPS: dict[str, Callable[..., tuple[Tensor, Any]]] = {
+    "lstm": _lstm,
+    "gru": _gru,
+    "gru_reset_before": _gru_reset_before,
+    "rnn_tanh": _rnn_tanh,
+    "rnn_relu": _rnn_relu,
+}
 
 
 def _stack(steps: list[Any], none: Tensor) -> Tensor:
@@ -61,75 +79,93 @@ def _clip(c: Tensor, limit: float) -> Tensor:
     return torch.where(c.detach().abs() >= limit, torch.copysign(torch.full_like(c, limit), c.detach()), c)
 
 
+class _Rows:
+    """Which rows live at each step, and which begin a new sequence there."""
+
+    def __init__(self, lengths: Tensor | None, reset: Tensor | None, x: Tensor) -> None:
+        T = x.shape[0]
+        self.active: list[Any] = [None] * T
+        if lengths is not None:
+            self.active = list((torch.arange(T, device=x.device)[:, None, None] < lengths.to(x.device)).unsqueeze(-1))
+        self.boundary: list[Any] = [None] * (T + 1)
+        if reset is not None:
+            given = reset.ne(0).to(x.device).unsqueeze(-1)
+            begins = [b if a is None else b & a for b, a in zip(given, self.active, strict=True)]
+            self.boundary = [*begins, None]
+
+    def restarted(self, t: int, first: Any, state: Any) -> Any:
+        """The state in front of step t."""
+        return state if self.boundary[t] is None or state is None else torch.where(self.boundary[t], first, state)
+
+    def running(self, t: int, new: Any, old: Any) -> Any:
+        """What step t makes of a state: nothing, for rows that have ended."""
+        return new if self.active[t] is None or new is None else torch.where(self.active[t], new, old)
+
+
+def _direction(
+    how: How,
+    rows: _Rows,
+    x: Tensor,
+    weights: Sequence[Any],
+    begin: Sequence[Any],
+    zeros: Sequence[Any],
+    backwards: bool,
+) -> tuple[Tensor, Tensor, Any, Any]:
+    """One layer in one direction: y, the cell's states and the final h and c. begin, zeros: h and c."""
+    W, R, *more = weights
+    Wr = more.pop() if how.proj_size else None
+    bW, bR = more or (None, None)
+    gates = x @ W.transpose(-1, -2)
+    gates = gates if bW is None else gates + bW.unsqueeze(-2)
+    step, T = _STEPS[how.cell], x.shape[0]
+    h, c = begin
+    zero, zero_c = zeros
+    first_h, first_c = (h, c) if how.reset_to_initial else (zero, None if c is None else zero_c)
+    row_y: list[Any] = [None] * T
+    row_c: list[Any] = [None] * T
+    for t in reversed(range(T)) if backwards else range(T):
+        cut = t + 1 if backwards else t  # where a sequence ends, seen from this side
+        before = rows.restarted(cut, first_h, h), rows.restarted(cut, first_c, c)
+        h_new, c_new = step(how, gates[t], *before, R, bR)
+        h_new = h_new if Wr is None else h_new @ Wr.transpose(-1, -2)
+        h, c = rows.running(t, h_new, h), rows.running(t, c_new, c)
+        row_y[t] = rows.running(t, h, zero)
+        row_c[t] = row_y[t] if c is None else rows.running(t, c, zero_c)
+    y = _stack(row_y, zero.new_empty((0, *zero.shape)))
+    return y, _stack(row_c, zero_c.new_empty((0, *zero_c.shape))), h, c
+
+
 def forward(how: How, lengths: Tensor | None, reset: Tensor | None, p: Tensors) -> tuple[Tensor, ...]:
     """All results, as csrc/README.md defines them."""
-    x, h0 = p[0], p[1]
-    c0 = p[2] if how.states == 2 else None
-    weights = p[1 + how.states :]
+    x, *starts = p[: 1 + how.states]
+    weights: Sequence[Any] = p[1 + how.states :]
     assert x is not None
-    E = extent(p, how.argument_axes)
-    T, B, P = x.shape[0], x.shape[2], weights[1].shape[-1]  # type: ignore[union-attr]
-    H = weights[1].shape[-2] // CELLS[how.cell].gates  # type: ignore[union-attr]
-    active: Any = [None] * T
-    if lengths is not None:
-        E = max(E, lengths.shape[0])
-        active = list((torch.arange(T, device=x.device)[:, None, None] < lengths.to(x.device)).unsqueeze(-1))
-    boundary: Any = [None] * (T + 1)
-    if reset is not None:
-        E = max(E, reset.shape[1])
-        given = reset.ne(0).to(x.device).unsqueeze(-1)
-        boundary = [*(b if a is None else b & a for b, a in zip(given, active, strict=True)), None]
+    E, B, P, H = extent(p, how.argument_axes), x.shape[2], weights[1].shape[-1], weights[1].shape[-2] // how.facts.gates
+    E = E if lengths is None else max(E, lengths.shape[0])
+    E = E if reset is None else max(E, reset.shape[1])
+    rows = _Rows(lengths, reset, x)
     zero = torch.zeros((E, B, P), dtype=x.dtype, device=x.device)
     zero_c = torch.zeros((E, B, H), dtype=x.dtype, device=x.device) if how.proj_size else zero
-
-    def restarted(t: int, first: Any, state: Any) -> Any:
-        return state if boundary[t] is None or state is None else torch.where(boundary[t], first, state)
-
-    def running(t: int, new: Any, old: Any) -> Any:
-        return new if active[t] is None or new is None else torch.where(active[t], new, old)
-
-    def initial(state: Tensor | None, n: int, absent: Tensor) -> Tensor:
-        return absent if state is None else spread(state[n], 0, E)
-
     y = x
-    hns: list[Any] = []
-    cns: list[Any] = []
+    finals: list[list[Any]] = []
     all_cells = []
     for layer in range(how.layers):
         if lengths is not None:
-            y = _stack([torch.where(a, row, 0.0) for a, row in zip(active, y, strict=True)], y)
-        ys: list[Any] = []
-        kept: list[Any] = []
+            y = _stack([torch.where(a, row, 0.0) for a, row in zip(rows.active, y, strict=True)], y)
+        ys, kept = [], []
         for d in range(how.directions):
             n = layer * how.directions + d
-            W, R, *more = weights[n * how.per_layer : (n + 1) * how.per_layer]
-            Wr = more.pop() if how.proj_size else None
-            bW, bR = more or (None, None)
-            assert W is not None and R is not None
-            gates = y @ W.transpose(-1, -2)
-            gates = gates if bW is None else gates + bW.unsqueeze(-2)
-            backwards = how.reverse or d == 1
-            h, c = initial(h0, n, zero), initial(c0, n, zero_c) if how.states == 2 else None
-            first_h, first_c = (h, c) if how.reset_to_initial else (zero, zero_c if c is not None else None)
-            row_y: list[Any] = [None] * T
-            row_c: list[Any] = [None] * T
-            for t in reversed(range(T)) if backwards else range(T):
-                cut = t + 1 if backwards else t  # where a sequence ends, seen from this side
-                begin = restarted(cut, first_h, h), restarted(cut, first_c, c)
-                h_new, c_new = _cell(how, gates[t], *begin, R, bR, Wr)
-                h, c = running(t, h_new, h), running(t, c_new, c)
-                row_y[t] = running(t, h, zero)
-                row_c[t] = row_y[t] if c is None else running(t, c, zero_c)
-            ys.append(_stack(row_y, zero.new_empty((0, *zero.shape))))
-            kept.append(_stack(row_c, zero_c.new_empty((0, *zero_c.shape))))
-            hns.append(h)
-            cns.append(c)
+            own = weights[n * how.per_layer : (n + 1) * how.per_layer]
+            given = [z if s is None else spread(s[n], 0, E) for s, z in zip(starts, (zero, zero_c), strict=False)]
+            begin = [*given, None][:2]
+            one_y, one_c, *final = _direction(how, rows, y, own, begin, (zero, zero_c), how.reverse or d == 1)
+            ys.append(one_y)
+            kept.append(one_c)
+            finals.append(final[: how.states])
         y = torch.cat(ys, -1)
         all_cells.append(torch.cat(kept, -1))
-    results = [y, torch.stack(hns)]
-    if how.states == 2:
-        results.append(torch.stack(cns))
-    return (*results, torch.stack(all_cells)) if how.cells else tuple(results)
+    results = (y, *(torch.stack(states) for states in zip(*finals, strict=True)))
+    return (*results, torch.stack(all_cells)) if how.cells else results
 
 
 def jvp(how: How, lengths: Any, reset: Any, p: Tensors, v: Tensors) -> tuple[Tensor, ...]:
@@ -277,7 +313,7 @@ def push(settings: How, path: Any, lengths: Any, reset: Any, tensors: Sequence[A
     """Tangents of what a path returns, from those of its tensors."""
     moving = tuple(n for n, tangent in enumerate(tangents) if tangent is not None)
     path = ("push", path, moving)
-    return Derivative.apply(settings.text(), path, lengths, reset, *tensors, *(tangents[n] for n in moving))  # type: ignore[no-untyped-call]
+    return Derivative.apply(settings.text, path, lengths, reset, *tensors, *(tangents[n] for n in moving))  # type: ignore[no-untyped-call]
 
 
 def pull(
@@ -288,4 +324,4 @@ def pull(
     if not given:
         return (None,) * len(wanted)
     path = ("pull", path, wanted, given)
-    return Derivative.apply(settings.text(), path, lengths, reset, *tensors, *(u[n] for n in given))  # type: ignore[no-untyped-call]
+    return Derivative.apply(settings.text, path, lengths, reset, *tensors, *(u[n] for n in given))  # type: ignore[no-untyped-call]

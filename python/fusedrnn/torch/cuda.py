@@ -20,9 +20,9 @@ from torch import Tensor
 from .. import backends
 from ..arrays import DeviceArray
 from ..backends import Problem, Results
-from ..cells import CELLS
 from . import composite, gate, kernels
 from .how import How
+from .tape import cuda_length
 
 Tensors = Sequence[Tensor | None]
 
@@ -118,22 +118,6 @@ class Call(kernels.Call):
         return tensors, self._pack(arrays)
 
 
-def tape_elements(how: How, T: Any, B: Any, H: Any, dtype: torch.dtype) -> Any:
-    """Of a tape for one weight set, in elements of kernels.computing(dtype); sizes may be symbolic. What the engine's
-    `layers` takes, each array rounded up to 256 bytes."""
-    if not how.tape:
-        return 0
-    G = CELLS[how.cell].gates
-    parts = G + {"lstm": 2, "gru": 2, "gru_reset_before": 2}.get(how.cell, 1)
-    pitch, wide, D = (H + 7) // 8 * 8, (how.directions * H + 7) // 8 * 8, how.directions
-    own, stored = kernels.computing(dtype).itemsize, dtype.itemsize
-    elements = how.layers * D * T * B * parts * pitch + (how.layers - 1) * T * B * wide
-    if how.recompute:  # marks of c are at least 16 steps apart, and are not rounded
-        marks = D * B * H * ((T + 15) // 16) * (own // stored) if how.cell == "lstm" else 0
-        elements = how.layers * (T * B * wide + marks)
-    return (elements * stored + how.layers * 5 * 256 + own - 1) // own
-
-
 def _tf32() -> bool:
     cudnn: Any = torch.backends.cudnn
     rnn: Any = getattr(cudnn, "rnn", None)  # torch 2.9 or later
@@ -142,7 +126,7 @@ def _tf32() -> bool:
 
 def _new_tape(call: Call) -> Tensor:
     problem: Problem = call.problem
-    length = tape_elements(call.how, problem.T, problem.B, problem.H, call.dtype)
+    length = cuda_length(call.how, problem.T, problem.B, problem.H, call.dtype)
     return torch.empty((call.E, length), dtype=call.kind, device=call.p.x.owner.device)
 
 
@@ -163,7 +147,7 @@ def backward(how: How, lengths: Any, reset: Any, p: Tensors, tape: Tensor | None
     call = Call(how, p, g, how.result_axes, lengths, reset)
     tensors, out = call.new_arguments(p)
     if tape is None or tape.shape[0] != call.E or not tape.numel():
-        call.how = call.how._replace(tape=True)
+        call.how = call.how.but(tape=True)
         tape = _new_tape(call)
         _forward(call, Results(), tape)
     backend: Any = backends.choose(on_cuda=True)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from . import composite, how, onnx_nodes, operators
+from . import composite, how, onnx_nodes, operators, private
 from .how import How
 
 ONNX, TRACE, FX = "torch.onnx.export", "torch.jit.trace", "torch.fx"
@@ -28,7 +28,7 @@ def exit_of(input: Any) -> str:
     """By which way out a call leaves torch; "" if by none."""
     if torch.compiler.is_compiling():
         return ONNX if not torch.compiler.is_dynamo_compiling() and onnx_nodes.writing() else ""
-    if torch._C._get_tracing_state() is not None:
+    if private.tracing_state() is not None:
         return ONNX if onnx_nodes.writing() else TRACE
     return FX if isinstance(input, fx.Proxy) else ""
 
@@ -58,7 +58,7 @@ def record(
         "reset": more[1] is not None,
         "return_cells": settings.cells,
         "reverse": settings.reverse,
-        "reset_after=False": settings.cell == "gru_reset_before",
+        "reset_after=False": settings.facts.two_products,
     }
     for name, given in missing.items():
         if given:
@@ -67,9 +67,9 @@ def record(
                 "Use torch.export.export, or for rows of different lengths a PackedSequence."
             )
     S, B = settings.layers * settings.directions, x.shape[1]
-    units = (weights[1].shape[-1], weights[1].shape[0] // 4)
+    units = (weights[1].shape[-1], weights[1].shape[0] // settings.facts.gates)
     first = [x.new_zeros(S, B, n) if s is None else s for s, n in zip(states, units, strict=False)]
-    operator: Any = getattr(torch._VF, settings.cell)  # type: ignore[attr-defined]
+    operator = private.recurrent_operator(settings.cell)
     options = (settings.bias, settings.layers, dropout, dropout > 0, settings.directions == 2, False)
     results: tuple[Tensor, ...] = operator(x, first if settings.states == 2 else first[0], list(weights), *options)
     return results

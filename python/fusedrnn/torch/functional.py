@@ -7,16 +7,23 @@ Shapes are torch.nn's; for lengths, reset and cells see fusedrnn.ops. For ensemb
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any, TypedDict, TypeVar, Unpack, get_type_hints
 
 import torch
 from torch import Tensor
 from torch.nn.functional import dropout as draw
 
+from ..cells import CELLS
+from ..cells.cell import Cell
 from . import composite, cuda, exits, gate, onnx_nodes, operators
-from .how import How, names
-from .kernels import DTYPES
+from .how import How, how_of, names
+from .kernels import DTYPES, Sizes, argument_shapes
+from .private import any_requires_grad, pack_padded, pad_packed, transforms_active, watched
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 _ONEDNN = torch.backends.mkldnn.is_available()
 _route = "none: nothing ran yet"
@@ -59,7 +66,7 @@ def why_not(tensors: Sequence[Tensor | None], proj_size: int = 0, dtypes: Sequen
             return "tensors differ in dtype or device"
         if tensor.layout != torch.strided:
             return f"no kernels for {tensor.layout}"
-    if torch.compiler.is_compiling() or gate.is_plain(*tensors) or operators.watched():
+    if torch.compiler.is_compiling() or gate.is_plain(*tensors) or watched():
         return ""
     return next((f"no kernels for {type(t).__name__}" for t in tensors if gate.is_foreign(t)), "")
 
@@ -84,8 +91,9 @@ def cast_dtypes(cell: str, tensors: Sequence[Tensor | None], whole: bool) -> lis
     if kind == "meta" or not torch.is_autocast_enabled(kind):
         return dtypes
     out = torch.get_autocast_dtype(kind)
-    if kind == "cpu" and not (cell.startswith("rnn") or by_onednn(cell, x, whole) or torch.float64 in dtypes):
-        last = tensors[2 if cell == "lstm" else 1]
+    added = CELLS[cell].gates > 1  # products are added to a state
+    if kind == "cpu" and added and not (by_onednn(cell, x, whole) or torch.float64 in dtypes):
+        last = tensors[1 + CELLS[cell].cell_state]
         out = torch.promote_types(out, x.dtype if last is None else last.dtype)
     return [out if d is not None and d.is_floating_point and d != torch.float64 else d for d in dtypes]
 
@@ -96,7 +104,7 @@ def autocast(cell: str, tensors: Sequence[Tensor | None], whole: bool) -> list[A
     if kind == "meta" or not torch.is_autocast_enabled(kind):
         return list(tensors)
     rounded = torch.get_autocast_dtype(kind)
-    states = range(1, 3 if cell == "lstm" else 2)
+    states = range(1, 2 + CELLS[cell].cell_state)
 
     def cast(n: int, t: Tensor | None, dtype: Any) -> Tensor | None:
         if t is None or not t.is_floating_point() or t.dtype == torch.float64:
@@ -129,15 +137,15 @@ def run(
         return onnx_nodes.write(settings, x, states, weights, lengths, reset)
     tensors = autocast(settings.cell, (x, *states, *weights), whole)
     if settings.proj_size:
-        settings = settings._replace(recompute=False)  # the engine of projections always keeps all
+        settings = settings.but(recompute=False)  # the engine of projections always keeps all
     if (why := why_not(tensors, settings.proj_size)) == "":
         set_route("fused")
         grad = torch.is_grad_enabled() and (
             not torch.compiler.is_exporting()
             if torch.compiler.is_compiling()
-            else torch._C._are_functorch_transforms_active() or torch._C._any_requires_grad(*tensors)
+            else transforms_active() or any_requires_grad(*tensors)
         )
-        settings = settings._replace(tape=grad)
+        settings = settings.but(tape=grad)
         call: Any = operators.call
     else:
         set_route(f"torch operators: {why}")
@@ -158,7 +166,7 @@ def _layers(
 ) -> tuple[Tensor, ...]:
     """Layer by layer, with dropout between: its random numbers, vmap's randomness and compile are
     torch's own affair. torch.nn draws no numbers for the padding of a packed x."""
-    one = settings._replace(layers=1)
+    one = settings.but(layers=1)
     y, states, weights = p[0], p[1 : 1 + settings.states], p[1 + settings.states :]
     kept: list[Any] = []
     for layer in range(settings.layers):
@@ -172,10 +180,9 @@ def _layers(
 
 
 def _draw_packed(y: Tensor, dropout: float, lengths: Tensor, sizes: Tensor) -> Tensor:
-    packed = torch._VF._pack_padded_sequence(y.squeeze(1), lengths[0], False)[0]  # type: ignore[attr-defined]
-    packed = draw(packed, dropout, True)
-    y = torch._VF._pad_packed_sequence(packed, sizes, False, 0.0, len(sizes))[0]  # type: ignore[attr-defined]
-    return y.unsqueeze(1)
+    packed = pack_padded(y.squeeze(1), lengths[0])
+    padded: Tensor = pad_packed(draw(packed, dropout, True), sizes)[0]
+    return padded.unsqueeze(1)
 
 
 def mask(name: str, given: Any, T: int, B: int, batch_first: bool, x: Tensor) -> Tensor:
@@ -209,24 +216,69 @@ def counts(name: str, given: Any, B: int, x: Tensor) -> Tensor:
     return lengths.to(x.device, torch.int64)
 
 
+class Options(TypedDict, total=False):
+    """What lstm, gru and rnn take. Every one has its default in `_DEFAULTS`."""
+
+    num_layers: int
+    bidirectional: bool
+    reverse: bool
+    batch_first: bool
+    lengths: Any
+    reset: Any
+    reset_to: str
+    dropout: float
+    training: bool
+    clip_grad: float | None
+    recompute: bool
+    return_cells: bool
+
+
+class LSTMOptions(Options, total=False):
+    """What lstm takes."""
+
+    clip_cell: float | None
+
+
+_DEFAULTS: LSTMOptions = {
+    "num_layers": 1,
+    "bidirectional": False,
+    "reverse": False,
+    "batch_first": False,
+    "lengths": None,
+    "reset": None,
+    "reset_to": "zero",
+    "dropout": 0.0,
+    "training": True,
+    "clip_cell": None,
+    "clip_grad": None,
+    "recompute": False,
+    "return_cells": False,
+}
+
+
+def _takes(known: Any) -> Callable[[_Function], _Function]:
+    """The options of a function in its signature, where `help` and editors look for them."""
+
+    def spell_out(function: Any) -> Any:
+        own = [p for p in inspect.signature(function).parameters.values() if p.kind is not p.VAR_KEYWORD]
+        types = get_type_hints(known)
+        options = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=types[name])
+            for name, default in _DEFAULTS.items()
+            if name in types
+        ]
+        function.__signature__ = inspect.Signature([*own, *options], return_annotation=Any)
+        return function
+
+    return spell_out
+
+
+@_takes(LSTMOptions)
 def lstm(
     x: Tensor,
     state: tuple[Tensor, Tensor] | None = None,
     params: Mapping[str, Tensor] | Sequence[Tensor] = (),
-    *,
-    num_layers: int = 1,
-    bidirectional: bool = False,
-    reverse: bool = False,
-    batch_first: bool = False,
-    lengths: Any = None,
-    reset: Any = None,
-    reset_to: str = "zero",
-    dropout: float = 0.0,
-    training: bool = True,
-    clip_cell: float | None = None,
-    clip_grad: float | None = None,
-    recompute: bool = False,
-    return_cells: bool = False,
+    **options: Unpack[LSTMOptions],
 ) -> Any:
     """Run an LSTM: (y, (h, c)), or (y, (h, c), cells) with return_cells. The arguments are those of fusedrnn.lstm.
 
@@ -239,77 +291,46 @@ def lstm(
     >>> y.shape, c.shape
     (torch.Size([5, 2, 4]), torch.Size([1, 2, 4]))
     """
-    options = (num_layers, bidirectional, reverse, batch_first, lengths, reset, reset_to)
-    return _function(
-        "lstm", "lstm", x, state, params, *options, dropout * training, clip_cell, clip_grad, recompute, return_cells
-    )
+    return _function("lstm", "lstm", x, state, params, options)
 
 
+@_takes(Options)
 def gru(
     x: Tensor,
     state: Tensor | None = None,
     params: Mapping[str, Tensor] | Sequence[Tensor] = (),
     *,
     reset_after: bool = True,
-    num_layers: int = 1,
-    bidirectional: bool = False,
-    reverse: bool = False,
-    batch_first: bool = False,
-    lengths: Any = None,
-    reset: Any = None,
-    reset_to: str = "zero",
-    dropout: float = 0.0,
-    training: bool = True,
-    clip_grad: float | None = None,
-    recompute: bool = False,
-    return_cells: bool = False,
+    **options: Unpack[Options],
 ) -> Any:
     """Run a GRU; reset_after as in fusedrnn.gru, all else as in `lstm`; the state is one tensor h."""
-    options = (num_layers, bidirectional, reverse, batch_first, lengths, reset, reset_to)
-    cell = "gru" if reset_after else "gru_reset_before"
-    return _function(
-        "gru", cell, x, state, params, *options, dropout * training, None, clip_grad, recompute, return_cells
-    )
+    return _function("gru", "gru" if reset_after else "gru_reset_before", x, state, params, options)
 
 
+@_takes(Options)
 def rnn(
     x: Tensor,
     state: Tensor | None = None,
     params: Mapping[str, Tensor] | Sequence[Tensor] = (),
     *,
     nonlinearity: str = "tanh",
-    num_layers: int = 1,
-    bidirectional: bool = False,
-    reverse: bool = False,
-    batch_first: bool = False,
-    lengths: Any = None,
-    reset: Any = None,
-    reset_to: str = "zero",
-    dropout: float = 0.0,
-    training: bool = True,
-    clip_grad: float | None = None,
-    recompute: bool = False,
-    return_cells: bool = False,
+    **options: Unpack[Options],
 ) -> Any:
     """Run a vanilla RNN with nonlinearity "tanh" or "relu"; all else as in `lstm`; the state is one tensor h."""
     if nonlinearity not in ("tanh", "relu"):
         raise ValueError(f'rnn: nonlinearity is {nonlinearity!r}; expected "tanh" or "relu"')
-    options = (num_layers, bidirectional, reverse, batch_first, lengths, reset, reset_to)
-    cell = f"rnn_{nonlinearity}"
-    return _function(
-        "rnn", cell, x, state, params, *options, dropout * training, None, clip_grad, recompute, return_cells
-    )
+    return _function("rnn", f"rnn_{nonlinearity}", x, state, params, options)
 
 
-def _flat(name: str, params: Any, num_layers: int, directions: int) -> list[Tensor]:
-    stacks, lstm = num_layers * directions, name == "lstm"
+def _flat(name: str, facts: Cell, params: Any, num_layers: int, directions: int) -> list[Tensor]:
+    stacks, projects = num_layers * directions, facts.cell_state
     if isinstance(params, Mapping):
-        expected = names(num_layers, directions, "bias_ih_l0" in params, lstm and "weight_hr_l0" in params)
+        expected = names(num_layers, directions, "bias_ih_l0" in params, projects and "weight_hr_l0" in params)
         if set(expected) != set(params):
             raise ValueError(f"{name}: params has {', '.join(params)}; expected {', '.join(expected)}")
         return [params[key] for key in expected]
-    if len(params) not in [n * stacks for n in ((2, 3, 4, 5) if lstm else (2, 4))]:
-        more = f" (with weight_hr {5 * stacks} or {3 * stacks})" if lstm else ""
+    if len(params) not in [n * stacks for n in ((2, 3, 4, 5) if projects else (2, 4))]:
+        more = f" (with weight_hr {5 * stacks} or {3 * stacks})" if projects else ""
         raise ValueError(
             f"{name}: params has {len(params)} tensors; expected {4 * stacks}, or {2 * stacks} without biases{more}, "
             f"for num_layers={num_layers} and {directions} direction(s)"
@@ -317,58 +338,45 @@ def _flat(name: str, params: Any, num_layers: int, directions: int) -> list[Tens
     return list(params)
 
 
-def _function(
-    name: str,
-    cell: str,
-    x: Tensor,
-    state: Any,
-    params: Any,
-    num_layers: int,
-    bidirectional: bool,
-    reverse: bool,
-    batch_first: bool,
-    lengths: Any,
-    reset: Any,
-    reset_to: str,
-    dropout: float,
-    clip_cell: float | None,
-    clip_grad: float | None,
-    recompute: bool,
-    return_cells: bool,
-) -> Any:
-    directions = 2 if bidirectional else 1
-    weights = _flat(name, params, num_layers, directions)
-    if reset_to not in ("zero", "initial"):
-        raise ValueError(f'{name}: reset_to is {reset_to!r}; expected "zero" or "initial"')
-    if reverse and bidirectional:
+def _function(name: str, cell: str, x: Tensor, state: Any, params: Any, options: Mapping[str, object]) -> Any:
+    facts = CELLS[cell]
+    for key in options:
+        if key not in _DEFAULTS or (key == "clip_cell" and not facts.cell_state):
+            raise TypeError(f"{name}() got an unexpected keyword argument {key!r}")
+    given: dict[str, Any] = {**_DEFAULTS, **options}
+    directions = 2 if given["bidirectional"] else 1
+    weights = _flat(name, facts, params, given["num_layers"], directions)
+    if given["reset_to"] not in ("zero", "initial"):
+        raise ValueError(f'{name}: reset_to is {given["reset_to"]!r}; expected "zero" or "initial"')
+    if given["reverse"] and directions == 2:
         raise ValueError(f"{name}: reverse is set; expected one direction with it, but bidirectional is set too")
     if x.dim() not in (2, 3):
         raise ValueError(f"{name}: x has {x.dim()} dimensions; expected 3, or 2 without a batch")
-    per_layer = len(weights) // (num_layers * directions)
-    settings = How(
-        cell,
-        num_layers,
-        directions,
-        per_layer >= 4,
-        reverse,
-        reset_to == "initial",
-        recompute,
-        float(clip_cell or 0),
-        float(clip_grad or 0),
-        cells=return_cells,
+    per_layer = len(weights) // (given["num_layers"] * directions)
+    settings = how_of(
+        cell=cell,
+        layers=given["num_layers"],
+        directions=directions,
+        bias=per_layer >= 4,
+        reverse=given["reverse"],
+        reset_to_initial=given["reset_to"] == "initial",
+        recompute=given["recompute"],
+        clip_cell=float(given["clip_cell"] or 0),
+        clip_grad=float(given["clip_grad"] or 0),
+        cells=given["return_cells"],
         proj_size=int(weights[per_layer - 1].shape[0]) if per_layer % 2 else 0,
     )
     if not torch.compiler.is_compiling():
         operators.make_operators(settings.states, settings.weights)
-    parts = (state if cell == "lstm" else (state,)) if state is not None else (None, None)
-    if cell == "lstm" and not (isinstance(parts, tuple | list) and len(parts) == 2):
+    parts = (state if facts.cell_state else (state,)) if state is not None else (None, None)
+    if facts.cell_state and not (isinstance(parts, tuple | list) and len(parts) == 2):
         raise TypeError(f"{name}: state is a {type(state).__name__}; expected a pair (h, c)")
     h0, c0 = (*parts, None)[:2]
-    _check(name, x, h0, c0, weights, settings, batch_first)
+    _check(name, x, h0, c0, weights, settings, given["batch_first"])
     tensors = (x, h0, c0, *weights)
-    called = names(num_layers, directions, settings.bias, settings.proj_size > 0)
-    gate.check(name, lambda: ["x", "h", "c", *called], tensors)
-    return gate.call(batched, tensors, name, settings, x, h0, c0, weights, batch_first, lengths, reset, dropout)
+    gate.check(name, lambda: ["x", "h", "c", *settings.weight_names], tensors)
+    rest = given["batch_first"], given["lengths"], given["reset"], given["dropout"] * given["training"]
+    return gate.call(batched, tensors, name, settings, x, h0, c0, weights, *rest)
 
 
 def _check(name: str, x: Tensor, h0: Any, c0: Any, weights: Any, settings: How, batch_first: bool) -> None:
@@ -384,9 +392,7 @@ def _check(name: str, x: Tensor, h0: Any, c0: Any, weights: Any, settings: How, 
                 f"{name}: {what} of state has shape {tuple(given.shape)}; expected {state}, from x and params"
             )
     shapes = weight_shapes(settings, x.shape[-1], H)
-    for key, weight, shape in zip(
-        names(settings.layers, settings.directions, settings.bias, P > 0), weights, shapes, strict=True
-    ):
+    for key, weight, shape in zip(settings.weight_names, weights, shapes, strict=True):
         if tuple(weight.shape) != shape:
             raise ValueError(
                 f"{name}: {key} has shape {tuple(weight.shape)}; expected {shape}, with I={x.shape[-1]} from x "
@@ -394,11 +400,19 @@ def _check(name: str, x: Tensor, h0: Any, c0: Any, weights: Any, settings: How, 
             )
 
 
-def weight_shapes(settings: How, I: int, H: int) -> list[tuple[int, ...]]:  # noqa: E741
+def weight_shapes(settings: How, I: Any, H: Any) -> tuple[tuple[int, ...], ...]:  # noqa: E741
     """Of all weights, in order."""
-    from .kernels import Sizes, argument_shapes
+    # torch.compile looks through caches; symbolic sizes are no keys
+    known = not torch.compiler.is_compiling() and type(I) is type(H) is int
+    return _shapes(settings, I, H) if known else _make_shapes(settings, I, H)
 
-    return [shape[1:] for shape in argument_shapes(settings, Sizes(1, 1, 1, I, H))[1 + settings.states :]]
+
+def _make_shapes(settings: How, I: Any, H: Any) -> tuple[tuple[int, ...], ...]:  # noqa: E741
+    shapes = argument_shapes(settings, Sizes(1, 1, 1, I, H))
+    return tuple([shape[1:] for shape in shapes[1 + settings.states :]])
+
+
+_shapes = lru_cache(maxsize=1024)(_make_shapes)
 
 
 def batched(

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch._C import _functorch, _to_dlpack  # type: ignore[attr-defined]
 from torch.overrides import handle_torch_function
 from torch.utils.dlpack import from_dlpack
 
 from .. import backends
+from . import private
 
 native: Any = backends.load("native")
 _Plain = (Tensor, torch.nn.Parameter)
@@ -30,7 +30,7 @@ def _samples() -> tuple[tuple[Any, ...], ...]:
     tensors = [given, given[3:], torch.nn.Parameter(torch.ones(5, 7))]
     tensors += [
         torch.frombuffer(bytearray(264), dtype=torch.int8),
-        torch._neg_view(torch.ones(17)),
+        private.neg_view(torch.ones(17)),
         torch.ones(3, dtype=torch.complex64).conj(),
         torch.ones(2, 9).T,
     ]
@@ -39,8 +39,8 @@ def _samples() -> tuple[tuple[Any, ...], ...]:
     samples = []
     for tensor in tensors:
         storage = tensor.untyped_storage()
-        keys = torch._C._dispatch_keys(tensor).raw_repr()
-        samples.append((tensor, tensor._cdata, keys, storage._cdata, storage.data_ptr(), storage.nbytes()))
+        places = private.address(tensor), private.dispatch_keys(tensor), private.address(storage)
+        samples.append((tensor, *places, storage.data_ptr(), storage.nbytes()))
     return tuple(samples)
 
 
@@ -48,7 +48,7 @@ def _set_up() -> bool:
     interface = getattr(Tensor, "__dlpack_c_exchange_api__", None)
     if native is None or interface is None:
         return False
-    ordinary = torch._C._dispatch_keys(torch.ones(1)).raw_repr()
+    ordinary = private.dispatch_keys(torch.ones(1))
     return bool(native.torch_setup(interface, *_Plain, _samples(), ordinary))
 
 
@@ -68,7 +68,7 @@ def _is_plain(tensor: Any) -> bool:
         return False
     if tensor.device.type != "cpu" or tensor.layout != torch.strided or tensor.is_nested or tensor.is_quantized:
         return False
-    if tensor.is_neg() or tensor.is_conj() or tensor._is_zerotensor():
+    if tensor.is_neg() or tensor.is_conj() or private.is_zero_tensor(tensor):
         return False
     needed, there = _bytes(tensor)
     return needed <= there
@@ -76,23 +76,20 @@ def _is_plain(tensor: Any) -> bool:
 
 def _is_wrapped(tensor: Any) -> bool:
     """By a transform of torch.func, or by torch's first vmap, which gradcheck still uses."""
-    return _functorch.is_functorch_wrapped_tensor(tensor) or _functorch.is_legacy_batchedtensor(tensor)
+    return private.is_wrapped(tensor) or private.is_wrapped_by_old_vmap(tensor)
 
 
 def is_flipped(tensor: Tensor) -> bool:
     """Whether the numbers stand in memory with the other sign, and nothing else is unusual."""
-    return type(tensor) in _Plain and tensor.is_neg() and not tensor.is_complex() and is_plain(torch._neg_view(tensor))
+    return type(tensor) in _Plain and tensor.is_neg() and not tensor.is_complex() and is_plain(private.neg_view(tensor))
 
 
 def is_foreign(tensor: Any) -> bool:
     """Whether the tensor's numbers are the affair of other code: a subclass with __torch_dispatch__, as torch's
     FakeTensor is, or a tensor in the making of a functional program."""
-    if not isinstance(tensor, Tensor) or (type(tensor) in _Plain and not torch._is_functional_tensor(tensor)):
+    if not isinstance(tensor, Tensor) or (type(tensor) in _Plain and not private.is_functional(tensor)):
         return False
-    return (
-        type(tensor).__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl  # type: ignore[attr-defined]
-        or torch._is_functional_tensor(tensor)
-    )
+    return type(tensor).__torch_dispatch__ is not private.no_dispatch or private.is_functional(tensor)
 
 
 def has_memory_of_its_own(tensors: Sequence[Any]) -> bool:
@@ -103,14 +100,12 @@ def has_memory_of_its_own(tensors: Sequence[Any]) -> bool:
 def call(function: Callable[..., Any], tensors: Sequence[Any], *arguments: Any) -> Any:
     """function(*arguments), as torch calls its own: a subclass among the tensors that has a say in torch's functions
     (__torch_function__) is asked, and makes of the results what it makes of torch's."""
-    if torch.compiler.is_compiling() or is_plain(*tensors) or not torch._C._is_torch_function_enabled():
+    if torch.compiler.is_compiling() or is_plain(*tensors) or not private.torch_functions_enabled():
         return function(*arguments)
     overriding = [
         t
         for t in tensors
-        if isinstance(t, Tensor)
-        and type(t) not in _Plain
-        and type(t).__torch_function__ is not torch._C._disabled_torch_function_impl
+        if isinstance(t, Tensor) and type(t) not in _Plain and type(t).__torch_function__ is not private.no_function
     ]
     return handle_torch_function(function, overriding, *arguments) if overriding else function(*arguments)
 
@@ -132,9 +127,9 @@ def check(door: str, names: Callable[[], Sequence[str]], tensors: Sequence[Any])
                 f"{door}: {name} is on the meta device, without numbers; expected {first.device}, where {names()[0]} "
                 "is. Give it numbers before the call: to_empty, or load_state_dict(assign=True)."
             )
-        while _functorch.is_functorch_wrapped_tensor(tensor):
-            tensor = _functorch.get_unwrapped(tensor)
-        with torch._C.DisableTorchFunctionSubclass():
+        while private.is_wrapped(tensor):
+            tensor = private.unwrap(tensor)
+        with private.WithoutSubclasses():
             needed, there = _bytes(tensor)
         if needed > there:
             raise RuntimeError(
@@ -151,7 +146,7 @@ def _bytes(tensor: Tensor) -> tuple[int, int]:
         or tensor.device.type == "meta"
         or tensor.layout != torch.strided
         or tensor.is_nested
-        or tensor._is_zerotensor()
+        or private.is_zero_tensor(tensor)
         or not tensor.numel()
     ):
         return 0, 0
@@ -185,10 +180,10 @@ def values(door: str, name: str, tensor: Tensor) -> Tensor:
         return alias
     refuse_foreign(door, name, tensor)
     check(door, lambda: [name], (tensor,))
-    with torch._C.DisableTorchFunctionSubclass():
+    with private.WithoutSubclasses():
         tensor = dense(tensor.detach())
-        tensor = tensor.clone() if tensor._is_zerotensor() else tensor.resolve_conj().resolve_neg()
-        return from_dlpack(_to_dlpack(tensor)) if tensor.is_cpu else tensor  # type: ignore[no-any-return]
+        tensor = tensor.clone() if private.is_zero_tensor(tensor) else tensor.resolve_conj().resolve_neg()
+        return from_dlpack(private.to_dlpack(tensor)) if tensor.is_cpu else tensor  # type: ignore[no-any-return]
 
 
 def array(door: str, name: str, tensor: Tensor) -> np.ndarray:

@@ -14,14 +14,33 @@ With a projection (LSTM only) h has P units instead of H: in y, hn, h0, R and I_
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from ..cells import CELLS
+from ..cells.cell import Cell
+
+if TYPE_CHECKING:
+    from functools import cached_property as _kept
+else:
+
+    class _kept:  # noqa: N801
+        """A property that is computed once: functools' has a lock, which torch.compile refuses."""
+
+        def __init__(self, function):
+            self.function, self.__doc__ = function, function.__doc__
+
+        def __get__(self, instance, owner=None):
+            value = instance.__dict__[self.function.__name__] = self.function(instance)
+            return value
 
 
-class How(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class How:
     """The settings of a call. `want` says which gradients are wanted, one digit for each of p; `each`: give them for
     every weight set, also where the argument is shared by all (else their sum). proj_size: P; 0: no projection."""
 
@@ -40,92 +59,119 @@ class How(NamedTuple):
     each: bool = False
     proj_size: int = 0
 
-    @property
+    def __hash__(self) -> int:
+        return hash(self.text)
+
+    def but(self, **changes: Any) -> How:
+        """These settings with changes."""
+        # torch.compile looks through caches, and says so
+        return replace(self, **changes) if torch.compiler.is_compiling() else _changed(self, **changes)
+
+    @_kept
+    def facts(self) -> Cell:
+        """What the registry knows of the cell."""
+        return CELLS[self.cell]
+
+    @_kept
     def states(self) -> int:
         """1, or 2 where there is c."""
-        return 2 if self.cell == "lstm" else 1
+        return 1 + self.facts.cell_state
 
-    @property
+    @_kept
     def per_layer(self) -> int:
         """Weights of one layer in one direction."""
         return (4 if self.bias else 2) + (self.proj_size > 0)
 
-    @property
+    @_kept
     def weights(self) -> int:
         """Weights in all."""
         return self.layers * self.directions * self.per_layer
 
-    @property
+    @_kept
     def arguments(self) -> int:
         """How many tensors p has."""
         return 1 + self.states + self.weights
 
-    @property
+    @_kept
     def results(self) -> int:
         """How many results there are, the tape not counted."""
         return 1 + self.states + self.cells
 
-    @property
+    @_kept
     def argument_axes(self) -> tuple[int, ...]:
         """Where E is, for each of p."""
         return (1,) * (1 + self.states) + (0,) * self.weights
 
-    @property
+    @_kept
     def result_axes(self) -> tuple[int, ...]:
         """Where E is, for each result."""
         return (1,) * (1 + self.states) + (2,) * self.cells
 
-    @property
+    @_kept
+    def weight_names(self) -> tuple[str, ...]:
+        """torch.nn's, in its order."""
+        return tuple(names(self.layers, self.directions, self.bias, self.proj_size > 0))
+
+    @_kept
     def argument_names(self) -> tuple[str, ...]:
         """Of all p. One layer may be any of a stack's, or a cell's: no number."""
-        return _argument_names(self.states, self.layers, self.directions, self.bias, self.proj_size > 0)
+        weights = self.weight_names
+        weights = tuple(name.replace("_l0", "") for name in weights) if self.layers == 1 else weights
+        return ("x", "h0", "c0")[: 1 + self.states] + weights
 
-    @property
+    @_kept
     def result_names(self) -> tuple[str, ...]:
         """Of all results."""
         return ("y", "h_n", "c_n")[: 1 + self.states] + ("cells",) * self.cells
 
+    @_kept
     def text(self) -> str:
         """As operators take it; `read` is the inverse."""
-        flags = f"{self.bias:d} {self.reverse:d} {self.reset_to_initial:d} {self.recompute:d}"
-        clips = f"{self.clip_cell!r} {self.clip_grad!r}"
-        wants = f"{self.tape:d} {self.cells:d} {self.want or '-'} {self.each:d} {self.proj_size}"
-        return f"{self.cell} {self.layers} {self.directions} {flags} {clips} {wants}"
+        return " ".join([write(getattr(self, name)) for name, (write, _) in _WORDS.items()])
 
-    def tape_length(self, T: Any, B: Any, H: Any) -> Any:
-        """Elements of a tape for one weight set, one for the backend's number included; sizes may be symbolic."""
-        if not self.tape:
-            return 0
-        cell = CELLS[self.cell]
-        per_unit = (1 + cell.cell_state + cell.kept) * T  # h, c, and what the cell keeps
-        if self.recompute:
-            per_unit = T + (T + 7) // 8 if self.cell == "lstm" else T
-        spared = T * (H - self.proj_size) if self.proj_size else 0  # h has fewer units
-        return self.layers * self.directions * B * (H * per_unit - spared) + 1
+
+_made = lru_cache(maxsize=4096)(How)
+
+
+def how_of(**settings: Any) -> How:
+    """A `How`, made once for the same settings."""
+    return How(**settings) if torch.compiler.is_compiling() else _made(**settings)
+
+
+@lru_cache(maxsize=4096)
+def _changed(how: How, **changes: Any) -> How:
+    return replace(how, **changes)
+
+
+_TEXT: Any = (lambda text: text or "-", lambda word: "" if word == "-" else word)
+_WHOLE: Any = (str, int)
+_FLAG: Any = (lambda flag: f"{flag:d}", lambda word: word == "1")
+_REAL: Any = (lambda number: repr(float(number)), float)
+
+# The words of a text, and how each is written and read. A new one goes to the end: exported programs hold older texts.
+_WORDS: dict[str, tuple[Callable[[Any], str], Callable[[str], Any]]] = {
+    "cell": _TEXT,
+    "layers": _WHOLE,
+    "directions": _WHOLE,
+    "bias": _FLAG,
+    "reverse": _FLAG,
+    "reset_to_initial": _FLAG,
+    "recompute": _FLAG,
+    "clip_cell": _REAL,
+    "clip_grad": _REAL,
+    "tape": _FLAG,
+    "cells": _FLAG,
+    "want": _TEXT,
+    "each": _FLAG,
+    "proj_size": _WHOLE,
+}
 
 
 @lru_cache(maxsize=4096)
 def read(text: str) -> How:
-    """What `How.text` wrote."""
-    cell, *rest = text.split(" ")
-    n, m = (int(word) for word in rest[:2])
-    bias, reverse, initial, recompute = (word == "1" for word in rest[2:6])
-    return How(
-        cell,
-        n,
-        m,
-        bias,
-        reverse,
-        initial,
-        recompute,
-        float(rest[6]),
-        float(rest[7]),
-        rest[8] == "1",
-        rest[9] == "1",
-        "" if rest[10] == "-" else rest[10],
-        rest[11] == "1",
-        int(rest[12]) if len(rest) > 12 else 0,  # programs exported by earlier versions end before it
-    )
+    """What `How.text` wrote, or an earlier version, which knew fewer words."""
+    words = zip(_WORDS.items(), text.split(" "), strict=False)
+    return How(**{name: read(word) for (name, (_, read)), word in words})
 
 
 def names(num_layers: int, directions: int, bias: bool, projected: bool = False) -> list[str]:
@@ -134,13 +180,6 @@ def names(num_layers: int, directions: int, bias: bool, projected: bool = False)
     kinds += ("weight_hr",) if projected else ()
     ends = ("", "_reverse")[:directions]
     return [f"{kind}_l{layer}{end}" for layer in range(num_layers) for end in ends for kind in kinds]
-
-
-@lru_cache
-def _argument_names(states: int, layers: int, directions: int, bias: bool, projected: bool) -> tuple[str, ...]:
-    weights = names(layers, directions, bias, projected)
-    weights = [name.replace("_l0", "") for name in weights] if layers == 1 else weights
-    return ("x", "h0", "c0")[: 1 + states] + tuple(weights)
 
 
 # An operator's tensors come in groups: p, then the tape or v, then g and t (which always have a place for cells).

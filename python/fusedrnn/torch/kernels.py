@@ -12,20 +12,15 @@ from torch import Tensor
 
 from .. import backends
 from ..backends import Arguments, Problem, Results, Variant
-from ..cells import CELLS
 from . import gate
 from .how import How
+from .tape import computing, length
 
 Tensors = Sequence[Tensor | None]
 
 _LSTM = (("Sigmoid", 0.0, 0.0), ("Tanh", 0.0, 0.0), ("Tanh", 0.0, 0.0))  # activations as usual
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
-
-def computing(dtype: torch.dtype) -> torch.dtype:
-    """What a dtype is computed in: the 16-bit ones are storage only."""
-    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
 def extent(tensors: Tensors, axes: Sequence[int]) -> Any:
@@ -84,7 +79,7 @@ class Call:
             self.E,
             B,
             I,
-            R.shape[-2] // CELLS[how.cell].gates,
+            R.shape[-2] // how.facts.gates,
             how.layers,
             how.directions,
             reverse=how.reverse,
@@ -105,7 +100,9 @@ class Call:
         """A view (16-bit: a wider copy) for reading."""
         if tensor is None:
             return None
-        return spread(gate.values(self.how.cell, name, tensor).to(self.kind), axis, self.E).numpy()
+        tensor = gate.values(self.how.cell, name, tensor)
+        tensor = tensor if tensor.dtype is self.kind else tensor.to(self.kind)  # a cast to the same takes 0.4 us
+        return spread(tensor, axis, self.E).numpy()
 
     def arguments(self, p: Tensors, prefix: str = "") -> Arguments:
         """Of all p, or of tangents of p: each may be None."""
@@ -164,7 +161,7 @@ class Call:
 
     def stored(self, tensors: list[Tensor]) -> tuple[Tensor, ...]:
         """What was written, in the caller's dtype."""
-        return tuple(tensor.to(self.dtype) for tensor in tensors)
+        return tuple(tensors if self.dtype is self.kind else [tensor.to(self.dtype) for tensor in tensors])
 
 
 def _lengths(lengths: np.ndarray, T: int) -> np.ndarray:
@@ -184,7 +181,7 @@ def result_shapes(how: How, problem: Any) -> list[tuple[Any, ...]]:
 def argument_shapes(how: How, problem: Any) -> list[tuple[Any, ...]]:
     """Shapes of all p with E weight sets."""
     T, E, B, I, H = problem.T, problem.E, problem.B, problem.I, problem.H  # noqa: E741
-    GH, S, P = CELLS[how.cell].gates * H, how.layers * how.directions, how.proj_size or H
+    GH, S, P = how.facts.gates * H, how.layers * how.directions, how.proj_size or H
     shapes: list[tuple[Any, ...]] = [(T, E, B, I), (S, E, B, P), (S, E, B, H)][: 1 + how.states]
     for layer in range(how.layers):
         inputs = I if layer == 0 else how.directions * P
@@ -197,7 +194,7 @@ def argument_shapes(how: How, problem: Any) -> list[tuple[Any, ...]]:
 
 def _new_tape(call: Call) -> Tensor:
     problem = call.problem
-    return torch.empty((call.E, call.how.tape_length(problem.T, problem.B, problem.H)), dtype=call.kind)
+    return torch.empty((call.E, length(call.how, problem.T, problem.B, problem.H)), dtype=call.kind)
 
 
 def _run_forward(call: Call, out: Results, tape: Tensor) -> None:
@@ -207,7 +204,7 @@ def _run_forward(call: Call, out: Results, tape: Tensor) -> None:
         flat = gate.array(call.how.cell, "the tape", tape).reshape(-1)
         flat[-1] = backends.NAMES.index(backend.__name__.rpartition(".")[2])
         if backend.tape_elements(call.problem) >= flat.size:
-            raise RuntimeError(f"fusedrnn: {backend.__name__}'s tape is longer than How.tape_length says")
+            raise RuntimeError(f"fusedrnn: {backend.__name__}'s tape is longer than torch/tape.py says")
         flat = flat[:-1]
     backend.forward(call.problem, call.p, out, flat)
 
@@ -229,7 +226,7 @@ def backward(how: How, lengths: Any, reset: Any, p: Tensors, tape: Tensor | None
     call = Call(how, p, g, how.result_axes, lengths, reset)
     tensors, out = call.new_arguments(p)
     if tape is None or tape.shape[0] != call.E or not tape.numel():
-        call.how = how._replace(tape=True)
+        call.how = how.but(tape=True)
         tape = _new_tape(call)
         call.how = how
         _run_forward(call, Results(), tape)

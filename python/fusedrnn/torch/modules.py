@@ -8,19 +8,61 @@ fusedrnn.torch.route() tells. They are no subclasses of nn.RNN, nn.LSTM and nn.G
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import lru_cache
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.nn.utils.rnn import PackedSequence
 
-from . import exits, fast, functional, gate, operators
-from .how import How
+from ..cells import CELLS
+from . import exits, fast, functional, gate, operators, private
+from .how import How, how_of
 
 _FEW_STEPS = 8  # of a projection, in which torch.nn's own code is as fast as the kernels or faster
 
 _CELLS = {"LSTM": "lstm", "GRU": "gru", "RNN_TANH": "rnn_tanh", "RNN_RELU": "rnn_relu"}
+
+
+_ATTRIBUTES = (
+    "mode",
+    "num_layers",
+    "bidirectional",
+    "bias",
+    "batch_first",
+    "proj_size",
+    "recompute",
+    "reset_to",
+    "clip_cell",
+    "clip_grad",
+)
+_attributes = attrgetter(*_ATTRIBUTES)
+
+
+def _make_how(attributes: tuple[Any, ...], recompute: bool | None) -> How:
+    """What a call of a layer with these attributes is; recompute: for this call."""
+    own = dict(zip(_ATTRIBUTES, attributes, strict=True))
+    return How(
+        cell=_CELLS[own["mode"]],
+        layers=own["num_layers"],
+        directions=2 if own["bidirectional"] else 1,
+        bias=own["bias"],
+        reset_to_initial=own["reset_to"] == "initial",
+        recompute=own["recompute"] if recompute is None else recompute,
+        clip_cell=own["clip_cell"] or 0.0,
+        clip_grad=own["clip_grad"] or 0.0,
+        proj_size=own["proj_size"],
+    )
+
+
+_how = lru_cache(maxsize=1024)(_make_how)
+
+
+@lru_cache(maxsize=1024)
+def _short(attributes: tuple[Any, ...], recompute: bool | None, packed: bool) -> fast.Settings:
+    batch_first = attributes[_ATTRIBUTES.index("batch_first")]
+    return fast.Settings(how=_how(attributes, recompute), batch_first=batch_first, packed=packed)
 
 
 class _Layer(exits.Scriptable, nn.RNNBase):
@@ -38,19 +80,11 @@ class _Layer(exits.Scriptable, nn.RNNBase):
     clip_grad: float | None = None
 
     def _settings(self, recompute: bool | None, cells: bool) -> How:
-        return How(
-            _CELLS[self.mode],
-            self.num_layers,
-            2 if self.bidirectional else 1,
-            self.bias,
-            False,
-            self.reset_to == "initial",
-            self.recompute if recompute is None else recompute,
-            self.clip_cell or 0.0,
-            self.clip_grad or 0.0,
-            cells=cells,
-            proj_size=self.proj_size,
-        )
+        if torch.compiler.is_compiling():  # it cannot look into attrgetter, and looks through caches
+            how = _make_how(tuple([getattr(self, name) for name in _ATTRIBUTES]), recompute)
+        else:
+            how = _how(_attributes(self), recompute)
+        return how.but(cells=cells) if cells else how
 
     def forward(  # type: ignore[override]
         self,
@@ -79,23 +113,11 @@ class _Layer(exits.Scriptable, nn.RNNBase):
             if type(hx) is not tuple or len(hx) != 2:
                 return None
             h0, c0 = hx
-        parameters = self._parameters
         try:
-            weights = [parameters[name] for name in self._flat_weights_names]
+            weights = private.weights(self)
         except KeyError:  # parametrized
             return None
-        settings = fast.Settings(
-            _CELLS[mode],
-            self.num_layers,
-            2 if self.bidirectional else 1,
-            self.bias,
-            False,
-            self.batch_first,
-            self.recompute if recompute is None else recompute,
-            self.clip_cell or 0.0,
-            self.clip_grad or 0.0,
-            packed,
-        )
+        settings = _short(_attributes(self), recompute, packed)
         out = fast.call(settings, input, h0, c0, weights, lengths)
         if out is None:
             return None
@@ -121,7 +143,7 @@ class _Layer(exits.Scriptable, nn.RNNBase):
         if way == exits.TRACE and bare and not self.clip_grad:
             return self._fall_back(way, input, hx)
         states = hx if self.mode == "LSTM" and isinstance(hx, tuple | list) else (hx,)
-        weights = [getattr(self, name) for name in self._flat_weights_names]
+        weights = [getattr(self, name) for name in private.weight_names(self)]
         self._check_memory({"input": input}, states, weights)
         why = self._why_not(input, states, weights)
         if bare and not (why or way):
@@ -139,7 +161,7 @@ class _Layer(exits.Scriptable, nn.RNNBase):
     def _check_memory(self, inputs: dict[str, Any], states: Any, weights: list[Tensor]) -> None:
         """See gate.check."""
         tensors = [*inputs.values(), *states, *weights]
-        gate.check(type(self).__name__, lambda: [*inputs, *_state_names(states), *self._flat_weights_names], tensors)
+        gate.check(type(self).__name__, lambda: [*inputs, *_state_names(states), *private.weight_names(self)], tensors)
 
     def _why_not(self, input: Tensor, states: Any, weights: list[Tensor], rows: int | None = None) -> str:
         """Why torch.nn's own code must run; "" if the kernels can. Wrong arguments too: torch.nn words the errors.
@@ -177,7 +199,7 @@ class _Layer(exits.Scriptable, nn.RNNBase):
         kernels should. input: of one call that asks for no gradients."""
         if self.clip_cell or self.clip_grad or torch.compiler.is_compiling():
             return ""
-        if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        if private.transforms_active() or private.in_dual_level():
             return ""
         if self.proj_size and torch.is_autocast_enabled("cpu"):
             return "proj_size under autocast" if T else ""
@@ -185,7 +207,7 @@ class _Layer(exits.Scriptable, nn.RNNBase):
             return f"proj_size in fewer than {_FEW_STEPS} steps" if 0 < T < _FEW_STEPS else ""
         if input is None or torch.is_grad_enabled() or not functional.by_onednn(_CELLS[self.mode], input, True):
             return ""
-        wide = torch.get_autocast_dtype("cpu") != torch.bfloat16 or not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        wide = torch.get_autocast_dtype("cpu") != torch.bfloat16 or not private.onednn_multiplies_bfloat16()
         return "" if wide else "oneDNN under autocast"
 
     def _fall_back(self, why: str, input: Any, hx: Any) -> Any:
@@ -194,7 +216,7 @@ class _Layer(exits.Scriptable, nn.RNNBase):
             self.check_forward_args(input.data, hx, input.batch_sizes)
         if why == "a weight's shape":
             shapes = functional.weight_shapes(self._settings(None, False), self.input_size, self.hidden_size)
-            _check_weights(self, zip(self._flat_weights_names, shapes, strict=True))
+            _check_weights(self, zip(private.weight_names(self), shapes, strict=True))
         functional.set_route(f"torch.nn: {why}")
         return self._torch.forward(self, input, hx)
 
@@ -208,7 +230,7 @@ class _Layer(exits.Scriptable, nn.RNNBase):
                 "padded tensor with them. Use torch.nn.utils.rnn.pad_packed_sequence, which gives both."
             )
         data, sizes, order, back = input
-        weights = [getattr(self, name) for name in self._flat_weights_names]
+        weights = [getattr(self, name) for name in private.weight_names(self)]
         states = hx if self.mode == "LSTM" and isinstance(hx, tuple | list) else (hx,)
         if not gate.is_plain(sizes, order, back, *states):
             _check_order(type(self).__name__, input)
@@ -230,17 +252,17 @@ class _Layer(exits.Scriptable, nn.RNNBase):
 
     def _general_packed(self, data: Tensor, sizes: Tensor, states: Any, weights: list[Tensor], recompute: Any) -> Any:
         """The data of y, and the final state; rows sorted."""
-        x, rows = torch._VF._pad_packed_sequence(data, sizes, False, 0.0, len(sizes))  # type: ignore[attr-defined]
+        x, rows = private.pad_packed(data, sizes)
         h0, c0 = (*states, None, None)[:2]
         dropout = self.dropout if self.training else 0.0
         settings = self._settings(recompute, False)
         y, *final = functional.run(settings, x, h0, c0, weights, rows, None, dropout, sizes, whole=False)
-        packed = torch._VF._pack_padded_sequence(y, rows, False)[0]  # type: ignore[attr-defined]
+        packed = private.pack_padded(y, rows)
         return packed, tuple(final) if self.mode == "LSTM" else final[0]
 
     def flatten_parameters(self) -> None:
         """Nothing: weights are read where they lie (on a GPU torch.nn's own code still finds them in one piece)."""
-        if self._flat_weights and isinstance(self._flat_weights[0], Tensor) and self._flat_weights[0].is_cuda:
+        if private.on_gpu(self):
             super().flatten_parameters()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -250,7 +272,7 @@ class _Layer(exits.Scriptable, nn.RNNBase):
     def _prepare(self) -> None:
         settings = self._settings(None, False)
         operators.make_operators(settings.states, settings.weights)
-        one = settings._replace(layers=1)
+        one = settings.but(layers=1)
         operators.make_operators(one.states, one.weights)
 
 
@@ -362,33 +384,37 @@ def _step(module: Any, cell: str, input: Any, hx: Any) -> Any:
     return _general_step(module, cell, input, hx) if out is None else out
 
 
+@lru_cache
+def _step_settings(cell: str, bias: bool) -> fast.Settings:
+    return fast.Settings(how=How(cell=cell, bias=bias), is_cell=True)
+
+
 def _fast_step(module: Any, cell: str, input: Any, hx: Any) -> Any:
     h0, c0 = hx, None
-    if cell == "lstm" and hx is not None:
+    if CELLS[cell].cell_state and hx is not None:
         if type(hx) is not tuple or len(hx) != 2:
             return None
         h0, c0 = hx
-    parameters = module._parameters
     try:
-        weights = [parameters["weight_ih"], parameters["weight_hh"], parameters["bias_ih"], parameters["bias_hh"]]
+        weights = private.cell_weights(module)
     except KeyError:  # parametrized
         return None
-    bias = weights[2] is not None
-    settings = fast.Settings(cell, 1, 1, bias, True, False, False, 0.0, 0.0)
-    out = fast.call(settings, input, h0, c0, weights if bias else weights[:2])
+    settings = _step_settings(cell, len(weights) == 4)
+    out = fast.call(settings, input, h0, c0, weights)
     if out is None:
         return None
     functional.set_route("fused")
-    return out[1:] if cell == "lstm" else out[1]
+    return out[1:] if CELLS[cell].cell_state else out[1]
 
 
 def _general_step(module: Any, cell: str, input: Any, hx: Any) -> Any:
     if way := exits.exit_of(input):
         return exits.leaf(module, input, hx) if way == exits.FX else _refuse(way)
-    states = hx if cell == "lstm" and isinstance(hx, tuple | list) else (hx,)
+    facts = CELLS[cell]
+    states = hx if facts.cell_state and isinstance(hx, tuple | list) else (hx,)
     weights = [module.weight_ih, module.weight_hh]
     H = module.hidden_size
-    gates = {"lstm": 4, "gru": 3}.get(cell, 1) * H
+    gates = facts.gates * H
     if module.bias_ih is not None:
         weights += [module.bias_ih, module.bias_hh]
     parameters = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")[: len(weights)]
@@ -399,7 +425,7 @@ def _general_step(module: Any, cell: str, input: Any, hx: Any) -> Any:
     single = input.dim() == 1
     expected = (H,) if single else (input.shape[0], H)
     if hx is not None:
-        if len(states) != (2 if cell == "lstm" else 1):
+        if len(states) != 1 + facts.cell_state:
             return _refuse("hx's type")
         if any(not isinstance(state, Tensor) or state.shape != expected for state in states):
             return _refuse("hx's shape")
@@ -409,8 +435,7 @@ def _general_step(module: Any, cell: str, input: Any, hx: Any) -> Any:
     if input.dtype != weights[0].dtype and not torch.is_autocast_enabled(input.device.type):
         return _refuse("input's dtype")
     h0, c0 = (*states, None)[:2]
-    given = [input, h0, c0] if cell == "lstm" else [input, h0]
-    given = [*given, *weights]
+    given = [*(input, h0, c0)[: 2 + facts.cell_state], *weights]
     if why := functional.why_not(given, 0, functional.cast_dtypes(cell, given, whole=False)):
         return _refuse(why)
     return gate.call(_run_step, given, cell, input, h0, c0, weights)
@@ -420,10 +445,10 @@ def _run_step(cell: str, input: Tensor, h0: Any, c0: Any, weights: list[Tensor])
     single = input.dim() == 1
     at: Any = (None, None) if single else (None,)
     h0, c0 = (None if state is None else state[at] for state in (h0, c0))
-    settings = How(cell, bias=len(weights) == 4)
+    settings = how_of(cell=cell, bias=len(weights) == 4)
     _, *final = functional.run(settings, input[at], h0, c0, weights, None, None, 0.0, whole=False)
     final = [state.squeeze(0).squeeze(0) if single else state.squeeze(0) for state in final]
-    return tuple(final) if cell == "lstm" else final[0]
+    return tuple(final) if settings.states == 2 else final[0]
 
 
 def _check_weights(module: nn.Module, shapes: Iterable[tuple[str, tuple[int, ...]]]) -> None:

@@ -15,11 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import composite
+from . import composite, private
 from .how import How, read
 
-# ONNX's gates iofc and zrh, as places among torch's ifgo and rzn.
-_ORDER: dict[str, tuple[int, ...]] = {"LSTM": (0, 3, 1, 2), "GRU": (1, 0, 2), "RNN": (0,)}
+_GATES: dict[str, tuple[int, ...]] = {"LSTM": (0, 3, 1, 2), "GRU": (1, 0, 2), "RNN": (0,)}
+"""ONNX's gates iofc and zrh, as places among torch's ifgo and rzn."""
+
+_OPS: dict[str, tuple[str, dict[str, Any]]] = {
+    "lstm": ("LSTM", {}),
+    "gru": ("GRU", {"linear_before_reset": 1}),
+    "gru_reset_before": ("GRU", {"linear_before_reset": 0}),
+    "rnn_tanh": ("RNN", {}),
+    "rnn_relu": ("RNN", {"activations": ["Relu"]}),  # of each direction
+}
 
 
 def writing() -> bool:
@@ -81,22 +89,19 @@ def _of_type(tensor: Any, dtype: torch.dtype) -> Any:
 
 
 def _op(how: How) -> str:
-    return {"lstm": "LSTM", "gru": "GRU", "gru_reset_before": "GRU"}.get(how.cell, "RNN")
+    return _OPS[how.cell][0]
 
 
 def _attributes(how: How, hidden_size: int) -> dict[str, Any]:
     direction = "bidirectional" if how.directions == 2 else "reverse" if how.reverse else "forward"
-    found: dict[str, Any] = {"hidden_size": hidden_size, "direction": direction}
-    if _op(how) == "GRU":
-        found["linear_before_reset"] = int(how.cell == "gru")
-    if how.cell == "rnn_relu":
-        found["activations"] = ["Relu"] * how.directions
-    return found
+    own = _OPS[how.cell][1]
+    own = {name: value * how.directions if isinstance(value, list) else value for name, value in own.items()}
+    return {"hidden_size": hidden_size, "direction": direction, **own}
 
 
 def _onnx_weights(how: How, weights: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
     """W (D,G*H,I), R (D,G*H,H) and B (D,2*G*H) of one layer, from torch's."""
-    order, per = _ORDER[_op(how)], how.per_layer
+    order, per = _GATES[_op(how)], how.per_layer
 
     def sorted_gates(weight: Tensor) -> Tensor:
         H = weight.shape[0] // len(order)
@@ -109,7 +114,7 @@ def _onnx_weights(how: How, weights: Sequence[Tensor]) -> tuple[Tensor, Tensor, 
 
 def _torch_weights(how: How, W: Tensor, R: Tensor, B: Tensor | None) -> list[Tensor]:
     """The way back, with an axis E in front."""
-    order = _ORDER[_op(how)]
+    order = _GATES[_op(how)]
     kinds = [W, R, *(() if B is None else B.chunk(2, 1))]
     back = [torch.cat([kind.chunk(len(order), 1)[order.index(n)] for n in range(len(order))], 1) for kind in kinds]
     return [kind[d : d + 1] for d in range(how.directions) for kind in back]
@@ -118,9 +123,9 @@ def _torch_weights(how: How, W: Tensor, R: Tensor, B: Tensor | None) -> list[Ten
 def _node(how: How, x: Tensor, W: Tensor, R: Tensor, B: Any, lengths: Any, states: Sequence[Any]) -> Sequence[Tensor]:
     """Y (T,D,B,H), Y_h (D,B,H) and, of an LSTM, Y_c."""
     inputs = (x, W, R, B, lengths, *states)
-    if torch._C._get_tracing_state() is not None:
+    if private.tracing_state() is not None:
         with torch.no_grad():
-            outputs: tuple[Tensor, ...] = _Node.apply(how.text(), *inputs)  # type: ignore[no-untyped-call]
+            outputs: tuple[Tensor, ...] = _Node.apply(how.text, *inputs)  # type: ignore[no-untyped-call]
         return outputs
     T, rows, H = x.shape[0], x.shape[1], R.shape[-1]
     results = 1 + how.states
@@ -139,7 +144,7 @@ class _Node(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, text: str, x: Any, W: Any, R: Any, B: Any, lengths: Any, *states: Any) -> Any:
-        how = read(text)._replace(layers=1)
+        how = read(text).but(layers=1)
         with _paused():
             first = [None if s is None else s.unsqueeze(1) for s in states]
             rows = None if lengths is None else lengths.unsqueeze(0)
@@ -150,8 +155,7 @@ class _Node(torch.autograd.Function):
     @staticmethod
     def symbolic(g: Any, text: str, *inputs: Any) -> Any:
         how = read(text)
-        absent = g.op("prim::Constant")
-        absent.setType(torch._C.OptionalType.ofTensor())
+        absent = private.set_absent(g.op("prim::Constant"))
         given = [absent if value is None else value for value in inputs]
         H = inputs[2].type().sizes()[-1]
         attributes = {f"{k}_{'i' if isinstance(v, int) else 's'}": v for k, v in _attributes(how, H).items()}
@@ -161,10 +165,9 @@ class _Node(torch.autograd.Function):
 @contextmanager
 def _paused() -> Iterator[None]:
     """torch.jit's tracer does not see what happens inside."""
-    core: Any = torch._C
-    state = core._get_tracing_state()
-    core._set_tracing_state(None)
+    state = private.tracing_state()
+    private.set_tracing_state(None)
     try:
         yield
     finally:
-        core._set_tracing_state(state)
+        private.set_tracing_state(state)

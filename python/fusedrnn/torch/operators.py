@@ -24,13 +24,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _after_autograd_keyset, _AutoDispatchBelowAutograd, _functorch  # type: ignore[attr-defined]
-from torch._functorch.utils import unwrap_dead_wrappers
-from torch.autograd import forward_ad
 
-from ..cells import CELLS
-from . import composite, cuda, flops, gate, how, kernels, onnx_nodes
+from . import composite, cuda, flops, gate, how, kernels, onnx_nodes, private
 from .how import How
+from .private import any_requires_grad, transforms_active, unwrap_dead, watched
+from .tape import computing, cuda_length, length
 
 Tensors = tuple[Tensor | None, ...]
 
@@ -97,20 +95,20 @@ def _reverse(
         g = u[: settings.results]
         if all(gradient is None for gradient in g):
             return (None,) * len(needs)
-        down = settings._replace(want=want)
+        down = settings.but(want=want)
         return _placed(settings, want, apply("backward", down, lengths, reset, *p, tape, *_padded(settings, g)))
     parts = how.parts(name, settings, saved)
     cut = how.cut(needs, how.groups(name, settings.states, settings.weights))
     if name == "backward":
         _once(settings)
         p, _, g = parts
-        p, g = unwrap_dead_wrappers(p), unwrap_dead_wrappers(g)
-        along = unwrap_dead_wrappers(_placed(settings, settings.want, u))
+        p, g = unwrap_dead(p), unwrap_dead(g)
+        along = unwrap_dead(_placed(settings, settings.want, u))
         dp: tuple[Any, ...] = (None,) * len(p)
         dg: tuple[Any, ...] = (None,) * len(cut[2])
         none = (None,) * len(cut[2])
         want = _digits(cut[0])
-        down = settings._replace(want=want, each=False)
+        down = settings.but(want=want, each=False)
         alone = any(cut[0]) and _is_alone((*p, *along, *g)) and not watched()
         if alone:  # nobody asks for more derivatives: one pass for both
             both = kernels.hvp(down, lengths, reset, p, along, g, none[: len(g)], tout=any(cut[2]))
@@ -119,7 +117,7 @@ def _reverse(
             dp = _placed(settings, want, apply("hvp", down, lengths, reset, *p, *along, *_padded(settings, g), *none))
         if any(cut[2]):
             if not alone:
-                dg = apply("jvp", settings._replace(want="", each=False), lengths, reset, *p, *along)
+                dg = apply("jvp", settings.but(want="", each=False), lengths, reset, *p, *along)
             dg = tuple(_reduced(*item) for item in zip(dg, g, settings.result_axes, strict=True))
             dg = tuple(d if need else None for d, need in zip(_padded(settings, dg), cut[2], strict=True))
         return (*dp, None, *dg)
@@ -130,11 +128,11 @@ def _reverse(
         u = _padded(settings, u)
         if any(cut[0]):
             want = _digits(cut[0])
-            down = settings._replace(want=want, each=False)
+            down = settings.but(want=want, each=False)
             dp = _placed(settings, want, apply("hvp", down, lengths, reset, *p, *v, *u, *none))
         if any(cut[1]):
             want = _digits(cut[1])
-            down = settings._replace(want=want, each=True)
+            down = settings.but(want=want, each=True)
             dv = _placed(settings, want, apply("backward", down, lengths, reset, *p, None, *u))
             dv = tuple(_reduced(*item) for item in zip(dv, v, settings.argument_axes, strict=True))
         return (*dp, *dv)
@@ -146,7 +144,7 @@ def _reverse(
 def _forwards(name: str, settings: How, lengths: Any, reset: Any, saved: Tensors, tangents: Tensors) -> tuple[Any, ...]:
     """Tangents of what an operator returns from those of its tensors."""
     if name == "forward":
-        down = settings._replace(tape=False)
+        down = settings.but(tape=False)
         return (*apply("jvp", down, lengths, reset, *saved[:-1], *tangents), None)
     if name == "backward":
         p, _, g = how.parts(name, settings, saved)
@@ -199,7 +197,7 @@ def _batched(
         if dims[place] is None or tape is None or tape.shape[0] != N * E:
             folded[place] = None  # made outside of this vmap, so of another shape: forward runs again
     if name in ("backward", "hvp"):
-        down = settings._replace(each=True)
+        down = settings.but(each=True)
     outputs = apply(name, down, *folded)
     if name in ("backward", "hvp"):
         p, p_dims = tensors[: settings.arguments], dims[2 : 2 + settings.arguments]
@@ -227,7 +225,7 @@ def _batched(
 def _make_function(name: str) -> Any:
     def forward(text: str, lengths: Any, reset: Any, *tensors: Any) -> tuple[Any, ...]:
         settings = how.read(text)
-        with _AutoDispatchBelowAutograd():
+        with private.BelowAutograd():
             return _call_operator(name, settings, lengths, reset, *tensors)
 
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -261,21 +259,16 @@ def _make_function(name: str) -> Any:
 _FUNCTIONS = {name: _make_function(name) for name in _NAMES}
 
 
-def watched() -> bool:
-    """Whether a mode or a tracer looks on, which must see operators."""
-    return bool(torch._C._len_torch_dispatch_stack()) or torch._C._get_tracing_state() is not None
-
-
 def _is_plain(tensors: Sequence[Any]) -> bool:
     """Whether the kernel can read them: on the CPU, under no vmap, and not under torch's first one, which gradcheck
     still uses."""
-    return not torch._C._are_functorch_transforms_active() and tensors[0].is_cpu and gate.has_memory_of_its_own(tensors)
+    return not transforms_active() and tensors[0].is_cpu and gate.has_memory_of_its_own(tensors)
 
 
 def _is_alone(tensors: Sequence[Any]) -> bool:
     """Whether they are plain and no derivative is wanted of what is made of them."""
-    needed = torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)
-    return not needed and forward_ad._current_level < 0 and _is_plain(tensors)
+    needed = torch.is_grad_enabled() and any_requires_grad(*tensors)
+    return not needed and not private.in_dual_level() and _is_plain(tensors)
 
 
 def apply(name: str, settings: How, lengths: Any, reset: Any, *tensors: Any) -> tuple[Any, ...]:
@@ -283,38 +276,38 @@ def apply(name: str, settings: How, lengths: Any, reset: Any, *tensors: Any) -> 
     function = _FUNCTIONS[name]
     apply: Any = function.apply
     if not watched():
-        lengths, reset, *rest = unwrap_dead_wrappers((lengths, reset, *tensors))
-        tensors = tuple(rest)
-        if torch._C._are_functorch_transforms_active():
-            interpreter = _functorch.peek_interpreter_stack()
-            if interpreter.key() == _functorch.TransformType.Vmap:
-                vmap = _functorch.CVmapInterpreterPtr(interpreter)
-                return _vmapped(vmap, name, settings, lengths, reset, tensors)
+        if not (gate.is_open and gate.is_plain(lengths, reset, *tensors)):  # which asks in C++ whether any is wrapped
+            lengths, reset, *rest = unwrap_dead((lengths, reset, *tensors))
+            tensors = tuple(rest)
+        if transforms_active():
+            if (vmap := private.innermost_vmap()) is not None:
+                return _vmapped(*vmap, name, settings, lengths, reset, tensors)
         else:
             if _is_alone(tensors):
                 return _run(name, settings, lengths, reset, tensors)
             apply = super(torch.autograd.Function, function).apply  # without its second look at all that
-    outputs: tuple[Any, ...] = apply(settings.text(), lengths, reset, *tensors)
+    outputs: tuple[Any, ...] = apply(settings.text, lengths, reset, *tensors)
     return outputs
 
 
-def _vmapped(vmap: Any, name: str, settings: How, lengths: Any, reset: Any, tensors: Sequence[Any]) -> tuple[Any, ...]:
+def _vmapped(
+    level: int, N: Any, name: str, settings: How, lengths: Any, reset: Any, tensors: Sequence[Any]
+) -> tuple[Any, ...]:
     """What a Function under vmap does, on a flat list: torch's way over trees takes longer than a small kernel."""
-    level = vmap.level()
     given: list[Any] = [None] * (2 + len(tensors))
     dims: list[int | None] = [None] * len(given)
     for n, tensor in enumerate((lengths, reset, *tensors)):
         if tensor is not None:
-            given[n], dims[n] = _functorch._unwrap_batched(tensor, level)
-    stack = _functorch.pop_dynamic_layer_stack()
+            given[n], dims[n] = private.unwrap_batched(tensor, level)
+    stack = private.pop_transform()
     try:
         if all(dim is None for dim in dims):
             return apply(name, settings, *given)
-        outputs, out_dims = _batched(name, vmap.batchSize(), dims, settings, given[0], given[1], given[2:])
+        outputs, out_dims = _batched(name, N, dims, settings, given[0], given[1], given[2:])
     finally:
-        _functorch.push_dynamic_layer_stack(stack)
+        private.push_transform(stack)
     return tuple(
-        None if output is None else _functorch._add_batch_dim(output, dim, level)
+        None if output is None else private.add_batch_dim(output, dim, level)
         for output, dim in zip(outputs, out_dims, strict=True)
     )
 
@@ -365,16 +358,16 @@ def _make_operator(name: str, states: int, weights: int) -> Any:
         return whole(name, settings, _fake(name, settings, lengths, reset, tensors), tensors[0])
 
     def below(keyset: Any, *arguments: Any) -> tuple[Tensor, ...]:
-        with _AutoDispatchBelowAutograd():
-            outputs: tuple[Tensor, ...] = overload.redispatch(keyset & _after_autograd_keyset, *arguments)
+        with private.BelowAutograd():
+            outputs: tuple[Tensor, ...] = overload.redispatch(keyset & private.below_autograd_keys, *arguments)
         return outputs
 
     def autograd(keyset: Any, *arguments: Any) -> tuple[Tensor, ...]:
         if name == "forward" and type(arguments[0]) is not Tensor and onnx_nodes.writing():  # a program is exported
             settings, lengths, reset, tensors = unpack(arguments)
             return whole(name, settings, onnx_nodes.written(settings, lengths, reset, tensors), tensors[0])
-        differentiated = torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)
-        if differentiated or torch._C._is_fwd_grad_enabled():  # whether there are tangents costs more to ask
+        differentiated = torch.is_grad_enabled() and any_requires_grad(*arguments)
+        if differentiated or private.forward_grad_enabled():  # whether there are tangents costs more to ask
             return transformed(*arguments)
         return below(keyset, *arguments)
 
@@ -413,7 +406,7 @@ def _call_operator(name: str, settings: How, lengths: Any, reset: Any, *tensors:
     if not watched() and _is_plain(tensors):
         return _run(name, settings, lengths, reset, tensors)  # nobody looks on
     op = _OPERATORS[name, settings.states, settings.weights]
-    return _present(name, settings, op(*tensors, lengths, reset, settings.text()))
+    return _present(name, settings, op(*tensors, lengths, reset, settings.text))
 
 
 def _fake(name: str, settings: How, lengths: Any, reset: Any, tensors: Sequence[Any]) -> tuple[Tensor, ...]:
@@ -425,14 +418,14 @@ def _fake(name: str, settings: How, lengths: Any, reset: Any, tensors: Sequence[
     p = tensors[: settings.arguments]
     x, R = p[0], p[settings.states + 2]
     T, _, B, I = x.shape  # noqa: E741
-    sizes = kernels.Sizes(T, E, B, I, R.shape[-2] // CELLS[settings.cell].gates)
+    sizes = kernels.Sizes(T, E, B, I, R.shape[-2] // settings.facts.gates)
     if name in ("forward", "jvp"):
         outputs = [x.new_empty(shape) for shape in kernels.result_shapes(settings, sizes)]
         if name == "forward":
-            length = settings.tape_length(T, B, sizes.H)
+            elements = length(settings, T, B, sizes.H)
             if x.device.type == "cuda":
-                length = cuda.tape_elements(settings, T, B, sizes.H, x.dtype)
-            outputs.append(x.new_empty((E, length), dtype=kernels.computing(x.dtype)))
+                elements = cuda_length(settings, T, B, sizes.H, x.dtype)
+            outputs.append(x.new_empty((E, elements), dtype=computing(x.dtype)))
         return tuple(outputs)
     outputs = []
     for digit, tensor, axis, shape in zip(
@@ -448,7 +441,7 @@ def call(settings: How, lengths: Any, reset: Any, p: Sequence[Any]) -> tuple[Any
     """The results, without the tape, by the road that fits: the operator while torch.compile or export looks on."""
     if torch.compiler.is_compiling():
         op = _OPERATORS["forward", settings.states, settings.weights]
-        outputs = _present("forward", settings, op(*p, lengths, reset, settings.text()))
+        outputs = _present("forward", settings, op(*p, lengths, reset, settings.text))
     else:
         outputs = apply("forward", settings, lengths, reset, *p)
     return outputs[:-1]

@@ -62,26 +62,7 @@ def chunks(
     (80, 100)
     """
     k2 = k1 if k2 is None else k2
-    for name, k in (("k1", k1), ("k2", k2)):
-        if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
-            raise ValueError(f"tbptt: {name} is {k!r}; expected a number of steps >= 1")
-    if not hasattr(module, "bidirectional"):
-        raise TypeError(
-            f"tbptt: module is a {type(module).__name__}; expected a fusedrnn.torch RNN, LSTM or GRU. Step a cell in a "
-            "loop of your own."
-        )
-    if module.bidirectional:
-        raise ValueError(
-            "tbptt: the module is bidirectional; expected one direction, because the reverse direction begins at the "
-            "end of the whole sequence"
-        )
-    if not isinstance(x, Tensor):
-        raise TypeError(
-            f"tbptt: x is a {type(x).__name__}; expected a tensor (T,B,I) as the module takes it. "
-            "Rows of several lengths: pass them padded, with lengths"
-        )
-    if x.dim() not in (2, 3):
-        raise ValueError(f"tbptt: x has shape {tuple(x.shape)}; expected (T,B,I), (B,T,I) with batch_first, or (T,I)")
+    _check(module, x, k1, k2)
     gate.check("tbptt", lambda: ("x", "lengths", "reset"), (x, lengths, reset))
     axis = 1 if module.batch_first and x.dim() == 3 else 0
     T, B = x.shape[axis], x.shape[1 - axis] if x.dim() == 3 else 1
@@ -102,6 +83,30 @@ def chunks(
         return result
 
     return _walk(run, state, axis, T, k1=int(k1), k2=int(k2))
+
+
+def _check(module: Any, x: Any, k1: Any, k2: Any) -> None:
+    """Raise for what `chunks` cannot take."""
+    for name, k in (("k1", k1), ("k2", k2)):
+        if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
+            raise ValueError(f"tbptt: {name} is {k!r}; expected a number of steps >= 1")
+    if not hasattr(module, "bidirectional"):
+        raise TypeError(
+            f"tbptt: module is a {type(module).__name__}; expected a fusedrnn.torch RNN, LSTM or GRU. Step a cell in a "
+            "loop of your own."
+        )
+    if module.bidirectional:
+        raise ValueError(
+            "tbptt: the module is bidirectional; expected one direction, because the reverse direction begins at the "
+            "end of the whole sequence"
+        )
+    if not isinstance(x, Tensor):
+        raise TypeError(
+            f"tbptt: x is a {type(x).__name__}; expected a tensor (T,B,I) as the module takes it. "
+            "Rows of several lengths: pass them padded, with lengths"
+        )
+    if x.dim() not in (2, 3):
+        raise ValueError(f"tbptt: x has shape {tuple(x.shape)}; expected (T,B,I), (B,T,I) with batch_first, or (T,I)")
 
 
 def _counts(given: Any, T: int, B: int, x: Tensor) -> tuple[Tensor, int]:
