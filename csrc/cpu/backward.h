@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// Backward through all layers and directions, from the last step to the first:   da = cell'(dh, dc),   dh = da R;
-// then, for a chunk of steps at once:   dW = da^T x,   dR = da^T h',   db = sum da,   dx = da W
-// Read: what forward read, its tape, dy, dhn, dcn, dcells. Written: dx, dh0, dc0, dW, dR, dbW, dbR.
-// Overwrites. With P = 2 every number is a value with its tangent, and the tangents are what is written.
+// Backward through all layers and directions, from the last step to the first:
+//   da = cell'(dh, dc),   dh = da R;   then for a chunk of steps at once   dW = da^T x,   dR = da^T h',   dx = da W
+// Read: what forward read, its tape, dy, dhn, dcn, dcells.
+// Written: dx, dh0, dc0, dW, dR, dbW, dbR, those of the options; overwrites. With P = 2 every number is a value with
+// its
+//   tangent, and the tangents are what is written.
 // Route: as forward; da of a chunk stays in cache between the recurrence and the products.
-// Limit: FMA for 16 rows and more; for one row the recurrence is limited by reading R, the products by writing dW, dR.
+// Limit: FMA for 16 rows and more; for one row reading R, and writing dW and dR.
 #pragma once
 
 #include "backward_step.h"
@@ -39,6 +41,7 @@ class Backward : BackwardStep<S, P> {
     }
   }
 
+ private:
   void direction(const Team& team, Scratch& w, int l, int d, int64_t set) {
     Part a{team, w, sets_.rows[set], l, d, set, int64_t{l} * n_.D + d, n_.D == 2 ? d == 1 : problem_.reverse};
     for (int q = 0; q < P; ++q) a.source[q] = layers_.source(q, l, set);
