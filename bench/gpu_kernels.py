@@ -51,15 +51,22 @@ def build() -> ctypes.CDLL:
 P, I, L64, F, B8 = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_bool
 
 
-class ForwardArgs(ctypes.Structure):
+class Walk(ctypes.Structure):
     _fields_ = [
-        *[(n, I) for n in "T B H pitch sets directions peers row_tiles first_team".split()],
-        *[(n, B8) for n in "reverse reset_to_initial keep wide".split()],
-        ("clip_cell", F),
-        *[(n, P) for n in "weights bias gx extra cells prev h0 c0 y hn cn".split()],
-        *[(n, L64) for n in "y_t y_b y_e y_d".split()],
+        *[(n, I) for n in "T B H pitch sets directions s".split()],
+        ("reverse", B8), ("reset_to_initial", B8),
         ("lengths", P), ("len_e", L64), ("len_b", L64),
         ("reset", P), ("reset_t", L64), ("reset_e", L64), ("reset_b", L64),
+        ("begin", I), ("begin_d", I),
+    ]  # fmt: skip
+
+
+class ForwardArgs(Walk):
+    _fields_ = [
+        *[(n, I) for n in "peers row_tiles first_team".split()],
+        ("keep", B8), ("wide", B8), ("clip_cell", F),
+        *[(n, P) for n in "weights bias gx extra cells prev h0 c0 y hn cn".split()],
+        *[(n, L64) for n in "y_t y_b y_e y_d".split()],
         ("marks", P), ("marks_shift", I), ("slots", I), ("hand_off", P), ("late", P),
     ]  # fmt: skip
 

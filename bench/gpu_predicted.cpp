@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the cost model (csrc/cuda/engine.h) expects of an H200, in microseconds a step of the recurrence, for the sizes
+// What the cost model (csrc/cuda/cost.h) expects of an H200, in microseconds a step of the recurrence, for the sizes
 // that gpu_cudnn.py and gpu_kernels.py measure, with the route that it takes; JSON on stdout. Needs no GPU:
 //   g++ -std=c++20 -O1 -Icsrc -Itests/csrc bench/gpu_predicted.cpp -o gpu_predicted && ./gpu_predicted
 // clang-format off
@@ -8,6 +8,7 @@
 #include "cells/gru.h"
 #include "cells/lstm.h"
 #include "cells/rnn.h"
+#include "cuda/cost.h"
 #include "cuda/shapes.h"
 // clang-format on
 

@@ -72,6 +72,11 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     return build
 
 
+def test_products_follow_from_their_operands(tmp_path):
+    flags = ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+    call([str(linked([compiled(TESTS / "cuda_matrix.cpp", tmp_path, flags)], tmp_path, flags))], 60)
+
+
 def test_primitives(built):
     call([str(built()), "--primitives"], 120)
 

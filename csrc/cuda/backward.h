@@ -44,13 +44,11 @@ struct BackwardShape {
 };
 
 template <class Storage>
-struct BackwardArgsOf {
+struct BackwardArgsOf : Walk {
   using Math = std::conditional_t<sizeof(Storage) == 8, double, float>;
-  int Tn, B, H, pitch;
-  int sets, directions, peers, row_tiles, first_team;
-  bool reverse, reset_to_initial;
+  int peers, row_tiles, first_team;
   bool wide;  // dy can be read in 16-byte pieces
-  float clip_cell, clip_grad;
+  Math clip_cell, clip_grad;
   const U4* weights;
   const Storage *gx, *extra, *cells, *prev;  // the tape
   Storage *da, *da_h;                        // (sets,T,B,G,pitch), (sets,T,B,pitch); may be gx, extra
@@ -59,15 +57,8 @@ struct BackwardArgsOf {
   Storage *dh0, *dc0;                        // may be null
   int64_t dy_t, dy_b, dy_e, dy_d;
   int64_t dcells_t, dcells_b, dcells_e, dcells_d;
-  const int64_t* lengths;
-  int64_t len_e, len_b;
-  const u8* reset;
-  int64_t reset_t, reset_e, reset_b;
   U4* hand_off;  // grid: [set][T][row tile][line][tile][8], all kEmpty; line = (gate * pitch + unit) / kPer
   int* late;
-  // a part of the walk (recompute), in direction d from time index begin + d * begin_d on; lengths and reset are the
-  // whole call's, all else the part's
-  int begin, begin_d;
   const Math* carry_in;     // from the part after it: dh, dc, and both of restarts, 4 x (sets,B,H); null: dhn, dcn
   Math* carry_out;          // to the part before it; null: dh0, dc0
   const Storage* c_enters;  // its first step (sets,B,H); null: c0

@@ -11,28 +11,20 @@
 namespace fusedrnn::cuda {
 
 template <class Storage>
-struct ForwardArgsOf {
+struct ForwardArgsOf : Walk {
   using Math = std::conditional_t<sizeof(Storage) == 8, double, float>;
-  int Tn, B, H, pitch;   // pitch: H rounded up to 8, the row length of everything padded
-  int sets, directions;  // set = weight set * directions + direction; the last direction of two walks backwards
-  int peers;             // blocks that share one R
-  int row_tiles;         // ceil(B / kRows)
-  int first_team;        // of this launch; a team is the blocks that share one R
-  bool reverse;          // with one direction: walk backwards
-  bool reset_to_initial;
-  bool keep;  // write what backward needs
-  bool wide;  // y can be written in 16-byte pieces: H, its strides and its address are multiples of one
-  float clip_cell;
+  int peers;       // blocks that share one R
+  int row_tiles;   // ceil(B / kRows)
+  int first_team;  // of this launch; a team is the blocks that share one R
+  bool keep;       // write what backward needs
+  bool wide;       // y can be written in 16-byte pieces: H, its strides and its address are multiples of one
+  Math clip_cell;
   const U4* weights;
-  const float* bias;  // may be null
+  const Math* bias;  // may be null
   Storage *gx, *extra, *cells, *prev;
   const Storage *h0, *c0;  // may be null
   Storage *y, *hn, *cn;    // hn, cn may be null
   int64_t y_t, y_b, y_e, y_d;
-  const int64_t* lengths;  // (E,B), may be null
-  int64_t len_e, len_b;
-  const u8* reset;  // (T,E,B), may be null
-  int64_t reset_t, reset_e, reset_b;
   Math* marks;  // (sets,slots,B,H): c that enters every part of the walk but the first; may be null
   int marks_shift, slots;
   U4* hand_off;  // grid: [set][T+1][row tile][line][tile][8], slot 0 = h0, the others kEmpty

@@ -6,9 +6,10 @@
 #include <cstdint>
 #include <string>
 
+#include "arrange.h"
 #include "cublas.h"
-#include "engine.h"
 #include "launch.h"
+#include "matrix.h"
 
 namespace fusedrnn::cuda {
 

@@ -11,12 +11,49 @@
 
 #include "call.h"
 #include "engine.h"
+#include "tangents.h"
 
 namespace fusedrnn::cuda {
 
 // Tangents are computed in these types.
 template <class T>
 constexpr bool kTangents = std::is_same_v<T, F32> || std::is_same_v<T, F64>;
+
+constexpr const char* name_of(Route route) {
+  constexpr const char* names[] = {"single", "cluster", "grid", "stepwise"};
+  return names[static_cast<int>(route)];
+}
+
+template <class Cell, class T, class Queue>
+void run_tangents(const Call& call, Queue& queue, Arena& work, const Options& options) {
+  Tangents<Cell, T, Queue> tangents(queue, work, *call.problem, options);
+  const Along<Arguments> p{*call.p, *call.v};
+  if (call.kind == Call::Kind::jvp || call.kind == Call::Kind::jvp_bytes)
+    tangents.jvp(p, *call.out);
+  else
+    tangents.hvp(p, {*call.out, *call.t}, *call.dp, *call.tout);
+}
+
+// A call that does something, on the machine.
+template <class Cell, class T, class Forwards, class Backwards, class Machine>
+Status run_on(const Call& call, const Device& device, Options options) {
+  using Queue = typename Machine::Queue;
+  if (Status status = Machine::gave_up(); !status.empty()) return status;
+  std::optional<Queue> queue;
+  if (Status status = Machine::open(call.stream, call.workspace, &queue); !status.empty()) return status;
+  Arena work(static_cast<char*>(call.workspace) + Machine::kInFront);
+  options.late = Machine::late();
+  if (call.kind == Call::Kind::jvp || call.kind == Call::Kind::hvp) {
+    if constexpr (kTangents<T>) run_tangents<Cell, T>(call, *queue, work, options);
+    return queue->failure();
+  }
+  Engine<Cell, T, Forwards, Backwards, Queue> engine(*queue, work, device, *call.problem, options);
+  if (call.kind == Call::Kind::forward)
+    engine.forward(*call.p, *call.out, call.tape, call.keep);
+  else
+    engine.backward(*call.p, call.tape, *call.out, *call.dp);
+  return queue->failure();
+}
 
 // Numbers of type T, which persistent kernels multiply as By says.
 template <class Cell, class T, class Machine, class By = T>
@@ -27,64 +64,32 @@ Status run(const Call& call) {
   std::string why;
   const Device* device = Machine::device(&why);
   if (!device) return why;
-  const Options options{call.settings->route, {call.settings->token_bytes, call.settings->token_signed}};
-  const auto count = [&](auto&& body) {
-    Counting queue;
-    Engine<Cell, T, Forwards, Backwards, Counting> engine(queue, *device, options, *call.problem, nullptr);
-    Arena arena(nullptr);
-    body(engine, arena);
-    return arena.most();
-  };
+  const Options options{call.settings->route, {call.settings->token_bytes, call.settings->token_signed}, nullptr};
+  Arena counted(nullptr);
+  Counting counting;
+  Engine<Cell, T, Forwards, Backwards, Counting> counts(counting, counted, *device, *call.problem, options);
   switch (call.kind) {
     case Call::Kind::tape_bytes:
-      count([&](auto& engine, Arena&) { *call.bytes = engine.tape_bytes(); });
+      *call.bytes = counts.tape_bytes();
       return {};
     case Call::Kind::forward_bytes:
-      *call.bytes = Machine::kInFront + count([&](auto& engine, Arena& arena) {
-                      engine.forward(*call.p, *call.out, nullptr, call.keep, arena);
-                    });
-      return {};
+      counts.forward(*call.p, *call.out, nullptr, call.keep);
+      break;
     case Call::Kind::backward_bytes:
-      *call.bytes = Machine::kInFront + count([&](auto& engine, Arena& arena) {
-                      engine.backward(*call.p, nullptr, *call.out, *call.dp, arena);
-                    });
-      return {};
+      counts.backward(*call.p, nullptr, *call.out, *call.dp);
+      break;
     case Call::Kind::jvp_bytes:
-      if constexpr (kTangents<T>)
-        *call.bytes = Machine::kInFront +
-                      count([&](auto& engine, Arena& arena) { engine.jvp(*call.p, *call.v, *call.out, arena); });
-      return {};
     case Call::Kind::hvp_bytes:
-      if constexpr (kTangents<T>)
-        *call.bytes = Machine::kInFront + count([&](auto& engine, Arena& arena) {
-                        engine.hvp(*call.p, *call.v, *call.out, *call.t, *call.dp, *call.tout, arena);
-                      });
-      return {};
+      if constexpr (kTangents<T>) run_tangents<Cell, T>(call, counting, counted, options);
+      break;
     case Call::Kind::routes:
-      count([&](auto& engine, Arena&) {
-        constexpr const char* names[] = {"single", "cluster", "grid", "stepwise"};
-        *call.forward_route = names[static_cast<int>(engine.forward_route())];
-        *call.backward_route = names[static_cast<int>(engine.backward_route())];
-      });
+      *call.forward_route = name_of(counts.forward_route()), *call.backward_route = name_of(counts.backward_route());
       return {};
     default:
-      break;
+      return run_on<Cell, T, Forwards, Backwards, Machine>(call, *device, options);
   }
-  if (Status status = Machine::gave_up(); !status.empty()) return status;
-  std::optional<typename Machine::Queue> queue;
-  if (Status status = Machine::open(call.stream, call.workspace, &queue); !status.empty()) return status;
-  Engine<Cell, T, Forwards, Backwards, typename Machine::Queue> engine(*queue, *device, options, *call.problem,
-                                                                       Machine::late());
-  Arena arena(static_cast<char*>(call.workspace) + Machine::kInFront);
-  if (call.kind == Call::Kind::forward)
-    engine.forward(*call.p, *call.out, call.tape, call.keep, arena);
-  else if (call.kind == Call::Kind::jvp) {
-    if constexpr (kTangents<T>) engine.jvp(*call.p, *call.v, *call.out, arena);
-  } else if (call.kind == Call::Kind::hvp) {
-    if constexpr (kTangents<T>) engine.hvp(*call.p, *call.v, *call.out, *call.t, *call.dp, *call.tout, arena);
-  } else
-    engine.backward(*call.p, call.tape, *call.out, *call.dp, arena);
-  return queue->failure();
+  *call.bytes = Machine::kInFront + counted.most();
+  return {};
 }
 
 template <class Cell, class Machine>

@@ -17,13 +17,14 @@
 
 #include <type_traits>
 
+#include "walk.h"
+
 namespace fusedrnn::cuda {
 
 using dev::u16;
 using dev::u32;
 using dev::U4;
 using dev::u64;
-using dev::u8;
 
 // f(Index<0>), f(Index<1>), ... f(Index<N - 1>): a loop whose counter is a constant.
 template <int N>
@@ -170,6 +171,15 @@ template <int kTiles>
 FUSEDRNN_DEVICE int piece(int l, int j, int n) {
   return (l * kTiles + j) * 8 + (n ^ (2 * (l & 3)));
 }
+
+// Kernels to choose among.
+template <class... S>
+struct List {};
+template <class... A, class... B>
+List<A..., B...> joined(List<A...>, List<B...>);
+// A cut on wgmma, of the types that it multiplies.
+template <class Cell, class T, int... n>
+using Wide = std::conditional_t<kByWgmma<T>, List<WideShape<Cell, T, n...>>, List<>>;
 
 // What forward and backward begin with. A warp's weights, into registers for the whole sequence, and those of chunks
 // beyond kHeld into shared memory, where `laid` has 16 bytes for every thread, chunk, half and tile; how long each row

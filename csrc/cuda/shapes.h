@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// The persistent kernels that are built: for every cell and type, the cuts among which the cost model (engine.h)
+// The persistent kernels that are built: for every cell and type, the cuts among which the cost model (cost.h)
 // chooses. Registers bound a cut: 128 of the 255 for weights leave none to spill at 8 rows (nvcc -Xptxas -v says). A
 // grid's backward can lay the rest of its weights in shared memory; its cuts differ in rows, since a device's blocks
 // must all be there at once.
 #pragma once
 
-#include "engine.h"
+#include "backward.h"
 
 namespace fusedrnn::cuda {
 

@@ -7,39 +7,10 @@
 #pragma once
 
 #include "arrange.h"
+#include "backward.h"
+#include "forward.h"
 
 namespace fusedrnn::cuda {
-
-// What both passes know of the walk over time.
-struct Walk {
-  int Tn, B, H, pitch, sets, directions, s;
-  bool reverse, reset_to_initial;
-  const int64_t* lengths;
-  int64_t len_e, len_b;
-  const u8* reset;
-  int64_t reset_t, reset_e, reset_b;
-  int begin, begin_d;  // a part of the walk, as in BackwardArgs
-
-  FUSEDRNN_DEVICE bool backwards(int set) const { return directions == 2 ? set % 2 == 1 : reverse; }
-  FUSEDRNN_DEVICE int first(int set) const { return begin + set % directions * begin_d; }
-  FUSEDRNN_DEVICE int length(int set, int row) const {
-    if (!lengths) return Tn;
-    const int64_t n = lengths[set / directions * len_e + row * len_b] - first(set);
-    return static_cast<int>(n < 0 ? 0 : n > Tn ? Tn : n);
-  }
-  FUSEDRNN_DEVICE bool restart(int set, int row, int t) const {
-    return reset[(first(set) + t) * reset_t + set / directions * reset_e + row * reset_b] != 0;
-  }
-  // Does a new sequence begin between steps s and s + 1 of a row of this length?
-  FUSEDRNN_DEVICE bool cut(int set, int row, int s_, int len) const {
-    if (!reset) return false;
-    if (backwards(set)) return first(set) + len - 1 - s_ > 0 && restart(set, row, len - 1 - s_);
-    return s_ + 1 < len && restart(set, row, s_ + 1);
-  }
-  FUSEDRNN_DEVICE bool restarts_at_once(int set, int row) const {
-    return reset && !backwards(set) && restart(set, row, 0);
-  }
-};
 
 // The cells of one step: which of them this thread does, one after the other.
 template <class F>
@@ -50,57 +21,45 @@ FUSEDRNN_DEVICE void each_cell(const Walk& w, const F& f) {
     f(static_cast<int>(at / w.pitch / w.B), static_cast<int>(at / w.pitch % w.B), static_cast<int>(at % w.pitch), at);
 }
 
-template <class Cell, class T>
-struct StepForwardArgs {
-  using Storage = typename T::Storage;
-  using Math = MathOf<T>;
-  Walk w;
-  bool keep;
-  Math clip_cell;
-  const Math* bias;
-  Storage *gx, *extra, *cells, *prev;
-  const Storage *h0, *c0;
-  Storage *y, *hn, *cn;
-  int64_t y_t, y_b, y_e, y_d;
-  Math* marks;  // as in ForwardArgs
-  int marks_shift, slots;
-  const Math* product;       // (sets,B,G,pitch)
-  const Math* product_last;  // of the second product (sets,B,pitch)
-  Storage *h, *rh;           // what the products multiply
-  Math *c, *h_full;          // states
+template <class T>
+struct StepForwardArgs : ForwardArgs<T> {
+  const MathOf<T>* product;       // (sets,B,G,pitch)
+  const MathOf<T>* product_last;  // of the second product (sets,B,pitch)
+  typename T::Storage *h, *rh;    // what the products multiply
+  MathOf<T>*c, *h_full;           // states
 };
 
 // Before the first step (s = -1): the states. With two products, the gates in front of the second.
 template <class Cell, class T, bool kGate>
 struct StepPrepare {
-  StepForwardArgs<Cell, T> a;
+  StepForwardArgs<T> a;
   static constexpr int kThreads = 256;
   FUSEDRNN_DEVICE void operator()() const {
     using Math = MathOf<T>;
-    each_cell(a.w, [&](int set, int row, int unit, int64_t at) {
+    each_cell(a, [&](int set, int row, int unit, int64_t at) {
       if constexpr (kGate) {
-        const int len = a.w.length(set, row);
+        const int len = a.length(set, row);
         Math rh = 0;
-        if (a.w.s < len && unit < a.w.H) {
-          const int t = a.w.backwards(set) ? len - 1 - a.w.s : a.w.s;
-          const int64_t step = (static_cast<int64_t>(set) * a.w.Tn + t) * a.w.B + row;
-          typename T::Storage* const x = a.gx + step * Cell::gates * a.w.pitch + unit;
-          const int64_t n = (static_cast<int64_t>(set) * a.w.B + row) * Cell::gates * a.w.pitch + unit;
+        if (a.s < len && unit < a.H) {
+          const int t = a.backwards(set) ? len - 1 - a.s : a.s;
+          const int64_t step = (static_cast<int64_t>(set) * a.Tn + t) * a.B + row;
+          typename T::Storage* const x = a.gx + step * Cell::gates * a.pitch + unit;
+          const int64_t n = (static_cast<int64_t>(set) * a.B + row) * Cell::gates * a.pitch + unit;
           Math sums[2], r, z;
           FUSEDRNN_UNROLL
           for (int k = 0; k < 2; ++k)
-            sums[k] = T::load(x[k * a.w.pitch]) + a.product[n + k * a.w.pitch] +
-                      (a.bias ? a.bias[(static_cast<int64_t>(set) * Cell::sums + k) * a.w.pitch + unit] : Math(0));
+            sums[k] = T::load(x[k * a.pitch]) + a.product[n + k * a.pitch] +
+                      (a.bias ? a.bias[(static_cast<int64_t>(set) * Cell::sums + k) * a.pitch + unit] : Math(0));
           Cell::gate(sums[0], sums[1], a.h_full[at], r, z, rh);
           x[0] = T::store(r);
-          x[a.w.pitch] = T::store(z);
+          x[a.pitch] = T::store(z);
         }
         a.rh[at] = T::operand(T::store(rh));
       } else {
         Math h = 0, c = 0;
-        const int64_t from = (static_cast<int64_t>(set) * a.w.B + row) * a.w.H + unit;
-        const bool fresh = a.w.restarts_at_once(set, row) && !a.w.reset_to_initial && a.w.length(set, row) > 0;
-        if (unit < a.w.H && !fresh) {
+        const int64_t from = (static_cast<int64_t>(set) * a.B + row) * a.H + unit;
+        const bool fresh = a.restarts_at_once(set, row) && !a.reset_to_initial && a.length(set, row) > 0;
+        if (unit < a.H && !fresh) {
           if (a.h0) h = T::load(a.h0[from]);
           if (a.c0) c = T::load(a.c0[from]);
         }
@@ -114,70 +73,70 @@ struct StepPrepare {
 
 template <class Cell, class T>
 struct StepForward {
-  StepForwardArgs<Cell, T> a;
+  StepForwardArgs<T> a;
   static constexpr int kThreads = 256;
   FUSEDRNN_DEVICE void operator()() const {
     using Math = MathOf<T>;
-    each_cell(a.w, [&](int set, int row, int unit, int64_t at) {
-      if (unit >= a.w.H) return;
-      const int len = a.w.length(set, row), s = a.w.s, t = s < len && a.w.backwards(set) ? len - 1 - s : s;
-      const int64_t step = (static_cast<int64_t>(set) * a.w.Tn + t) * a.w.B + row;
+    each_cell(a, [&](int set, int row, int unit, int64_t at) {
+      if (unit >= a.H) return;
+      const int len = a.length(set, row), s = a.s, t = s < len && a.backwards(set) ? len - 1 - s : s;
+      const int64_t step = (static_cast<int64_t>(set) * a.Tn + t) * a.B + row;
       Math h = a.h_full[at];
       if (s < len) {
         const Math h_prev = h;
         Math c = 0;
         if constexpr (Cell::cell_state) c = a.c[at];
-        typename T::Storage* const x = a.gx + step * Cell::gates * a.w.pitch + unit;
-        const int64_t n = (static_cast<int64_t>(set) * a.w.B + row) * Cell::gates * a.w.pitch + unit;
-        if (a.keep) a.prev[step * a.w.pitch + unit] = T::operand(T::store(h_prev));
+        typename T::Storage* const x = a.gx + step * Cell::gates * a.pitch + unit;
+        const int64_t n = (static_cast<int64_t>(set) * a.B + row) * Cell::gates * a.pitch + unit;
+        if (a.keep) a.prev[step * a.pitch + unit] = T::operand(T::store(h_prev));
         if constexpr (Cell::two_products) {
-          const Math sum = T::load(x[2 * a.w.pitch]) + a.product_last[at] +
-                           (a.bias ? a.bias[(static_cast<int64_t>(set) * Cell::sums + 2) * a.w.pitch + unit] : Math(0));
+          const Math sum = T::load(x[2 * a.pitch]) + a.product_last[at] +
+                           (a.bias ? a.bias[(static_cast<int64_t>(set) * Cell::sums + 2) * a.pitch + unit] : Math(0));
           Math new_gate;
-          Cell::forward(sum, T::load(x[a.w.pitch]), h_prev, new_gate, h);
-          x[2 * a.w.pitch] = T::store(new_gate);
-          if (a.keep) a.extra[step * a.w.pitch + unit] = a.rh[at];
+          Cell::forward(sum, T::load(x[a.pitch]), h_prev, new_gate, h);
+          x[2 * a.pitch] = T::store(new_gate);
+          if (a.keep) a.extra[step * a.pitch + unit] = a.rh[at];
         } else {
           Math sums[Cell::sums], kept[Cell::kept + 1], c_new = 0;
           FUSEDRNN_UNROLL
           for (int k = 0; k < Cell::sums; ++k)
-            sums[k] = a.bias ? a.bias[(static_cast<int64_t>(set) * Cell::sums + k) * a.w.pitch + unit] : Math(0);
+            sums[k] = a.bias ? a.bias[(static_cast<int64_t>(set) * Cell::sums + k) * a.pitch + unit] : Math(0);
           each<Cell::gates>([&](auto k) {
             constexpr int of_x = Cell::x_sum[k.value], of_h = Cell::h_sum[k.value];
-            sums[of_x] += T::load(x[k.value * a.w.pitch]);
-            if constexpr (Cell::state_product) sums[of_h] += a.product[n + k.value * a.w.pitch];
+            sums[of_x] += T::load(x[k.value * a.pitch]);
+            if constexpr (Cell::state_product) sums[of_h] += a.product[n + k.value * a.pitch];
           });
           Cell::forward(sums, h_prev, c, a.clip_cell, kept, h, c_new);
           c = c_new;
           if (a.keep) {
             if constexpr (Cell::kept == 0) x[0] = T::store(h);
             FUSEDRNN_UNROLL
-            for (int k = 0; k < Cell::gates && k < Cell::kept; ++k) x[k * a.w.pitch] = T::store(kept[k]);
-            if constexpr (Cell::cell_state) a.cells[step * a.w.pitch + unit] = T::store(c);
-            if constexpr (Cell::kept > Cell::gates) a.extra[step * a.w.pitch + unit] = T::store(kept[Cell::gates]);
+            for (int k = 0; k < Cell::gates && k < Cell::kept; ++k) x[k * a.pitch] = T::store(kept[k]);
+            if constexpr (Cell::cell_state) a.cells[step * a.pitch + unit] = T::store(c);
+            if constexpr (Cell::kept > Cell::gates) a.extra[step * a.pitch + unit] = T::store(kept[Cell::gates]);
           }
         }
-        const int64_t out = (static_cast<int64_t>(set) * a.w.B + row) * a.w.H + unit;
-        a.y[set / a.w.directions * a.y_e + set % a.w.directions * a.y_d + t * a.y_t + row * a.y_b + unit] = T::store(h);
+        const int64_t out = (static_cast<int64_t>(set) * a.B + row) * a.H + unit;
+        a.y[set / a.directions * a.y_e + set % a.directions * a.y_d + t * a.y_t + row * a.y_b + unit] = T::store(h);
         if (s == len - 1) write_last(out, h, c);
-        if (a.w.cut(set, row, s, len)) {
-          h = a.w.reset_to_initial && a.h0 ? T::load(a.h0[out]) : Math(0);
-          c = a.w.reset_to_initial && a.c0 ? T::load(a.c0[out]) : Math(0);
+        if (a.cut(set, row, s, len)) {
+          h = a.reset_to_initial && a.h0 ? T::load(a.h0[out]) : Math(0);
+          c = a.reset_to_initial && a.c0 ? T::load(a.c0[out]) : Math(0);
         }
         a.h_full[at] = h;
         if constexpr (Cell::cell_state) {
           a.c[at] = c;
-          const int n = a.marks && s + 1 < len ? mark_after(t, a.w.Tn, a.w.backwards(set), a.marks_shift) : -1;
-          if (n >= 0) a.marks[((static_cast<int64_t>(set) * a.slots + n) * a.w.B + row) * a.w.H + unit] = c;
+          const int n = a.marks && s + 1 < len ? mark_after(t, a.Tn, a.backwards(set), a.marks_shift) : -1;
+          if (n >= 0) a.marks[((static_cast<int64_t>(set) * a.slots + n) * a.B + row) * a.H + unit] = c;
         }
         if constexpr (Cell::state_product) a.h[at] = T::operand(T::store(h));
       } else {
-        a.y[set / a.w.directions * a.y_e + set % a.w.directions * a.y_d + t * a.y_t + row * a.y_b + unit] =
+        a.y[set / a.directions * a.y_e + set % a.directions * a.y_d + t * a.y_t + row * a.y_b + unit] =
             T::store(Math(0));
         if (s == 0) {
           Math c = 0;
           if constexpr (Cell::cell_state) c = a.c[at];
-          write_last((static_cast<int64_t>(set) * a.w.B + row) * a.w.H + unit, h, c);
+          write_last((static_cast<int64_t>(set) * a.B + row) * a.H + unit, h, c);
         }
       }
     });
@@ -192,43 +151,29 @@ struct StepForward {
   }
 };
 
-template <class Cell, class T>
-struct StepBackwardArgs {
-  using Storage = typename T::Storage;
-  using Math = MathOf<T>;
-  Walk w;
-  Math clip_cell, clip_grad;
-  const Storage *gx, *extra, *cells, *prev;
-  const Storage* c0;
-  const Storage *dy, *dcells, *dhn, *dcn;
-  Storage *dh0, *dc0;
-  int64_t dy_t, dy_b, dy_e, dy_d;
-  int64_t dcells_t, dcells_b, dcells_e, dcells_d;
-  Storage *da, *da_h;
-  Storage* operand;       // (sets,B,G,pitch): da of h's sums in this step, for the product
-  const Math* product;    // (sets,B,pitch): of the step after
-  const Math* product_r;  // of da_n with Rn (sets,B,pitch): two products only
-  Math *dh, *dc, *dh_first, *dc_first;
-  const Math* carry_in;  // these three as in BackwardArgs
-  Math* carry_out;
-  const Storage* c_enters;
+template <class T>
+struct StepBackwardArgs : BackwardArgs<T> {
+  typename T::Storage* operand;  // (sets,B,G,pitch): da of h's sums in this step, for the product
+  const MathOf<T>* product;      // (sets,B,pitch): of the step after
+  const MathOf<T>* product_r;    // of da_n with Rn (sets,B,pitch): two products only
+  MathOf<T>*dh, *dc, *dh_first, *dc_first;
 };
 
 // Step s: takes what the step after it gave (dh, product), leaves dh, dc and da. s = Tn starts: dh = dhn. s = -1 ends:
 // dh0.
 template <class Cell, class T>
 struct StepBackward {
-  StepBackwardArgs<Cell, T> a;
+  StepBackwardArgs<T> a;
   static constexpr int kThreads = 256;
 
   FUSEDRNN_DEVICE void operator()() const {
     using Math = MathOf<T>;
-    each_cell(a.w, [&](int set, int row, int unit, int64_t at) {
-      const int s = a.w.s, len = a.w.length(set, row);
-      const int64_t out = (static_cast<int64_t>(set) * a.w.B + row) * a.w.H + unit;
-      const bool real = unit < a.w.H;
-      const int64_t states = static_cast<int64_t>(a.w.sets) * a.w.B * a.w.H;
-      if (s == a.w.Tn) {
+    each_cell(a, [&](int set, int row, int unit, int64_t at) {
+      const int s = a.s, len = a.length(set, row);
+      const int64_t out = (static_cast<int64_t>(set) * a.B + row) * a.H + unit;
+      const bool real = unit < a.H;
+      const int64_t states = static_cast<int64_t>(a.sets) * a.B * a.H;
+      if (s == a.Tn) {
         const bool carried = real && a.carry_in;
         a.dh[at] = carried ? a.carry_in[out] : real && a.dhn ? T::load(a.dhn[out]) : Math(0);
         a.dh_first[at] = carried ? a.carry_in[2 * states + out] : Math(0);
@@ -239,14 +184,14 @@ struct StepBackward {
         return;
       }
       Math dh = a.dh[at], dc = 0;
-      if (Cell::state_product && s + 1 < a.w.Tn) dh += a.product[at];
+      if (Cell::state_product && s + 1 < a.Tn) dh += a.product[at];
       if constexpr (Cell::cell_state) dc = a.dc[at];
       if (s < 0) {
         if (!real) return;
         Math h_first = a.dh_first[at], c_first = 0;
         if constexpr (Cell::cell_state) c_first = a.dc_first[at];
-        if (len > 0 && a.w.restarts_at_once(set, row)) {
-          if (a.w.reset_to_initial) {
+        if (len > 0 && a.restarts_at_once(set, row)) {
+          if (a.reset_to_initial) {
             h_first += dh;
             c_first += dc;
           }
@@ -267,19 +212,19 @@ struct StepBackward {
         }
         return;
       }
-      const int t = s < len && a.w.backwards(set) ? len - 1 - s : s;
-      const int64_t step = (static_cast<int64_t>(set) * a.w.Tn + t) * a.w.B + row;
-      const int64_t n = (static_cast<int64_t>(set) * a.w.B + row) * Cell::gates * a.w.pitch + unit;
+      const int t = s < len && a.backwards(set) ? len - 1 - s : s;
+      const int64_t step = (static_cast<int64_t>(set) * a.Tn + t) * a.B + row;
+      const int64_t n = (static_cast<int64_t>(set) * a.B + row) * Cell::gates * a.pitch + unit;
       Math da[Cell::sums] = {};
       if (s < len && real) {
-        if (a.w.cut(set, row, s, len)) {
-          if (a.w.reset_to_initial) {
+        if (a.cut(set, row, s, len)) {
+          if (a.reset_to_initial) {
             a.dh_first[at] += dh;
             if constexpr (Cell::cell_state) a.dc_first[at] += dc;
           }
           dh = dc = 0;
         }
-        const int e = set / a.w.directions, d = set % a.w.directions;
+        const int e = set / a.directions, d = set % a.directions;
         if (a.dcells) {
           const Math v = T::load(a.dcells[e * a.dcells_e + d * a.dcells_d + t * a.dcells_t + row * a.dcells_b + unit]);
           if constexpr (Cell::cell_state)
@@ -289,25 +234,25 @@ struct StepBackward {
         }
         if (a.dy) dh += T::load(a.dy[e * a.dy_e + d * a.dy_d + t * a.dy_t + row * a.dy_b + unit]);
         const Math h_in = clamp(dh, a.clip_grad), c_in = clamp(dc, a.clip_grad);
-        const typename T::Storage* const x = a.gx + step * Cell::gates * a.w.pitch + unit;
-        const Math h_prev = T::load(a.prev[step * a.w.pitch + unit]);
+        const typename T::Storage* const x = a.gx + step * Cell::gates * a.pitch + unit;
+        const Math h_prev = T::load(a.prev[step * a.pitch + unit]);
         if constexpr (Cell::two_products) {
-          Cell::backward(T::load(x[a.w.pitch]), T::load(x[2 * a.w.pitch]), h_prev, h_in, da[1], da[2], dh);
+          Cell::backward(T::load(x[a.pitch]), T::load(x[2 * a.pitch]), h_prev, h_in, da[1], da[2], dh);
         } else {
           Math kept[Cell::kept + 1], h = 0, c = 0, c_prev = 0;
           FUSEDRNN_UNROLL
-          for (int k = 0; k < Cell::gates && k < Cell::kept; ++k) kept[k] = T::load(x[k * a.w.pitch]);
+          for (int k = 0; k < Cell::gates && k < Cell::kept; ++k) kept[k] = T::load(x[k * a.pitch]);
           if constexpr (Cell::kept == 0) h = T::load(x[0]);
-          if constexpr (Cell::kept > Cell::gates) kept[Cell::gates] = T::load(a.extra[step * a.w.pitch + unit]);
+          if constexpr (Cell::kept > Cell::gates) kept[Cell::gates] = T::load(a.extra[step * a.pitch + unit]);
           if constexpr (Cell::cell_state) {
-            c = T::load(a.cells[step * a.w.pitch + unit]);
-            const bool fresh = s == 0 ? a.w.restarts_at_once(set, row) : a.w.cut(set, row, s - 1, len);
+            c = T::load(a.cells[step * a.pitch + unit]);
+            const bool fresh = s == 0 ? a.restarts_at_once(set, row) : a.cut(set, row, s - 1, len);
             if (s == 0 && a.c_enters)
               c_prev = T::load(a.c_enters[out]);
             else if (s == 0 || fresh)
-              c_prev = a.c0 && (!fresh || a.w.reset_to_initial) ? T::load(a.c0[out]) : Math(0);
+              c_prev = a.c0 && (!fresh || a.reset_to_initial) ? T::load(a.c0[out]) : Math(0);
             else
-              c_prev = T::load(a.cells[(step + (a.w.backwards(set) ? a.w.B : -a.w.B)) * a.w.pitch + unit]);
+              c_prev = T::load(a.cells[(step + (a.backwards(set) ? a.B : -a.B)) * a.pitch + unit]);
           }
           // c comes from the tape, so the limit is what it became there
           const Math clip = T::load(T::store(a.clip_cell));
@@ -319,9 +264,9 @@ struct StepBackward {
       each<Cell::gates>([&](auto k) {
         constexpr int of_x = Cell::x_sum[k.value], of_h = Cell::h_sum[k.value];
         if (Cell::two_products && k.value == 0) return;  // r's follows, and may stand where r still does
-        a.da[(step * Cell::gates + k.value) * a.w.pitch + unit] = T::store(da[of_x]);
-        if constexpr (of_x != of_h) a.da_h[step * a.w.pitch + unit] = T::store(da[of_h]);
-        if constexpr (Cell::state_product) a.operand[n + k.value * a.w.pitch] = T::operand(T::store(da[of_h]));
+        a.da[(step * Cell::gates + k.value) * a.pitch + unit] = T::store(da[of_x]);
+        if constexpr (of_x != of_h) a.da_h[step * a.pitch + unit] = T::store(da[of_h]);
+        if constexpr (Cell::state_product) a.operand[n + k.value * a.pitch] = T::operand(T::store(da[of_h]));
       });
     });
   }
@@ -331,45 +276,45 @@ struct StepBackward {
 // of them.
 template <class Cell, class T>
 struct WalkForward {
-  StepForwardArgs<Cell, T> a;
+  StepForwardArgs<T> a;
   static constexpr int kThreads = 256;
   FUSEDRNN_DEVICE void operator()() const {
     StepPrepare<Cell, T, false>{a}();
     StepForward<Cell, T> step{a};
-    for (step.a.w.s = 0; step.a.w.s < a.w.Tn; ++step.a.w.s) step();
+    for (step.a.s = 0; step.a.s < a.Tn; ++step.a.s) step();
   }
 };
 template <class Cell, class T>
 struct WalkBackward {
-  StepBackwardArgs<Cell, T> a;
+  StepBackwardArgs<T> a;
   static constexpr int kThreads = 256;
   FUSEDRNN_DEVICE void operator()() const {
     StepBackward<Cell, T> step{a};
-    for (step.a.w.s = a.w.Tn; step.a.w.s >= -1; --step.a.w.s) step();
+    for (step.a.s = a.Tn; step.a.s >= -1; --step.a.s) step();
   }
 };
 
 // Two products: da_n Rn is there (product_r); da of the reset gate, and what reaches h past it.
 template <class Cell, class T>
 struct StepBackwardGate {
-  StepBackwardArgs<Cell, T> a;
+  StepBackwardArgs<T> a;
   static constexpr int kThreads = 256;
 
   FUSEDRNN_DEVICE void operator()() const {
     using Math = MathOf<T>;
-    each_cell(a.w, [&](int set, int row, int unit, int64_t at) {
-      const int s = a.w.s, len = a.w.length(set, row);
-      const int t = s < len && a.w.backwards(set) ? len - 1 - s : s;
-      const int64_t step = (static_cast<int64_t>(set) * a.w.Tn + t) * a.w.B + row;
+    each_cell(a, [&](int set, int row, int unit, int64_t at) {
+      const int s = a.s, len = a.length(set, row);
+      const int t = s < len && a.backwards(set) ? len - 1 - s : s;
+      const int64_t step = (static_cast<int64_t>(set) * a.Tn + t) * a.B + row;
       Math da = 0;
-      if (s < len && unit < a.w.H) {
+      if (s < len && unit < a.H) {
         Math dh = a.dh[at];
-        Cell::backward_gate(T::load(a.gx[step * Cell::gates * a.w.pitch + unit]),
-                            T::load(a.prev[step * a.w.pitch + unit]), a.product_r[at], da, dh);
+        Cell::backward_gate(T::load(a.gx[step * Cell::gates * a.pitch + unit]), T::load(a.prev[step * a.pitch + unit]),
+                            a.product_r[at], da, dh);
         a.dh[at] = dh;
       }
-      a.da[step * Cell::gates * a.w.pitch + unit] = T::store(da);
-      a.operand[(static_cast<int64_t>(set) * a.w.B + row) * Cell::gates * a.w.pitch + unit] = T::operand(T::store(da));
+      a.da[step * Cell::gates * a.pitch + unit] = T::store(da);
+      a.operand[(static_cast<int64_t>(set) * a.B + row) * Cell::gates * a.pitch + unit] = T::operand(T::store(da));
     });
   }
 };
