@@ -49,14 +49,14 @@ def includes(path: Path) -> list[str]:
 SUFFIXES = (".h", ".cpp", ".cu", ".py", ".pyi", ".cmake")
 
 
-@pytest.mark.parametrize(
-    "path",
-    [p for p in sources("csrc/**/*", "python/**/*", "tests/**/*", "bench/*") if p.suffix in SUFFIXES],
-    ids=lambda path: str(path.relative_to(ROOT)),
-)
-def test_first_line_is_the_licence(path):
-    first = next(line for line in path.read_text().splitlines() if not line.startswith("#!"))
-    assert "SPDX-License-Identifier: Apache-2.0" in first
+def test_first_line_of_every_file_is_the_licence():
+    files = [p for p in sources("csrc/**/*", "python/**/*", "tests/**/*", "bench/*") if p.suffix in SUFFIXES]
+    assert len(files) > 100
+
+    def first(path: Path) -> str:
+        return next(line for line in path.read_text().splitlines() if not line.startswith("#!"))
+
+    assert [str(p.relative_to(ROOT)) for p in files if "SPDX-License-Identifier: Apache-2.0" not in first(p)] == []
 
 
 # ---- C++ -----------------------------------------------------------------------------------------------------------

@@ -7,13 +7,14 @@ import inspect
 import re
 import typing
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 import fusedrnn
-from fusedrnn import layers, ops, options, variants
+from fusedrnn import layers, ops, options, support, variants
 from fusedrnn.backends import Variant
 from fusedrnn.cells import CELLS
 
@@ -135,7 +136,9 @@ def test_a_refusal_is_of_the_options_it_names(name, monkeypatch):
     for what, refusal in variants.REFUSALS.items():
         assert set(refusal.options) <= variants.VARIANTS.keys()
         monkeypatch.setitem(variants.REFUSALS, what, refusal._replace(options=(name, "proj_size")))
-        with pytest.raises(refusal.error, match=f"^lstm: {refusal.name} .*; expected .* with these options") as error:
+        with pytest.raises(
+            refusal.error, match=f"^lstm: {refusal.name} .*; expected .* with(out)? these options"
+        ) as error:
             variants.refuse("lstm", "lstm", made, what, "int64")
         assert "zoneout" not in str(error.value) or name == "zoneout"
         left = tuple(one for one in variants.VARIANTS if one != name)
@@ -143,3 +146,9 @@ def test_a_refusal_is_of_the_options_it_names(name, monkeypatch):
         variants.refuse("lstm", "lstm", made, what, "int64")
     for cell in CELLS:
         assert variants.variant(cell, cell, options.Settings(zoneout=0, clip_gates=None)) is None
+
+
+def test_the_page_of_what_runs_where_is_up_to_date():
+    """`python -m fusedrnn.support > docs/support.md` makes it."""
+    page = Path(__file__).parents[1] / "docs" / "support.md"
+    assert page.read_text() == support.page()

@@ -11,6 +11,7 @@ import numpy as np
 from . import arrays, backends, check, layers, ops, sampling
 from . import params as parameters
 from .backends import Arguments, Generation, Problem, Results
+from .variants import refuse
 
 
 def generate(
@@ -179,8 +180,7 @@ def _model(op: str, layer: Any, head_weight: Any, head_bias: Any, embedding: Any
         check.fail(op, "layer", "is bidirectional", "one direction", "The other would have to see what comes.")
     if layer.context_size:
         check.fail(op, "layer", f"has context_size={layer.context_size}", "a layer without a context")
-    if layer._variant is not None and (layer._variant.layer_norm or layer._variant.proj_size):
-        check.fail(op, "layer", f"has {', '.join(layer.variants)}", "a layer without proj_size and layer_norm")
+    refuse(op, layer._cell, layer._variant, "generate", ", ".join(layer.variants))
     params = parameters.from_bfloat16(layer.parameters)
     peepholes = layer._variant is not None and layer._variant.peepholes
     names = parameters.names(layer.num_layers, False, layer.bias, layer._cell, peepholes=peepholes)

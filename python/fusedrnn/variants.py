@@ -43,6 +43,7 @@ REFUSALS = {
     "recompute": Refusal(_NORM, "recompute", "is True", "False with these options", "{0}: they keep all."),
     "tokens": Refusal(_NORM, "x", "has dtype {}", "float32 or float64 with these options", _GIVE, TypeError),
     "context": Refusal(_NORM, "context", "is given", "none with these options", _GIVE, TypeError),
+    "generate": Refusal(("proj_size", *_NORM), "layer", "has {}", "a layer without these options"),
     "cuda": Refusal(_ALL, "x", "is on a CUDA device", "a NumPy array with these options", "{1} run on the CPU."),
 }
 TANGENTS_BY_REFERENCE = _NORM  # no refusal: the reference computes jvp and hvp of these
