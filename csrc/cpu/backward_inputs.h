@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Gradients of what a layer reads: dx = da W, columns of dW for tokens, the context and its weights.
-// Read: da of a chunk, W. Written: dx or the gradient of the layer below, dW's columns, the context's gradients.
+// Read: da of a chunk, W.
+// Written: dx or the gradient of the layer below, dW's columns, the context's gradients.
 // Route: a member owns columns of x. Tokens: dW has columns for those that occur; they are added up, then written.
 // Limit: FMA; for tokens the bandwidth of writing.
 #pragma once

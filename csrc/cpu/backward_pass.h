@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // What all of backward's rooms share: the call, its memory (Scratch), and what one member sees of a layer (Part).
-// Read: nothing yet. Written: nothing; workspace is taken.
+// Read: nothing yet.
+// Written: nothing; workspace is taken.
 // Route: the base of backward_products.h, backward_inputs.h, backward_step.h and backward.h, in this order.
 #pragma once
 

@@ -1,7 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// The weights' gradients, for a chunk of steps at once:   dW = da^T x,   dR = da^T h',   db = sum da,   and the
-// options' Read: da, x, h' and m of the chunk. Written: gradients of the parameters; added to from the second chunk on.
-// Route: a member owns rows of each gradient. Limit: FMA for many rows; writing dW and dR for few.
+// The gradients of weights and of the options' parameters, for a chunk of steps at once:
+//   dW = da^T x,   dR = da^T h',   db = sum da
+// Read: da, x, h' and m of the chunk.
+// Written: gradients of the parameters; added to from the second chunk on.
+// Route: a member owns rows of each gradient.
+// Limit: FMA for many rows; writing dW and dR for few.
 #pragma once
 
 #include "backward_pass.h"

@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // One step of the recurrence, backwards:   da = cell'(dh, dc),   dh = da R;   a projection and layer norm between them
-// Read: gradients of the results, the tape, R. Written: da of the step, running dh and dc; overwrites.
-// Route: a member owns units of all rows, or rows (by_rows). Limit: as backward.h.
+// Read: gradients of the results, the tape, R.
+// Written: da of the step, running dh and dc; overwrites.
+// Route: a member owns units of all rows, or rows (by_rows).
+// Limit: as backward.h.
 #pragma once
 
 #include "backward_inputs.h"

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // sum x^2, sum |x|, max |x| in float64; x *= factor; x = clamp(x, -limit, limit).
-// Read: one contiguous array. Written: the same array, in place, by the last two.
-// The sums run in 4 * lanes fixed chains, so the bits depend on the size alone.
+// Read: one contiguous array.
+// Written: the same array, in place, by the last two. The sums run in 4 * lanes fixed chains, so the bits depend on the
+//   size alone.
 // Route: one thread; the arrays are as large as the weights, so memory is the limit for most.
 // Limit: conversion to float64 in cache, memory bandwidth past it.
 #include "gemm.h"

@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // The context: a vector for each row that layer 0 sees at every step.   z += ctx Wc^T,   dWc = dz^T ctx,   dctx = dz Wc
-// Read: context (E,B,K), its weights (E,G*H,K). Written: sums of z's shape, one row of them for each row, and added to
-// z. With P = 2 every number is a value with its tangent. Route: the product is made once a call; a step adds a row.
-// Backward (backward.h) sums da over the steps first. Limit: packing and reading Wc, which few rows share.
+// Read: context (E,B,K), its weights (E,G*H,K).
+// Written: sums of z's shape, one row of them for each row, and added to z. With P = 2 every number is a value with its
+//   tangent.
+// Route: the product is made once a call; a step adds a row. Backward (backward.h) sums da over the steps first.
+// Limit: packing and reading Wc, which few rows share.
 #pragma once
 
 #include "weights.h"

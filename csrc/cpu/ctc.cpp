@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 // CTC (Graves et al. 2006): loss[b] = -log sum of the probabilities of all paths that spell row b's labels, and
 // dlog_probs[t,b,c] = dloss[b] (exp(log_probs[t,b,c]) - the share of paths that are at class c at step t): torch's
-// gradient, which takes log_probs to come from log_softmax. Read: log_probs (T,B,C) any strides, labels. Written, not
-// added: loss (B), dlog_probs (T,B,C) contiguous in C. A path walks blank 0, label 0, blank 1, ..., label S-1, blank S.
-// Both kinds lie in arrays of their own, so that a register holds neighbours of one kind and no lane asks which kind it
-// is. Numbers are Wide (wide.h). Route: a thread owns whole rows, so nothing is added across threads. A step's
-// registers are independent of each other; the chain through the steps is what limits short targets, exp of all classes
-// (memory, in the end) many classes.
+// gradient, which takes log_probs to come from log_softmax.
+// Read: log_probs (T,B,C) any strides, labels.
+// Written, not added: loss (B), dlog_probs (T,B,C) contiguous in C. A path walks blank 0, label 0, blank 1, ..., label
+//   S-1, blank S. Both kinds lie in arrays of their own, so that a register holds neighbours of one kind and no lane
+//   asks which kind it is. Numbers are Wide (wide.h).
+// Route: a thread owns whole rows, so nothing is added across threads. A step's registers are independent of each
+//   other; the chain through the steps is what limits short targets, exp of all classes (memory, in the end) many
+//   classes.
 #include "isa.h"
 #include "wide.h"
 

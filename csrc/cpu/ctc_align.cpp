@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// CTC's forced alignment: the most probable of the paths that spell row b's labels. Read: log_probs (T,B,C) any
-// strides, labels. Written: states (T,B), 2j at the blank before label j and 2j+1 at label j, -1 past a row's length
-// and where there is no path; log_probability (B). Sums of logarithms in float64. Of equal ways a path stays where it
-// is, else comes from the state before, else from two before; of equal ends it has the label, not the blank behind it.
+// CTC's forced alignment: the most probable of the paths that spell row b's labels.
+// Read: log_probs (T,B,C) any strides, labels.
+// Written: states (T,B), 2j at the blank before label j and 2j+1 at label j, -1 past a row's length and where there is
+//   no path; log_probability (B). Sums of logarithms in float64. Of equal ways a path stays where it is, else comes
+//   from the state before, else from two before; of equal ends it has the label, not the blank behind it.
 // Route: a thread owns whole rows. Blanks and labels lie in arrays of their own, as in ctc.cpp. Where the blank and the
-// label of one place came from takes three bits a step, and a word holds kSteps of them: 1.5 bits a state. Limit: about
-// twenty operations a register and step, independent of each other; the words of one step stay in the nearest caches.
+//   label of one place came from takes three bits a step, and a word holds kSteps of them: 1.5 bits a state.
+// Limit: about twenty operations a register and step, independent of each other; the words of one step stay in the
+//   nearest caches.
 #include "isa.h"
 #include "wide.h"
 

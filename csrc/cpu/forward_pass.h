@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Forward's memory (Scratch), what one member sees of a layer (Part), and the states: start, restart, end, handing out.
-// Read: h0, c0, lengths, resets. Written: y, hn, cn, cells, h and c of the tape; overwrites.
+// Read: h0, c0, lengths, resets.
+// Written: y, hn, cn, cells, h and c of the tape; overwrites.
 // Route: the base of forward.h.
 // Limit: the bandwidth of copying.
 #pragma once

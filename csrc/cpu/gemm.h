@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // The products.   C[r][n] = init + sum_k A[r][k] B[k][n]
-// Read: A by row pointers, or packed k-major; B packed in panels of up to 4 registers' width. Written: C, affine rows.
-// Overwrites C, starting from zero, from a bias row or from C itself (then it accumulates).
+// Read: A by row pointers, or packed k-major; B packed in panels of up to 4 registers' width.
+// Written: C, affine rows. Overwrites C, starting from zero, from a bias row or from C itself (then it accumulates).
 // Route: packed; `dot_kernel` needs no packing and wins where a weight is used by few rows.
-// Limit: FMA from 2 rows of A on; one row streams B at the bandwidth of the cache that holds it.
-// The chain of FMAs behind an element of C depends on K and on the number of rows only: threads do not change a bit.
+// Limit: FMA from 2 rows of A on; one row streams B at the bandwidth of the cache that holds it. The chain of FMAs
+//   behind an element of C depends on K and on the number of rows only: threads do not change a bit.
 #pragma once
 
 #include "vec.h"

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // One step after the other through all layers:   z = W[:, token] + b + h R^T, h = cell(z);   logits = h head^T + bias
-// Read: tokens, h0, c0, weights, head. Written: the tokens drawn, hn, cn. Overwrites.
+// Read: tokens, h0, c0, weights, head.
+// Written: the tokens drawn, hn, cn. Overwrites.
 // Route: all weights are packed once a call, so a call should have some steps; a thread owns blocks of units, and meets
-// the others once a layer, once for the logits and once for the draw. Rows that have ended leave: those that go on lie
-// together in the first places, in their order, so that a step costs what they cost.
+//   the others once a layer, once for the logits and once for the draw. Rows that have ended leave: those that go on
+//   lie together in the first places, in their order, so that a step costs what they cost.
 // Limit: one row reads all weights every step, from the cache that holds them.
 #include "generate.h"
 

@@ -1,14 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 // Hidden Markov models over given scores (Rabiner 1989, section III): log-likelihood, expectations, best path.
-//   alpha[t,j] = exp(scores[t,b,j]) sum_i alpha[t-1,i] exp(transitions[i,j]),   alpha[0,j] = exp(initial[j] +
-//   scores[0,b,j]) beta[t,i]  = sum_j exp(transitions[i,j] + scores[t+1,b,j]) beta[t+1,j],     beta[last,i] = 1
-// Read: scores (T,B,N) any strides, initial (N), transitions (N,N). Written, not added: log_likelihood (B), states
-// (T,B,N) contiguous in N, dinitial (N), dtransitions (N,N); or paths (T,B) and their logarithm (B). Numbers are Wide
-// (wide.h), so nothing underflows, however a model's zeros lie. A register holds neighbours in j forward, and in i
-// backward (transitions transposed), so that no sum crosses lanes.
+//   alpha[t,j] = exp(scores[t,b,j]) sum_i alpha[t-1,i] exp(transitions[i,j])
+//   beta[t,i]  = sum_j exp(transitions[i,j] + scores[t+1,b,j]) beta[t+1,j]
+//   alpha[0,j] = exp(initial[j] + scores[0,b,j]),   beta[last,i] = 1
+// Read: scores (T,B,N) any strides, initial (N), transitions (N,N).
+// Written, not added: log_likelihood (B), states (T,B,N) contiguous in N, dinitial (N), dtransitions (N,N); or paths
+//   (T,B) and their logarithm (B). Numbers are Wide (wide.h), so nothing underflows, however a model's zeros lie. A
+//   register holds neighbours in j forward, and in i backward (transitions transposed), so that no sum crosses lanes.
 // Route: rows b, b + kGroups, ... form a group, which one thread walks in order; the groups are added in order at the
-// end: the same bits for any number of threads. Limit: about ten operations for each pair of states and step, twenty
-// backward.
+//   end: the same bits for any number of threads.
+// Limit: about ten operations for each pair of states and step, twenty backward.
 #include "isa.h"
 #include "wide.h"
 

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Layer norm (Ba et al. 2016): x W^T and h' R^T each over all gates and units of a row, and an LSTM's c over its units.
 //   y = (x - mean) / sqrt(variance + 1e-5) * gain + bias
-// Read: rows of z (tiles of sums, engine.h) or of H; gains, biases. Written: the rows, and on the tape x before the
-// gain (`hat`) and 1 / deviation. Overwrites.
+// Read: rows of z (tiles of sums, engine.h) or of H; gains, biases.
+// Written: the rows, and on the tape x before the gain (`hat`) and 1 / deviation. Overwrites.
 // Route: threads that own rows do this between the products of a step. Values only: tangents are the reference's.
 // Limit: two passes over a row that lies in L1.
 #pragma once

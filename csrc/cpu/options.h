@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The options that change a cell's elementwise part: activations, clip_gates, peepholes, zoneout, recurrent dropout.
 //   gate(a) = act(clip(a));   h = k h' + (1 - k) h_new, k drawn while training, else the probability (c alike)
-// Read: Variant, Extras, lengths. Written: rows of drawn numbers, as csrc/api.h numbers them.
+// Read: Variant, Extras, lengths.
+// Written: rows of drawn numbers, as csrc/api.h numbers them.
 // Route: the tile functions of varied.h ask for a row of units; the engines ask for recurrent dropout's masks.
 // Limit: Philox, about 1 ns an element, where something is drawn; else what the plain cell is limited by.
 #pragma once

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // What stands between a caller's arrays (any strides, any size) and the kernels' (padded, contiguous): copies, biases,
-// dropout, column sums. Shapes stand at each kernel. All overwrite.
-// Every route, outside the recurrence. Limit: bytes.
+// dropout, column sums. Shapes stand at each kernel. All overwrite. Every route, outside the recurrence.
+// Limit: bytes.
 #pragma once
 
 #include "product.h"
