@@ -612,3 +612,21 @@ def test_generation_with_options(kernels, op, options):
         tokens, log_probs, state = fusedrnn.generate(layer, head, None, prompt, 30, seed=3, **more)
         found.append({"tokens": tokens, "log_probs": log_probs, **named({"state": state})})
     same("generated", *found, budget=1e-4)
+
+
+def test_a_clipped_sum_lets_no_nan_back(backend):
+    """clip_gates as clip_cell: what was clipped has the gradient 0, whatever comes in."""
+    params = {"weight_ih_l0": np.ones((2, 1)), "weight_hh_l0": np.zeros((2, 2))}
+    y, _, tape = fusedrnn.rnn(np.full((1, 1, 1), 50.0), None, params, training=True, clip_gates=0.01)
+    assert fusedrnn.rnn_backward(tape, np.full_like(y, np.nan))["x"].item() == 0
+
+
+@pytest.mark.parametrize("name", ["Relu", "LeakyRelu", "ThresholdedRelu", "HardSigmoid", "Elu", "Softsign"])
+def test_slopes_at_zero_agree_in_both_directions(backend, name):
+    params = {"weight_ih_l0": np.ones((1, 1)), "weight_hh_l0": np.ones((1, 1))}
+    alpha = (0.0,) if name == "ThresholdedRelu" else (0.25,) if name == "LeakyRelu" else ()
+    options = {"activations": [(name, *alpha)], "training": True}
+    y, _, tape = fusedrnn.rnn(np.zeros((1, 1, 1)), None, params, **options)
+    back = fusedrnn.rnn_backward(tape, np.ones_like(y))["x"].item()
+    forth = fusedrnn.ops.jvp(tape, {"x": np.ones((1, 1, 1))})[0].item()
+    assert back == forth

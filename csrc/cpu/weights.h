@@ -114,8 +114,11 @@ struct ForwardWeights {
         R[q][phase].pairs = in_pairs;
       }
       W[q].halves = W[q].pairs = in_pairs;
-      W[q].source = nullptr;
-      if (has_W[q] && !tokens) leave_unpacked<T>(W[q], p[q]->W, e, 0, pairs);
+      // Every member writes the same: never something else in between, which a faster one could read.
+      if (has_W[q] && !tokens)
+        leave_unpacked<T>(W[q], p[q]->W, e, 0, pairs);
+      else
+        W[q].source = nullptr;
       if (has_W[q]) W_at[q] = element<T>(p[q]->W, e), W_row[q] = p[q]->W.stride[1], W_column[q] = p[q]->W.stride[2];
       for (int phase = 0; has_R[q] && phase < phases; ++phase)
         leave_unpacked<T>(R[q][phase], p[q]->R, e, phase * first_gates * H, pairs);

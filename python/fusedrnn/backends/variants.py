@@ -75,10 +75,10 @@ class Walk:
         name, alpha, beta = self.variant.activations[k]
         return ACTIVATIONS[name].f(clamp(a, self.variant.clip_gates), alpha, beta)
 
-    def slope(self, k: int, a: Any, y: Any) -> Any:
-        """The derivative of `act`: 0 where a is clipped."""
+    def back(self, d: Any, k: int, a: Any, y: Any) -> Any:
+        """d times the derivative of `act`: 0 where a is clipped, whatever d is."""
         name, alpha, beta = self.variant.activations[k]
-        return inside(ACTIVATIONS[name].slope(y, alpha, beta), a, self.variant.clip_gates)
+        return inside(d * ACTIVATIONS[name].slope(y, alpha, beta), a, self.variant.clip_gates)
 
     def bare(self, k: int, a: Any) -> Any:
         """The last activation of the LSTM: its argument is not clipped."""
@@ -180,7 +180,7 @@ class Walk:
             peep = [_row(p) for p in np.split(self.ph, self.cell.gates - 1, -1)] if self.ph is not None else None
             name, alpha, beta = self.variant.activations[2]
             dv = dm * k["o"] * ACTIVATIONS[name].slope(k["y"], alpha, beta)
-            da_o = dm * k["y"] * self.slope(0, k["a_o"], k["o"])
+            da_o = self.back(dm * k["y"], 0, k["a_o"], k["o"])
             if self.variant.layer_norm:
                 add("gain_c", dv * k["norm_c"][0])
                 add("bias_c", dv)
@@ -191,10 +191,10 @@ class Walk:
             dc_new = inside(dc_new, k["c_new"], self.problem.clip_cell)
             c_prev = k["c_prev"]
             di = dc_new * (k["g"] - c_prev if self.coupled else k["g"])
-            da = [di * self.slope(0, k["a_i"], k["i"])]
+            da = [self.back(di, 0, k["a_i"], k["i"])]
             if not self.coupled:
-                da.append(dc_new * c_prev * self.slope(0, k["a_f"], k["f"]))
-            da += [dc_new * k["i"] * self.slope(1, k["a_g"], k["g"]), da_o]
+                da.append(self.back(dc_new * c_prev, 0, k["a_f"], k["f"]))
+            da += [self.back(dc_new * k["i"], 1, k["a_g"], k["g"]), da_o]
             dc_prev = dc_prev + dc_new * k["f"]
             if peep:
                 dc_prev = dc_prev + da[0] * peep[0] + (0 if self.coupled else da[1] * peep[1])
@@ -204,25 +204,25 @@ class Walk:
         elif self.cell.name.startswith("gru"):
             if self.variant.proj_size:
                 dm = dm + dc_new
-            da_n = dm * (1 - k["z"]) * self.slope(1, k["a_n"], k["n"])
-            da_z = dm * (k["carried"] - k["n"]) * self.slope(0, k["a_z"], k["z"])
+            da_n = self.back(dm * (1 - k["z"]), 1, k["a_n"], k["n"])
+            da_z = self.back(dm * (k["carried"] - k["n"]), 0, k["a_z"], k["z"])
             if self.variant.proj_size:
                 dc_prev = dc_prev + dm * k["z"]
             else:
                 dh_prev = dh_prev + dm * k["z"]
             if self.problem.cell == "gru_reset_before":
                 drh = da_n @ self.R[:, 2 * H :]
-                da_r = drh * k["masked"] * self.slope(0, k["a_r"], k["r"])
+                da_r = self.back(drh * k["masked"], 0, k["a_r"], k["r"])
                 drh = drh * k["r"]
                 outer("R_late", da_n, k["rh"])
                 add("bR_late", da_n)
                 da_h = np.concatenate([da_r, da_z], -1)
             else:
-                da_r = da_n * k["h_n"] * self.slope(0, k["a_r"], k["r"])
+                da_r = self.back(da_n * k["h_n"], 0, k["a_r"], k["r"])
                 da_h = np.concatenate([da_r, da_z, da_n * k["r"]], -1)
             da_x = np.concatenate([da_r, da_z, da_n], -1)
         else:
-            da_x = da_h = dm * self.slope(0, k["a"], k["y"])
+            da_x = da_h = self.back(dm, 0, k["a"], k["y"])
         add("bW", da_x)
         add("bR", da_h)
         if self.variant.layer_norm:

@@ -49,7 +49,7 @@ ACTIVATIONS: dict[str, Activation] = {
     "Relu": Activation(lambda x, a, b: np.where(x.real <= 0, 0, x), lambda y, a, b: np.where(y.real <= 0, 0, _one(y))),
     "Affine": Activation(lambda x, a, b: a * x + b, lambda y, a, b: a * _one(y), 1.0),
     "LeakyRelu": Activation(
-        lambda x, a, b: np.where(x.real < 0, a * x, x),
+        lambda x, a, b: np.where(x.real <= 0, a * x, x),
         lambda y, a, b: np.where(y.real <= 0, a, _one(y)),
         0.01,
         condition=">= 0",
