@@ -50,95 +50,18 @@ class BackwardPass {
     zeros_ = take<S>(workspace, larger(H, Q_));
     zero_row(zeros_, 1, larger(H, Q_));
     scratch_ = static_cast<Scratch*>(workspace.take(sizeof(Scratch) * static_cast<size_t>(groups_.count)));
-    const int64_t widest = padded(larger(inputs_, larger(H, Q_))), all = larger(cell_.gates * H, Q_);
     for (int g = 0; g < groups_.count; ++g) {
       Scratch& s = scratch_[g];
       s = Scratch();
-      if (tape_.every) s.forward.allocate(cell_, larger(inputs_, vocabulary_.most), H, Q_, workspace);
-      if (p_[0]->context.data) {
-        s.context.allocate(p_, n_, N, cell_, workspace);
-        for (int q = 0; q < P; ++q) {
-          s.dz[q] = take<S>(workspace, N * cell_.gates * H);
-          s.dz_rows[q] = take<const S*>(workspace, N);
-          for (int64_t i = 0; i < N; ++i) s.dz_rows[q][i] = s.dz[q] + i * cell_.gates * H;
-        }
-      }
-      if (layers_.tokens()) {
-        s.tokens = take<int32_t>(workspace, pairs_);
-        s.columns = take<S>(workspace, table_.most * cell_.gates * H);
-      }
-      if (norm_) {
-        s.norms.allocate(problem_, cell_.sums, workspace);
-        s.options.norms = &s.norms;
-      }
-      if (problem_.variant.given) s.options.allocate(problem_, ld_, ldq_, N, workspace);
+      allocate(s, workspace);
       for (int q = 0; q < P; ++q) {
-        s.R[q][0].data = take<S>(workspace, cell_.state_product ? ldq_ * cell_.gates * H : 0);
-        s.W[q].data = take<S>(workspace, padded(inputs_) * cell_.gates * H);
-        s.da[q] = take<S>(workspace, pairs_ * ld_da_);
-        s.packed[q] = take<S>(workspace, pairs_ * (larger(ld_da_, Q_) + kTile * 4));
-        s.x_panels[q] = take<S>(workspace, pairs_ * padded(inputs_));
-        s.h_panels[q] = take<S>(workspace, pairs_ * larger(ld_, ldq_));
-        s.dx[q] = take<S>(workspace, pairs_ * padded(inputs_));
-        s.copied[q] = take<S>(workspace, pairs_ * inputs_);
-        for (int which = 0; which < 2; ++which) {
-          const int64_t units = which ? H : Q_, ld = which ? ld_ : ldq_;
-          s.start[which][q] = take<S>(workspace, N * units);
-          s.before[which][q] = take<const S*>(workspace, pairs_);
-          s.d[which][q] = take<S>(workspace, N * ld);
-          s.d_start[which][q] = take<S>(workspace, N * ld);
-        }
-        s.x[q] = take<const S*>(workspace, pairs_);
-        s.h_seen[q] = s.before[0][q];
-        if (masks_) {
-          s.seen[q] = take<S>(workspace, pairs_ * ldq_);
-          s.h_seen[q] = take<const S*>(workspace, pairs_);
-          for (int64_t r = 0; r < pairs_; ++r) s.h_seen[q][r] = s.seen[q] + r * ldq_;
-          s.dh_seen[q] = take<S>(workspace, N * ldq_);
-        }
-        if (norm_) {
-          for (int k = 0; k < 2; ++k) {
-            s.apart[k] = take<S>(workspace, pairs_ * cell_.gates * H);
-            s.apart_rows[k][q] = take<const S*>(workspace, pairs_);
-            for (int64_t r = 0; r < pairs_; ++r) s.apart_rows[k][q][r] = s.apart[k] + r * cell_.gates * H;
-          }
-          s.c_hat = take<S>(workspace, pairs_ * ld_);
-          s.dseen = take<S>(workspace, pairs_ * ld_);
-        }
-        if (problem_.variant.peepholes || norm_) s.c_new[q] = take<S>(workspace, pairs_ * ld_);
-        if (proj_) {
-          s.hr[q].data = take<S>(workspace, ld_ * Q_);
-          s.dnew[q] = take<S>(workspace, pairs_ * ldq_);
-          s.dnew_rows[q] = take<const S*>(workspace, pairs_);
-          s.m[q] = take<S>(workspace, pairs_ * ld_);
-          s.m_rows[q] = take<const S*>(workspace, pairs_);
-          for (int64_t r = 0; r < pairs_; ++r)
-            s.dnew_rows[q][r] = s.dnew[q] + r * ldq_, s.m_rows[q][r] = s.m[q] + r * ld_;
-          s.dm[q] = take<S>(workspace, N * ld_);
-        }
-        s.da_rows[q] = take<const S*>(workspace, pairs_);
-        for (int phase = 0; phase < kPhases; ++phase) s.da_h_rows[phase][q] = take<const S*>(workspace, pairs_);
-        s.picked[q] = take<const S*>(workspace, 4 * pairs_);
-        if (cell_.two_products) {
-          s.rh[q] = take<S>(workspace, pairs_ * ld_);
-          s.rh_rows[q] = take<const S*>(workspace, pairs_);
-          s.drh[q] = take<S>(workspace, N * ld_);
-        }
+        allocate_plane(s, q, workspace);
+        allocate_options(s, q, workspace);
         for (int64_t r = 0; r < pairs_; ++r) {
-          s.da_rows[q][r] = s.da[q] + r * ld_da_;
           s.da_h_rows[0][q][r] = s.da_rows[q][r] + (cell_.sums > cell_.gates ? H : 0);
           s.da_h_rows[1][q][r] = s.da_rows[q][r] + (cell_.gates - 1) * H;
-          if (cell_.two_products) s.rh_rows[q][r] = s.rh[q] + r * ld_;
         }
-        if (tape_.every) {
-          s.z[q] = take<S>(workspace, pairs_ * ld_ * cell_.sums);
-          s.kept[q] = take<S>(workspace, pairs_ * kept_ * H);
-          s.c_kept[q] = take<S>(workspace, pairs_ * H);
-        }
-        for (int which = 0; which < 2 && (tape_.every || proj_); ++which)
-          s.state[which][q] = take<S>(workspace, N * ld_);
       }
-      s.sums = take<S>(workspace, all * widest);
     }
   }
 
@@ -251,6 +174,75 @@ class BackwardPass {
   bool has_R(const Part& a, int q) const { return p_[q]->params && p_[q]->params[a.ld].R.data; }
 
   bool has_W(const Part& a, int q) const { return p_[q]->params && p_[q]->params[a.ld].W.data; }
+
+  void allocate(Scratch& s, Workspace& workspace) const {
+    const int64_t H = n_.H, N = sets_.N, widest = padded(larger(inputs_, larger(H, Q_)));
+    if (tape_.every) s.forward.allocate(cell_, larger(inputs_, vocabulary_.most), H, Q_, workspace);
+    if (p_[0]->context.data) {
+      s.context.allocate(p_, n_, N, cell_, workspace);
+      for (int q = 0; q < P; ++q) take_rows(workspace, N, cell_.gates * H, s.dz[q], s.dz_rows[q]);
+    }
+    if (layers_.tokens()) {
+      s.tokens = take<int32_t>(workspace, pairs_);
+      s.columns = take<S>(workspace, table_.most * cell_.gates * H);
+    }
+    if (norm_) {
+      s.norms.allocate(problem_, cell_.sums, workspace);
+      s.options.norms = &s.norms;
+      s.c_hat = take<S>(workspace, pairs_ * ld_);
+      s.dseen = take<S>(workspace, pairs_ * ld_);
+    }
+    if (problem_.variant.given) s.options.allocate(problem_, ld_, ldq_, N, workspace);
+    s.sums = take<S>(workspace, larger(cell_.gates * H, Q_) * widest);
+  }
+  void allocate_plane(Scratch& s, int q, Workspace& workspace) const {
+    const int64_t H = n_.H, N = sets_.N;
+    s.R[q][0].data = take<S>(workspace, cell_.state_product ? ldq_ * cell_.gates * H : 0);
+    s.W[q].data = take<S>(workspace, padded(inputs_) * cell_.gates * H);
+    take_rows(workspace, pairs_, ld_da_, s.da[q], s.da_rows[q]);
+    s.packed[q] = take<S>(workspace, pairs_ * (larger(ld_da_, Q_) + kTile * 4));
+    s.x_panels[q] = take<S>(workspace, pairs_ * padded(inputs_));
+    s.h_panels[q] = take<S>(workspace, pairs_ * larger(ld_, ldq_));
+    s.dx[q] = take<S>(workspace, pairs_ * padded(inputs_));
+    s.copied[q] = take<S>(workspace, pairs_ * inputs_);
+    for (int which = 0; which < 2; ++which) {
+      const int64_t units = which ? H : Q_, ld = which ? ld_ : ldq_;
+      s.start[which][q] = take<S>(workspace, N * units);
+      s.before[which][q] = take<const S*>(workspace, pairs_);
+      s.d[which][q] = take<S>(workspace, N * ld);
+      s.d_start[which][q] = take<S>(workspace, N * ld);
+    }
+    s.x[q] = take<const S*>(workspace, pairs_);
+    for (int phase = 0; phase < kPhases; ++phase) s.da_h_rows[phase][q] = take<const S*>(workspace, pairs_);
+    s.picked[q] = take<const S*>(workspace, 4 * pairs_);
+    if (cell_.two_products) {
+      take_rows(workspace, pairs_, ld_, s.rh[q], s.rh_rows[q]);
+      s.drh[q] = take<S>(workspace, N * ld_);
+    }
+    if (tape_.every) {
+      s.z[q] = take<S>(workspace, pairs_ * ld_ * cell_.sums);
+      s.kept[q] = take<S>(workspace, pairs_ * kept_ * H);
+      s.c_kept[q] = take<S>(workspace, pairs_ * H);
+    }
+    for (int which = 0; which < 2 && (tape_.every || proj_); ++which) s.state[which][q] = take<S>(workspace, N * ld_);
+  }
+  void allocate_options(Scratch& s, int q, Workspace& workspace) const {
+    const int64_t N = sets_.N;
+    s.h_seen[q] = s.before[0][q];
+    if (masks_) {
+      take_rows(workspace, pairs_, ldq_, s.seen[q], s.h_seen[q]);
+      s.dh_seen[q] = take<S>(workspace, N * ldq_);
+    }
+    for (int k = 0; k < 2 && norm_; ++k)
+      take_rows(workspace, pairs_, cell_.gates * n_.H, s.apart[k], s.apart_rows[k][q]);
+    if (problem_.variant.peepholes || norm_) s.c_new[q] = take<S>(workspace, pairs_ * ld_);
+    if (proj_) {
+      s.hr[q].data = take<S>(workspace, ld_ * Q_);
+      take_rows(workspace, pairs_, ldq_, s.dnew[q], s.dnew_rows[q]);
+      take_rows(workspace, pairs_, ld_, s.m[q], s.m_rows[q]);
+      s.dm[q] = take<S>(workspace, N * ld_);
+    }
+  }
 
   S* dplane(int q, int l, int d, int64_t set) const {
     return between_[l & 1][q] + (set * n_.D + d) * n_.T * sets_.N * Q_;

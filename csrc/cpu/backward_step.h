@@ -55,8 +55,8 @@ class BackwardStep : protected BackwardInputs<S, P> {
     const Rows& rows = a.rows;
     const bool alone = by_rows(a), part = rows.live[s] > 1;
     const Share mine = norm_ && !alone ? all_units(a, rows.live[s]) : columns;
-    const int64_t N = sets_.N, H = n_.H, r0 = mine.r0, u0 = mine.u0;
-    const int64_t pair = rows.off[s] + r0, first = rows.off[s] - rows.off[s0], in_chunk = first + r0;
+    const int64_t r0 = mine.r0, u0 = mine.u0, pair = rows.off[s] + r0, first = rows.off[s] - rows.off[s0],
+                  in_chunk = first + r0;
     arriving(a, s, mine);
     if (proj_) {
       zone_outputs(a, s, first, mine);
@@ -65,14 +65,39 @@ class BackwardStep : protected BackwardInputs<S, P> {
       if (norm_ && !alone) a.team.wait();
       if (!cell_.cell_state) take_carried(a, s, mine);
     }
+    const BackwardTile<S, P> t = tile(a, s, first, mine);
+    for (int q = 0; q < P; ++q)
+      for (int64_t i = columns.r0; masks_ && i < columns.r1; ++i)
+        zero_row(w.dh_seen[q] + i * ldq_ + columns.q0, 1, units(0, columns).pad() - columns.q0);
+    if (t.units > 0) tile_.backward(t);
+    if (carried_ && !cell_.cell_state)
+      for (int q = 0; q < P; ++q)
+        for (int64_t i = r0; i < mine.r1; ++i)
+          add_row(w.dm[q] + i * ld_ + u0, 1, w.d[1][q] + i * ld_ + u0, 1, mine.u1 - u0);
+    if (norm_) norm_back(a, pair, in_chunk, mine);
+    if (!alone && (cell_.state_product || s == s0)) a.team.wait();
+    if (cell_.two_products) {
+      state_product(a, 1, in_chunk, mine, part, false, w.drh);
+      if (t.units > 0) tile_.backward_gate(t);
+      if (!alone) a.team.wait();
+    }
+    if (cell_.state_product) state_product(a, 0, first + columns.r0, columns, part, true, masks_ ? w.dh_seen : w.d[0]);
+    for (int64_t i = columns.r0; masks_ && i < columns.r1; ++i) unmask(a, i, columns.q0, columns.q1);
+    leaving(a, s, columns);
+    if (norm_ && !alone) a.team.wait();  // columns become rows
+  }
+
+  // What a cell's tile function reads and writes for a share. first: the step's first pair in the chunk.
+  BackwardTile<S, P> tile(Part& a, int64_t s, int64_t first, const Share& mine) const {
+    Scratch& w = a.w;
+    const int64_t N = sets_.N, H = n_.H, r0 = mine.r0, u0 = mine.u0, pair = a.rows.off[s] + r0, in_chunk = first + r0;
     BackwardTile<S, P> t{};
     t.rows = mine.r1 - r0;
     t.units = mine.u1 - u0;
     t.ld_kept = kept_ * H;
     if (problem_.variant.given) t.options = &w.options;
-    t.step = s, t.row = r0;
+    t.step = s, t.row = r0, t.unit = u0;
     t.H = H;
-    t.unit = u0;
     t.ld = ld_;
     t.ld_da = ld_da_;
     t.clip = clip_cell();
@@ -96,30 +121,12 @@ class BackwardStep : protected BackwardInputs<S, P> {
       t.dh[q] = (proj_ ? w.dm[q] : w.d[0][q]) + r0 * ld_ + u0;
       t.dc[q] = w.d[1][q] + r0 * ld_ + u0;
       t.da[q] = w.da[q] + in_chunk * ld_da_ + u0;
-      if (cell_.two_products) {
-        t.drh[q] = w.drh[q] + r0 * ld_ + u0;
-        t.rh[q] = w.rh[q] + in_chunk * ld_ + u0;
-      }
       t.dh_seen[q] = masks_ && !proj_ ? w.dh_seen[q] + r0 * ld_ + u0 : t.dh[q];
-      for (int64_t i = columns.r0; masks_ && i < columns.r1; ++i)
-        zero_row(w.dh_seen[q] + i * ldq_ + columns.q0, 1, units(0, columns).pad() - columns.q0);
+      if (!cell_.two_products) continue;
+      t.drh[q] = w.drh[q] + r0 * ld_ + u0;
+      t.rh[q] = w.rh[q] + in_chunk * ld_ + u0;
     }
-    if (t.units > 0) tile_.backward(t);
-    if (carried_ && !cell_.cell_state)
-      for (int q = 0; q < P; ++q)
-        for (int64_t i = r0; i < mine.r1; ++i)
-          add_row(w.dm[q] + i * ld_ + u0, 1, w.d[1][q] + i * ld_ + u0, 1, mine.u1 - u0);
-    if (norm_) norm_back(a, pair, in_chunk, mine);
-    if (!alone && (cell_.state_product || s == s0)) a.team.wait();
-    if (cell_.two_products) {
-      state_product(a, 1, in_chunk, mine, part, false, w.drh);
-      if (t.units > 0) tile_.backward_gate(t);
-      if (!alone) a.team.wait();
-    }
-    if (cell_.state_product) state_product(a, 0, first + columns.r0, columns, part, true, masks_ ? w.dh_seen : w.d[0]);
-    for (int64_t i = columns.r0; masks_ && i < columns.r1; ++i) unmask(a, i, columns.q0, columns.q1);
-    leaving(a, s, columns);
-    if (norm_ && !alone) a.team.wait();  // columns become rows
+    return t;
   }
 
   // From dh to the gradient of the projection's results: zoneout's part stays.

@@ -32,7 +32,6 @@ class ForwardPass {
         vocabulary_(call, sets, packs_columns(call, sets), false, workspace) {
     p_[0] = &call.p;
     if (P == 2) p_[1] = &call.v;
-    const int64_t inputs = layers_.widest();
     norm_ = problem_.variant.layer_norm;
     Q_ = outputs_of(problem_), proj_ = problem_.variant.proj > 0, carried_ = has_cell_state(problem_);
     ld_ = padded(n_.H), ldq_ = padded(Q_);
@@ -46,50 +45,9 @@ class ForwardPass {
              !p_[0]->context.data;
     scratch_ = static_cast<Scratch*>(workspace.take(sizeof(Scratch) * static_cast<size_t>(groups_.count)));
     for (int g = 0; g < groups_.count; ++g) {
-      Scratch& s = scratch_[g];
-      s = Scratch();
-      s.weights.allocate(cell_, larger(inputs, vocabulary_.most), n_.H, Q_, workspace);
-      if (layers_.tokens()) s.tokens = take<int32_t>(workspace, pairs);
-      if (p_[0]->context.data) s.context.allocate(p_, n_, N, cell_, workspace);
-      if (norm_) {
-        s.norms.allocate(problem_, cell_.sums, workspace);
-        s.options.norms = &s.norms;
-        s.zh = take<S>(workspace, N * ldz);
-      }
-      if (problem_.variant.given) s.options.allocate(problem_, ld_, ldq_, N, workspace);
-      if (pairs_) {
-        s.weights.in_pairs = true;
-        s.x_pairs = take<S>(workspace, pairs * row_of_pairs(inputs));
-        s.x_pair_rows = take<const S*>(workspace, pairs);
-        for (int parity = 0; parity < 2; ++parity) {
-          s.h_pairs[parity] = take<S>(workspace, N * row_of_pairs(n_.H));
-          s.h_pair_rows[parity] = take<const S*>(workspace, N);
-          for (int64_t i = 0; i < N; ++i) s.h_pair_rows[parity][i] = s.h_pairs[parity] + i * row_of_pairs(n_.H);
-        }
-      }
-      for (int q = 0; q < P; ++q) {
-        s.z[q] = take<S>(workspace, pairs * ldz);
-        s.x[q] = take<const S*>(workspace, pairs);
-        if (!layers_.direct()) s.copied[q] = take<S>(workspace, pairs * inputs);
-        for (int parity = 0; parity < 2; ++parity) {
-          s.h[parity][q] = take<S>(workspace, N * ldq_);
-          s.h_rows[parity][q] = take<const S*>(workspace, N);
-          s.h_seen[parity][q] = masks_ ? take<S>(workspace, N * ldq_) : s.h[parity][q];
-          for (int64_t i = 0; i < N; ++i) s.h_rows[parity][q][i] = s.h_seen[parity][q] + i * ldq_;
-        }
-        if (carried_) s.c[q] = take<S>(workspace, N * ld_);
-        if (proj_) {
-          s.hr[q].data = take<S>(workspace, ldq_ * n_.H);
-          s.m[q] = take<S>(workspace, N * ld_);
-          s.m_rows[q] = take<const S*>(workspace, N);
-          for (int64_t i = 0; i < N; ++i) s.m_rows[q][i] = s.m[q] + i * ld_;
-        }
-        if (cell_.two_products) {
-          s.rh[q] = take<S>(workspace, N * ld_);
-          s.rh_rows[q] = take<const S*>(workspace, N);
-          for (int64_t i = 0; i < N; ++i) s.rh_rows[q][i] = s.rh[q] + i * ld_;
-        }
-      }
+      scratch_[g] = Scratch();
+      allocate(scratch_[g], pairs, workspace);
+      for (int q = 0; q < P; ++q) allocate_plane(scratch_[g], q, pairs, workspace);
     }
   }
 
@@ -133,6 +91,43 @@ class ForwardPass {
     Source<S> source[P] = {};
     Share own{};  // of all rows
   };
+
+  // pairs: of a chunk, room for z and x.
+  void allocate(Scratch& s, int64_t pairs, Workspace& workspace) const {
+    const int64_t N = sets_.N;
+    s.weights.allocate(cell_, larger(layers_.widest(), vocabulary_.most), n_.H, Q_, workspace);
+    if (layers_.tokens()) s.tokens = take<int32_t>(workspace, pairs);
+    if (p_[0]->context.data) s.context.allocate(p_, n_, N, cell_, workspace);
+    if (norm_) {
+      s.norms.allocate(problem_, cell_.sums, workspace);
+      s.options.norms = &s.norms;
+      s.zh = take<S>(workspace, N * ld_ * cell_.sums);
+    }
+    if (problem_.variant.given) s.options.allocate(problem_, ld_, ldq_, N, workspace);
+    if (!pairs_) return;
+    s.weights.in_pairs = true;
+    s.x_pairs = take<S>(workspace, pairs * row_of_pairs(layers_.widest()));
+    s.x_pair_rows = take<const S*>(workspace, pairs);
+    for (int parity = 0; parity < 2; ++parity)
+      take_rows(workspace, N, row_of_pairs(n_.H), s.h_pairs[parity], s.h_pair_rows[parity]);
+  }
+  void allocate_plane(Scratch& s, int q, int64_t pairs, Workspace& workspace) const {
+    const int64_t N = sets_.N;
+    s.z[q] = take<S>(workspace, pairs * ld_ * cell_.sums);
+    s.x[q] = take<const S*>(workspace, pairs);
+    if (!layers_.direct()) s.copied[q] = take<S>(workspace, pairs * layers_.widest());
+    for (int parity = 0; parity < 2; ++parity) {
+      take_rows(workspace, N, ldq_, s.h[parity][q], s.h_rows[parity][q]);
+      s.h_seen[parity][q] = s.h[parity][q];
+      if (masks_) take_rows(workspace, N, ldq_, s.h_seen[parity][q], s.h_rows[parity][q]);
+    }
+    if (carried_) s.c[q] = take<S>(workspace, N * ld_);
+    if (proj_) {
+      s.hr[q].data = take<S>(workspace, ldq_ * n_.H);
+      take_rows(workspace, N, ld_, s.m[q], s.m_rows[q]);
+    }
+    if (cell_.two_products) take_rows(workspace, N, ld_, s.rh[q], s.rh_rows[q]);
+  }
 
   Share all_units(const Scratch& w, int64_t r0, int64_t r1) const {
     Share all{0, w.weights.blocks(), 0, n_.H, r0, r1};

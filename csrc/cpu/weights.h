@@ -15,6 +15,14 @@ S* take(Workspace& workspace, int64_t count) {
   return static_cast<S*>(workspace.take(static_cast<size_t>(count) * sizeof(S)));
 }
 
+// `count` rows of ld elements, and pointers to them.
+template <class S>
+void take_rows(Workspace& workspace, int64_t count, int64_t ld, S*& data, const S**& rows) {
+  data = take<S>(workspace, count * ld);
+  rows = take<const S*>(workspace, count);
+  for (int64_t i = 0; i < count; ++i) rows[i] = data + i * ld;
+}
+
 // The tokens of every weight set, each once, by rising number. `split`, where shared weights have a gradient for each
 // e: by e, then so.
 struct Vocabulary {
