@@ -450,3 +450,23 @@ def test_a_recorded_call_keeps_its_weights():
     with pytest.raises(TypeError, match="weight_ih_l0 has dtype float64; expected float32"):
         layer(x.astype(np.float32))
     same("weights", layer.backward(np.cos(y))["weight_hh_l0"], expected["weight_hh_l0"])
+
+
+def test_a_clipped_cell_state_lets_no_nan_back(backend):
+    """Where |c| was clipped its gradient is 0, whatever comes in; the other rows' are what they were."""
+    params = {"weight_ih_l0": np.ones((4, 1), np.float32), "weight_hh_l0": np.zeros((4, 1), np.float32)}
+    x = np.array([[[9.0], [0.1]]], np.float32)
+    y, state, tape = fusedrnn.lstm(x, None, params, training=True, clip_cell=0.5)
+    dc = np.array([[[np.nan], [1.0]]], np.float32)
+    dx = fusedrnn.lstm_backward(tape, dstate=(np.zeros_like(dc), dc))["x"]
+    assert dx[0, 0] == 0 and dx[0, 1] > 0
+
+
+def test_relu_selects(backend):
+    """relu(-inf) is 0, and a unit at 0 lets no NaN back."""
+    params = {"weight_ih_l0": np.ones((1, 1), np.float32), "weight_hh_l0": np.zeros((1, 1), np.float32)}
+    x = np.array([[[-np.inf], [-1.0], [2.0]]], np.float32)
+    y, _, tape = fusedrnn.rnn(x, None, params, nonlinearity="relu", training=True)
+    assert y.ravel().tolist() == [0, 0, 2]
+    dy = np.array([[[np.nan], [np.nan], [3.0]]], np.float32)
+    assert fusedrnn.rnn_backward(tape, dy)["x"].ravel().tolist() == [0, 0, 3]

@@ -146,7 +146,7 @@ def _softplus(x: Any) -> Any:
 @overload(number.relu, jit_options=_OPTIONS)
 def _relu(x: Any) -> Any:
     def relu(x: Any) -> Any:
-        return x * 0 if x <= 0 else x
+        return type(x)(0) if x <= 0 else x
 
     return relu
 
@@ -154,7 +154,7 @@ def _relu(x: Any) -> Any:
 @overload(number.positive, jit_options=_OPTIONS)
 def _positive(d: Any, x: Any) -> Any:
     def positive(d: Any, x: Any) -> Any:
-        return d * 0 if x <= 0 else d
+        return type(d)(0) if x <= 0 else d
 
     return positive
 
@@ -172,7 +172,7 @@ def _clamp(x: Any, limit: Any) -> Any:
 @overload(number.inside, jit_options=_OPTIONS)
 def _inside(d: Any, x: Any, limit: Any) -> Any:
     def inside(d: Any, x: Any, limit: Any) -> Any:
-        return d * 0 if limit > 0 and abs(x) >= limit else d
+        return type(d)(0) if limit > 0 and abs(x) >= limit else d
 
     return inside
 
