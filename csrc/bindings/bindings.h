@@ -4,6 +4,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <cstring>
 
 #include "cpu/cpu.h"
@@ -17,6 +18,7 @@ void register_clip(pybind11::module_& module);
 void register_ctc(pybind11::module_& module);
 void register_cuda(pybind11::module_& module);
 void register_hmm(pybind11::module_& module);
+void register_torch_gate(pybind11::module_& module);
 void register_torch_lane(pybind11::module_& module);
 
 // False where there is no such cell.
@@ -31,6 +33,21 @@ inline bool find_cell(const char* name, CellKind* kind) {
 
 // The number of threads for a call made now from this Python thread (threads.cpp).
 int threads_now();
+
+// A reference that was handed over; null: an exception is set.
+inline pybind11::object owned(PyObject* object) { return pybind11::reinterpret_steal<pybind11::object>(object); }
+
+// Text as a template argument, so that every name is made a Python string once.
+template <size_t N>
+struct Text {
+  char text[N];
+  consteval Text(const char (&from)[N]) { std::copy_n(from, N, text); }
+};
+template <Text name>
+PyObject* interned() {
+  static PyObject* const string = PyUnicode_InternFromString(name.text);
+  return string;
+}
 
 // Work from which on other Python threads may run meanwhile. Below it (some ten microseconds) the hand-over would cost
 // more.

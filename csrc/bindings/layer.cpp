@@ -13,25 +13,31 @@ namespace fusedrnn::bindings {
 
 namespace {
 
-// Text as a template argument, so that every attribute name is made a Python string once.
-template <size_t N>
-struct Text {
-  char text[N];
-  consteval Text(const char (&from)[N]) { std::copy_n(from, N, text); }
-};
-
 template <Text name>
 py::object get(py::handle object) {
-  static PyObject* const string = PyUnicode_InternFromString(name.text);
-  PyObject* value = PyObject_GetAttr(object.ptr(), string);
+  PyObject* value = PyObject_GetAttr(object.ptr(), interned<name>());
   if (!value) throw py::error_already_set();
   return py::reinterpret_steal<py::object>(value);
 }
 
-// One call: a checked problem and the arrays around it.
-class Call {
+py::object item(py::handle list, int k) {
+  PyObject* value = PySequence_GetItem(list.ptr(), k);
+  if (!value) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(value);
+}
+
+// What a set of arrays is to the call; its name tells them apart in messages.
+struct Role {
+  const char* name;
+  Access access;
+  bool required = false;  // x, W and R must be there
+};
+constexpr Role given_arguments{"", Access::read, true}, tangents{"v.", Access::read};
+
+// One call by way of NumPy: a checked problem and the arrays around it.
+class CheckedCall {
  public:
-  Call(const char* function, py::handle given) : checked_(function) {
+  CheckedCall(const char* function, py::handle given) : checked_(function) {
     Sizes& s = problem.sizes;
     const py::object name = get<"cell">(given);
     const char* text = PyUnicode_Check(name.ptr()) ? PyUnicode_AsUTF8(name.ptr()) : nullptr;
@@ -69,138 +75,43 @@ class Call {
     }
     const py::object options = get<"variant">(given);
     if (!options.is_none()) variant(options);
-    problem.lengths = checked_.lengths(get<"lengths">(given), {s.E, s.B}, s.T);
-    problem.reset = checked_.reset(get<"reset">(given), {s.T, s.E, s.B});
+    checked_.fill_lengths(get<"lengths">(given), lengths_slot(problem), s.T);
+    checked_.fill_reset(get<"reset">(given), reset_slot(problem));
   }
 
   // The first array read says which dtype all have.
-  void dtype_of(py::handle arguments) {
+  void find_dtype(py::handle arguments) {
     const py::object x = get<"x">(arguments);
     if (!Checked::is_tokens(x)) {
       checked_.set_dtype(x, {"", "x"});
     } else if (problem.bf16_weights) {
       checked_.assume(Dtype::f32);
     } else {
-      const py::object list = get<"params">(arguments);
-      const py::object first = py::reinterpret_steal<py::object>(PySequence_GetItem(list.ptr(), 0));
-      const py::object W = first ? py::reinterpret_steal<py::object>(PySequence_GetItem(first.ptr(), 0)) : first;
-      if (!W) throw py::error_already_set();
-      checked_.set_dtype(W, {"", "W", 0});
+      checked_.set_dtype(item(item(get<"params">(arguments), 0), 0), {"", "W", 0});
     }
     problem.dtype = checked_.dtype();
     if (problem.bf16_weights && problem.dtype != Dtype::f32)
       checked_.type_error("x has dtype float64; expected float32 with bf16_weights");
   }
 
-  // Weights of 16 bits are for inference.
-  void refuse_bf16() const {
-    if (problem.bf16_weights)
-      checked_.value_error("bf16_weights is set; expected float32 weights where a tape is used");
-  }
-
-  // `role` tells the arrays apart in messages: "", "v.", "dp.", ... `required`: x, W and R must be there.
-  Arguments arguments(py::handle given, const char* role, Access access, bool required) {
-    const Sizes& s = problem.sizes;
+  Arguments arguments(py::handle given, const Role& role) {
     Arguments out;
-    py::object x = get<"x">(given);
-    if (required && Checked::is_tokens(x)) {
-      out.tokens = checked_.tokens(std::move(x), {s.T, s.E, s.B}, s.I, problem.lengths);
-      tokens_ = true;
-    } else {
-      if (tokens_ && !x.is_none())
-        checked_.value_error(std::string(role) + "x is given; expected None: tokens have no tangent and no gradient");
-      out.x = checked_.array<4>(std::move(x), {role, "x"}, "(T, E, B, I)", {s.T, s.E, s.B, s.I}, access, 1);
-    }
-    if (required && !out.x.data && !tokens_) checked_.type_error(std::string(role) + "x is None");
-    if (tokens_ && whole_rows(problem)) checked_.value_error("x holds tokens; expected float input with layer_norm");
-    const int64_t Q = outputs_of(problem);  // H without a projection
-    const int64_t state[4] = {s.L * s.D, s.E, s.B, s.H}, h_state[4] = {s.L * s.D, s.E, s.B, Q};
-    out.h0 = checked_.array<4>(get<"h0">(given), {role, "h0"}, "(L*D, E, B, H)", h_state, access, 1);
-    out.c0 = checked_.array<4>(get<"c0">(given), {role, "c0"}, "(L*D, E, B, H)", state, access, 1);
-    if (!has_cell_state(problem) && out.c0.data)
-      checked_.value_error(std::string(role) + "c0 is given; only cells with c have it");
-
-    py::object list = get<"params">(given);
-    params_.emplace_back(static_cast<size_t>(s.L * s.D));
-    std::vector<Params>& params = params_.back();
-    const size_t count = list.is_none() ? 0 : py::len(list);
-    if (count == 0 && !required) return context(given, role, access, required, out);
-    if (count != params.size())
-      checked_.value_error(std::string(role) + "params has " + std::to_string(count) +
-                           " entries; expected L*D = " + std::to_string(params.size()));
-    for (size_t k = 0; k < params.size(); ++k) {
-      const py::object entry =
-          py::reinterpret_steal<py::object>(PySequence_GetItem(list.ptr(), static_cast<Py_ssize_t>(k)));
-      if (!entry) throw py::error_already_set();
-      if (entry.is_none() && !required) continue;
-      const int index = static_cast<int>(k);
-      if (!py::isinstance<py::tuple>(entry) || py::len(entry) != 4)
-        checked_.type_error(ArrayName{role, "", index}.text() + " is no tuple (W, R, bW, bR)");
-      const int64_t inputs = static_cast<int64_t>(k) < s.D ? s.I : s.D * Q;
-      const int64_t rows = facts_of(problem.cell).gates * s.H;
-      const py::tuple tuple = py::reinterpret_borrow<py::tuple>(entry);
-      const Dtype stored = problem.bf16_weights ? Dtype::bf16 : problem.dtype;
-      params[k].W =
-          checked_.array<3>(tuple[0], {role, "W", index}, "(E, G*H, I_l)", {s.E, rows, inputs}, access, 0, stored);
-      params[k].R = checked_.array<3>(tuple[1], {role, "R", index}, "(E, G*H, H)", {s.E, rows, Q}, access, 0, stored);
-      params[k].bW = checked_.array<2>(tuple[2], {role, "bW", index}, "(E, G*H)", {s.E, rows}, access, 0);
-      params[k].bR = checked_.array<2>(tuple[3], {role, "bR", index}, "(E, G*H)", {s.E, rows}, access, 0);
-      const bool has_R = facts_of(problem.cell).state_product;
-      if (required && !(params[k].W.data && (params[k].R.data || !has_R)))
-        checked_.type_error(ArrayName{role, "", index}.text() + " lacks W or R");
-      if (!has_R && (params[k].R.data || params[k].bR.data))
-        checked_.type_error(ArrayName{role, "", index}.text() + " holds R or bR; this cell has neither");
-    }
-    out.params = params.data();
-    if (problem.variant.given) out.extras = extras(get<"extras">(given), role, access, required);
-    return context(given, role, access, required, out);
-  }
-
-  // The context and its weights, into `out`; both or none of them where they are required.
-  Arguments context(py::handle given, const char* role, Access access, bool required, Arguments out) {
-    Sizes& s = problem.sizes;
-    py::object context = get<"context">(given);
-    if (required && PyArray_Check(context.ptr()) && PyArray_NDIM(as_array(context.ptr())) == 3)
-      s.K = PyArray_DIM(as_array(context.ptr()), 2);
-    if (s.K > INT32_MAX) checked_.value_error("K is " + std::to_string(s.K) + "; expected less than 2**31");
-    if (!required && s.K == 0 && !context.is_none())
-      checked_.value_error(std::string(role) + "context is given; expected None: the call has no context");
-    out.context = checked_.array<3>(context, {role, "context"}, "(E, B, K)", {s.E, s.B, s.K}, access, 0);
-    if (required && out.context.data && s.K < 1) checked_.value_error("context has K = 0; expected K >= 1");
-    if (out.context.data && whole_rows(problem))
-      checked_.value_error("context is given; expected none with layer_norm");
-    const py::object list = get<"context_weights">(given);
-    if (required && list.is_none() != context.is_none())
-      checked_.type_error("context and context_weights come both or not at all");
-    if (list.is_none()) return out;
-    if (!PySequence_Check(list.ptr()) || py::len(list) != static_cast<size_t>(s.D) || s.K == 0)
-      checked_.value_error(std::string(role) + "context_weights: expected a list of D = " + std::to_string(s.D) +
-                           " arrays beside a context");
-    const Dtype stored = problem.bf16_weights ? Dtype::bf16 : problem.dtype;
-    for (int d = 0; d < s.D; ++d) {
-      py::object entry = py::reinterpret_steal<py::object>(PySequence_GetItem(list.ptr(), d));
-      if (!entry) throw py::error_already_set();
-      const ArrayName name{role, d ? "context_weights[1]" : "context_weights[0]"};
-      if (required && entry.is_none()) checked_.type_error(name.text() + " is None");
-      out.context_weights[d] = checked_.array<3>(std::move(entry), name, "(E, G*H, K)",
-                                                 {s.E, facts_of(problem.cell).gates * s.H, s.K}, access, 0, stored);
-    }
+    read_x(get<"x">(given), role, out);
+    each_start(problem, out, [&](const auto& slot) {
+      return fill(slot.part == 1 ? get<"h0">(given) : get<"c0">(given), slot, role);
+    });
+    if (read_params(get<"params">(given), role, out) && problem.variant.given)
+      out.extras = extras(get<"extras">(given), role);
+    read_context(given, role, out);
     return out;
   }
 
-  Results results(py::handle given, const char* role, Access access) {
-    const Sizes& s = problem.sizes;
+  Results results(py::handle given, const Role& role) {
     Results out;
-    out.y = checked_.array<4>(get<"y">(given), {role, "y"}, "(T, E, B, D*H)",
-                              {s.T, s.E, s.B, s.D * outputs_of(problem)}, access, -1);
-    const int64_t h_state[4] = {s.L * s.D, s.E, s.B, outputs_of(problem)};
-    const int64_t state[4] = {s.L * s.D, s.E, s.B, s.H};
-    out.hn = checked_.array<4>(get<"hn">(given), {role, "hn"}, "(L*D, E, B, H)", h_state, access, -1);
-    out.cn = checked_.array<4>(get<"cn">(given), {role, "cn"}, "(L*D, E, B, H)", state, access, -1);
-    if (!has_cell_state(problem) && out.cn.data)
-      checked_.value_error(std::string(role) + "cn is given; only cells with c have it");
-    out.cells = checked_.array<5>(get<"cells">(given), {role, "cells"}, "(L, T, E, B, D*H)",
-                                  {s.L, s.T, s.E, s.B, s.D * s.H}, access, -1);
+    each_result(problem, out, [&](const auto& slot) {
+      return fill(slot.part == 0 ? get<"y">(given) : slot.part == 1 ? get<"hn">(given) : get<"cn">(given), slot, role);
+    });
+    fill(get<"cells">(given), cells_slot(problem, out), role);
     return out;
   }
 
@@ -242,12 +153,26 @@ class Call {
     return g;
   }
 
-  // Tangents of what needs whole rows are the reference's.
+  // ---- what the kernels do not do together; the first three are asked for within arguments() and the constructor
+
+  void refuse_tokens() const {
+    if (tokens_ && whole_rows(problem)) checked_.value_error("x holds tokens; expected float input with layer_norm");
+  }
+  void refuse_context(const Arguments& p) const {
+    if (p.context.data && whole_rows(problem)) checked_.value_error("context is given; expected none with layer_norm");
+  }
+  void refuse_recompute() const {
+    if (whole_rows(problem) && problem.recompute)
+      checked_.value_error("variant has layer_norm beside recompute; expected one or the other");
+  }
+  void refuse_bf16() const {  // weights of 16 bits are for inference
+    if (problem.bf16_weights)
+      checked_.value_error("bf16_weights is set; expected float32 weights where a tape is used");
+  }
   void refuse_whole_rows() const {
     if (whole_rows(problem))
       checked_.value_error("variant has layer_norm; expected none of it: its tangents are the reference's");
   }
-
   void refuse_for_generation() const {
     if (whole_rows(problem) || problem.variant.proj || problem.variant.training)
       checked_.value_error(
@@ -278,8 +203,7 @@ class Call {
       checked_.value_error("variant has a probability over 1; expected 0..1");
     if (!cell.state_product || (v.peepholes && !cell.cell_state) || ((v.proj || v.layer_norm) && (before || rnn)))
       checked_.value_error("variant asks " + std::string(cell.name) + " for what it does not have");
-    if (whole_rows(problem) && problem.recompute)
-      checked_.value_error("variant has layer_norm beside recompute; expected one or the other");
+    refuse_recompute();
     const py::object list = get<"activations">(given);
     const size_t count = cell.cell_state ? 3 : rnn ? 1 : 2;
     if (!py::isinstance<py::tuple>(list) || py::len(list) != count)
@@ -301,40 +225,104 @@ class Call {
     }
   }
 
-  Extras* extras(py::handle list, const char* role, Access access, bool required) {
-    const Sizes& s = problem.sizes;
-    const Variant& v = problem.variant;
-    const CellFacts& cell = facts_of(problem.cell);
+  // An array into its slot. True, as each_* wants it: raises where something is wrong.
+  template <int Rank>
+  bool fill(py::object object, const Slot<Rank>& slot, const Role& role) {
+    checked_.fill(std::move(object), slot, role.name, role.access, dtype_of(problem, slot.stored));
+    if (slot.family == Family::state && !slot.has && slot.array.data)
+      checked_.value_error(std::string(role.name) + slot.name + " is given; only cells with c have it");
+    return true;
+  }
+
+  void read_x(py::object x, const Role& role, Arguments& out) {
+    if (role.required && Checked::is_tokens(x)) {
+      checked_.fill_tokens(x, tokens_slot(problem, out), problem.sizes.I, problem.lengths);
+      tokens_ = true;
+    } else {
+      if (tokens_ && !x.is_none())
+        checked_.value_error(std::string(role.name) +
+                             "x is given; expected None: tokens have no tangent and no gradient");
+      fill(std::move(x), x_slot(problem, out), role);
+    }
+    if (role.required && !out.x.data && !tokens_) checked_.type_error(std::string(role.name) + "x is None");
+    refuse_tokens();
+  }
+
+  // The number of entries, one for each layer and direction; 0 where none is needed and none given.
+  int stacks(py::handle list, const Role& role, const char* name) const {
     const size_t count = list.is_none() ? 0 : py::len(list);
-    if (count == 0 && !required) return nullptr;
-    if (count != static_cast<size_t>(s.L * s.D))
-      checked_.value_error(std::string(role) + "extras has " + std::to_string(count) +
-                           " entries; expected L*D = " + std::to_string(s.L * s.D));
-    extras_.emplace_back(count);
-    for (size_t k = 0; k < count; ++k) {
-      const py::object entry =
-          py::reinterpret_steal<py::object>(PySequence_GetItem(list.ptr(), static_cast<Py_ssize_t>(k)));
-      if (!entry) throw py::error_already_set();
-      if (entry.is_none() && !required) continue;
-      const int index = static_cast<int>(k);
-      if (!py::isinstance<py::tuple>(entry) || py::len(entry) != 6)
-        checked_.type_error(ArrayName{role, "extras", index}.text() + " is no tuple of six");
-      const py::tuple t = py::reinterpret_borrow<py::tuple>(entry);
-      Extras& to = extras_.back()[k];
-      const int64_t rows = cell.gates * s.H;
-      to.hr = checked_.array<3>(t[0], {role, "weight_hr", index}, "(E, P, H)", {s.E, v.proj, s.H}, access, 0);
-      to.ph = checked_.array<2>(t[1], {role, "weight_ph", index}, "(E, (G-1)*H)", {s.E, rows - s.H}, access, 0);
-      to.gain_ih = checked_.array<2>(t[2], {role, "gain_ih", index}, "(E, G*H)", {s.E, rows}, access, 0);
-      to.gain_hh = checked_.array<2>(t[3], {role, "gain_hh", index}, "(E, G*H)", {s.E, rows}, access, 0);
-      to.gain_c = checked_.array<2>(t[4], {role, "gain_c", index}, "(E, H)", {s.E, s.H}, access, 0);
-      to.bias_c = checked_.array<2>(t[5], {role, "bias_c", index}, "(E, H)", {s.E, s.H}, access, 0);
-      const bool norm_c = v.layer_norm && cell.cell_state;
-      const bool wanted[6] = {v.proj > 0, v.peepholes, v.layer_norm, v.layer_norm, norm_c, norm_c};
-      for (size_t i = 0; i < 6; ++i)
-        if (t[i].is_none() ? wanted[i] && required : !wanted[i])
-          checked_.type_error(ArrayName{role, "extras", index}.text() + " has an array too few or too many");
+    const int expected = problem.sizes.L * problem.sizes.D;
+    if (count == 0 && !role.required) return 0;
+    if (count != static_cast<size_t>(expected))
+      checked_.value_error(std::string(role.name) + name + " has " + std::to_string(count) +
+                           " entries; expected L*D = " + std::to_string(expected));
+    return expected;
+  }
+
+  // False where there are none.
+  bool read_params(py::handle list, const Role& role, Arguments& out) {
+    const int count = stacks(list, role, "params");
+    const bool has_R = facts_of(problem.cell).state_product;
+    params_.emplace_back(static_cast<size_t>(count));
+    for (int k = 0; k < count; ++k) {
+      const py::object entry = item(list, k);
+      if (entry.is_none() && !role.required) continue;
+      const auto refuse = [&](const char* why) { checked_.type_error(ArrayName{role.name, "", k}.text() + why); };
+      if (!py::isinstance<py::tuple>(entry) || py::len(entry) != 4) refuse(" is no tuple (W, R, bW, bR)");
+      Params& w = params_.back()[static_cast<size_t>(k)];
+      each_weight(problem, k, w, [&](const auto& slot) { return fill(item(entry, slot.part), slot, role); });
+      if (role.required && !(w.W.data && (w.R.data || !has_R))) refuse(" lacks W or R");
+      if (!has_R && (w.R.data || w.bR.data)) refuse(" holds R or bR; this cell has neither");
+    }
+    if (count) out.params = params_.back().data();
+    return count > 0;
+  }
+
+  Extras* extras(py::handle list, const Role& role) {
+    const int count = stacks(list, role, "extras");
+    if (count == 0) return nullptr;
+    extras_.emplace_back(static_cast<size_t>(count));
+    for (int k = 0; k < count; ++k) {
+      const py::object entry = item(list, k);
+      if (entry.is_none() && !role.required) continue;
+      const auto refuse = [&](const char* why) { checked_.type_error(ArrayName{role.name, "extras", k}.text() + why); };
+      if (!py::isinstance<py::tuple>(entry) || py::len(entry) != 6) refuse(" is no tuple of six");
+      bool wanted = true;  // all that are there, and none else
+      each_extra(problem, k, extras_.back()[static_cast<size_t>(k)], [&](const auto& slot) {
+        const py::object one = item(entry, slot.part);
+        wanted = wanted && (one.is_none() ? !slot.has || !role.required : slot.has);
+        return fill(one, slot, role);
+      });
+      if (!wanted) refuse(" has an array too few or too many");
     }
     return extras_.back().data();
+  }
+
+  // The context and its weights; both or none of them where they are required.
+  void read_context(py::handle given, const Role& role, Arguments& out) {
+    Sizes& s = problem.sizes;
+    const py::object context = get<"context">(given);
+    if (role.required && PyArray_Check(context.ptr()) && PyArray_NDIM(as_array(context.ptr())) == 3)
+      s.K = PyArray_DIM(as_array(context.ptr()), 2);
+    if (s.K > INT32_MAX) checked_.value_error("K is " + std::to_string(s.K) + "; expected less than 2**31");
+    if (!role.required && s.K == 0 && !context.is_none())
+      checked_.value_error(std::string(role.name) + "context is given; expected None: the call has no context");
+    fill(context, context_slot(problem, out), role);
+    if (role.required && out.context.data && s.K < 1) checked_.value_error("context has K = 0; expected K >= 1");
+    refuse_context(out);
+    const py::object list = get<"context_weights">(given);
+    if (role.required && list.is_none() != context.is_none())
+      checked_.type_error("context and context_weights come both or not at all");
+    if (list.is_none()) return;
+    if (!PySequence_Check(list.ptr()) || py::len(list) != static_cast<size_t>(s.D) || s.K == 0)
+      checked_.value_error(std::string(role.name) + "context_weights: expected a list of D = " + std::to_string(s.D) +
+                           " arrays beside a context");
+    for (int d = 0; d < s.D; ++d) {
+      py::object entry = item(list, d);
+      const Slot<3> slot = context_weights_slot(problem, out, d);
+      if (role.required && entry.is_none()) checked_.type_error(std::string(role.name) + slot.name + " is None");
+      fill(std::move(entry), slot, role);
+    }
   }
 
   static constexpr int64_t unbounded = int64_t{1} << 60;
@@ -375,13 +363,13 @@ class Call {
   std::vector<std::vector<Extras>> extras_;  // ... and Arguments::extras
 };
 
-size_t tape_elements(py::handle problem) { return cpu::tape_elements(Call("tape_elements: ", problem).problem); }
+size_t tape_elements(py::handle problem) { return cpu::tape_elements(CheckedCall("tape_elements: ", problem).problem); }
 
 void forward(py::handle problem, py::handle p, py::handle out, py::object tape) {
-  Call call("forward: ", problem);
-  call.dtype_of(p);
-  const Arguments arguments = call.arguments(p, "", Access::read, true);
-  const Results results = call.results(out, "out.", Access::write);
+  CheckedCall call("forward: ", problem);
+  call.find_dtype(p);
+  const Arguments arguments = call.arguments(p, given_arguments);
+  const Results results = call.results(out, {"out.", Access::write});
   if (!tape.is_none()) call.refuse_bf16();
   void* memory = tape.is_none() ? nullptr : call.tape(std::move(tape), Access::write);
   const int threads = threads_now();
@@ -390,12 +378,12 @@ void forward(py::handle problem, py::handle p, py::handle out, py::object tape) 
 }
 
 void backward(py::handle problem, py::handle p, py::object tape, py::handle g, py::handle dp) {
-  Call call("backward: ", problem);
-  call.dtype_of(p);
+  CheckedCall call("backward: ", problem);
+  call.find_dtype(p);
   call.refuse_bf16();
-  const Arguments arguments = call.arguments(p, "", Access::read, true);
-  const Results gradients = call.results(g, "g.", Access::read);
-  const Arguments out = call.arguments(dp, "dp.", Access::write_sum, false);
+  const Arguments arguments = call.arguments(p, given_arguments);
+  const Results gradients = call.results(g, {"g.", Access::read});
+  const Arguments out = call.arguments(dp, {"dp.", Access::write_sum});
   const void* memory = call.tape(std::move(tape), Access::read);
   const int threads = threads_now();
   const Released released(2 * call.work());
@@ -403,42 +391,42 @@ void backward(py::handle problem, py::handle p, py::object tape, py::handle g, p
 }
 
 void jvp(py::handle problem, py::handle p, py::handle v, py::handle tout) {
-  Call call("jvp: ", problem);
-  call.dtype_of(p);
+  CheckedCall call("jvp: ", problem);
+  call.find_dtype(p);
   call.refuse_bf16();
   call.refuse_whole_rows();
-  const Arguments arguments = call.arguments(p, "", Access::read, true);
-  const Arguments tangents = call.arguments(v, "v.", Access::read, false);
-  const Results out = call.results(tout, "tout.", Access::write);
+  const Arguments arguments = call.arguments(p, given_arguments);
+  const Arguments direction = call.arguments(v, tangents);
+  const Results out = call.results(tout, {"tout.", Access::write});
   const int threads = threads_now();
   const Released released(2 * call.work());
-  cpu::jvp(call.problem, arguments, tangents, out, threads);
+  cpu::jvp(call.problem, arguments, direction, out, threads);
 }
 
 void hvp(py::handle problem, py::handle p, py::handle v, py::handle g, py::handle t, py::handle tdp, py::handle tout) {
-  Call call("hvp: ", problem);
-  call.dtype_of(p);
+  CheckedCall call("hvp: ", problem);
+  call.find_dtype(p);
   call.refuse_bf16();
   call.refuse_whole_rows();
-  const Arguments arguments = call.arguments(p, "", Access::read, true);
-  const Arguments tangents = call.arguments(v, "v.", Access::read, false);
-  const Results gradients = call.results(g, "g.", Access::read);
-  const Results second = call.results(t, "t.", Access::read);
-  const Arguments out = call.arguments(tdp, "tdp.", Access::write_sum, false);
-  const Results forward = tout.is_none() ? Results() : call.results(tout, "tout.", Access::write);
+  const Arguments arguments = call.arguments(p, given_arguments);
+  const Arguments direction = call.arguments(v, tangents);
+  const Results gradients = call.results(g, {"g.", Access::read});
+  const Results second = call.results(t, {"t.", Access::read});
+  const Arguments out = call.arguments(tdp, {"tdp.", Access::write_sum});
+  const Results forward = tout.is_none() ? Results() : call.results(tout, {"tout.", Access::write});
   const int threads = threads_now();
   const Released released(6 * call.work());
-  cpu::hvp(call.problem, arguments, tangents, gradients, second, out, threads, forward);
+  cpu::hvp(call.problem, arguments, direction, gradients, second, out, threads, forward);
 }
 
 // Draws g.drawn.shape[0] tokens for every row. T = E = D = 1; p.x (1,1,B) is what the rows read first. None, or the
 // first (step, row, what is wrong with its logits), and then nothing that was written is of use.
 py::object generate(py::handle problem, py::handle p, py::handle out, py::handle g) {
-  Call call("generate: ", problem);
-  call.dtype_of(p);
+  CheckedCall call("generate: ", problem);
+  call.find_dtype(p);
   call.refuse_bf16();
-  const Arguments arguments = call.arguments(p, "", Access::read, true);
-  const Results results = call.results(out, "out.", Access::write);
+  const Arguments arguments = call.arguments(p, given_arguments);
+  const Results results = call.results(out, {"out.", Access::write});
   const Sizes& s = call.problem.sizes;
   if (s.T != 1 || s.E != 1 || s.D != 1 || !arguments.tokens.data || arguments.context.data || call.problem.reverse ||
       call.problem.lengths.data || call.problem.reset.data || !results.hn.data ||

@@ -15,5 +15,6 @@ PYBIND11_MODULE(_core, module) {
   fusedrnn::bindings::register_ctc(module);
   fusedrnn::bindings::register_cuda(module);
   fusedrnn::bindings::register_hmm(module);
+  fusedrnn::bindings::register_torch_gate(module);
   fusedrnn::bindings::register_torch_lane(module);
 }

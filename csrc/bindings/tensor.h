@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Python arrays as the waist wants them. The only file that knows arrays: today NumPy's.
 //
-// Two ways in. `view` is the quick one: it answers false for anything out of the ordinary and raises nothing.
+// Two ways in. `NumpyView` is the quick one: it answers false for anything out of the ordinary and raises nothing.
 // `Checked` is the thorough one: it raises TypeError or ValueError with name, got and expected.
 #pragma once
 
@@ -23,7 +23,7 @@
 #include <utility>
 #include <vector>
 
-#include "api.h"
+#include "bindings/signature.h"
 
 namespace fusedrnn::bindings {
 
@@ -38,41 +38,46 @@ inline int64_t size_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : dtype == 
 inline PyArrayObject* as_array(PyObject* object) { return reinterpret_cast<PyArrayObject*>(object); }
 inline PyObject* as_object(PyArrayObject* array) { return reinterpret_cast<PyObject*>(array); }
 
-// A plain ndarray of this type and rank whose elements can be read where they lie.
-inline bool is_plain(PyObject* object, int type, int rank) {
+// A plain ndarray of this type whose elements can be read where they lie.
+inline bool is_plain(PyObject* object, int type) {
   if (!PyArray_CheckExact(object)) return false;
   PyArrayObject* array = as_array(object);
-  return PyArray_NDIM(array) == rank && PyArray_TYPE(array) == type && PyArray_ISBEHAVED_RO(array);
+  return PyArray_TYPE(array) == type && PyArray_ISBEHAVED_RO(array);
 }
 
-// Fills the last `rank` axes of `out` from a plain array of exactly this shape; axes before them get stride 0.
-template <int Rank>
-inline bool view(PyObject* object, Dtype dtype, const int64_t* shape, int rank, Array<Rank>* out) {
-  if (!is_plain(object, type_of(dtype), rank)) return false;
-  PyArrayObject* array = as_array(object);
-  const int64_t size = size_of(dtype);
-  for (int axis = 0; axis < rank; ++axis) {
-    const int64_t stride = PyArray_STRIDE(array, axis);
-    if (PyArray_DIM(array, axis) != shape[axis] || (stride % size != 0 && shape[axis] > 1)) return false;
-    out->stride[Rank - rank + axis] = stride / size;
+// The quick way to look at one. False for anything out of the ordinary.
+class NumpyView {
+ public:
+  bool look(PyObject* object, Dtype dtype) {
+    array_ = as_array(object);
+    size_ = size_of(dtype);
+    return is_plain(object, type_of(dtype));
   }
-  out->data = PyArray_DATA(array);
-  return true;
-}
+  int rank() const { return PyArray_NDIM(array_); }
+  int64_t extent(int axis) const { return PyArray_DIM(array_, axis); }
+  bool stride(int axis, int64_t* out) const {
+    const int64_t bytes = PyArray_STRIDE(array_, axis);
+    *out = bytes / size_;
+    return bytes % size_ == 0 || extent(axis) <= 1;
+  }
+  void* data() const { return PyArray_DATA(array_); }
 
-// A new array with undefined contents; null with MemoryError set.
-template <int Rank>
-inline PyArrayObject* empty(Dtype dtype, const int64_t (&shape)[Rank], int rank = Rank) {
-  npy_intp dims[Rank];
-  for (int axis = 0; axis < rank; ++axis) dims[axis] = shape[axis];
-  return as_array(PyArray_EMPTY(rank, dims, type_of(dtype), 0));
+ private:
+  PyArrayObject* array_ = nullptr;
+  int64_t size_ = 1;
+};
+
+// A new array with undefined contents, of up to four axes; null with MemoryError set.
+inline PyObject* empty(Dtype dtype, int rank, const int64_t* shape) {
+  npy_intp dims[4];
+  std::copy_n(shape, rank, dims);
+  return PyArray_EMPTY(rank, dims, type_of(dtype), 0);
 }
 
 // A C-contiguous array over memory that `owner` keeps alive. Such an array cannot be resized by its user.
-template <int Rank>
-inline PyObject* over(Dtype dtype, const int64_t (&shape)[Rank], int rank, void* data, PyObject* owner) {
-  npy_intp dims[Rank];
-  for (int axis = 0; axis < rank; ++axis) dims[axis] = shape[axis];
+inline PyObject* over(Dtype dtype, int rank, const int64_t* shape, void* data, PyObject* owner) {
+  npy_intp dims[4];
+  std::copy_n(shape, rank, dims);
   PyObject* object =
       PyArray_New(&PyArray_Type, rank, dims, type_of(dtype), nullptr, data, 0, NPY_ARRAY_CARRAY, nullptr);
   if (!object) return nullptr;
@@ -84,30 +89,11 @@ inline PyObject* over(Dtype dtype, const int64_t (&shape)[Rank], int rank, void*
   return object;
 }
 
-inline std::string shape_text(int rank, const int64_t* shape) {
-  std::string text = "(";
-  for (int axis = 0; axis < rank; ++axis) text += (axis ? ", " : "") + std::to_string(shape[axis]);
-  return text + (rank == 1 ? ",)" : ")");
-}
-
 // An array of any rank: its axes longer than 1 by growing stride (made positive), and where its lowest element lies.
 struct Layout {
   char* lowest = nullptr;
   int64_t elements = 1;
   std::vector<std::pair<int64_t, int64_t>> axes;  // (stride in elements, extent)
-};
-
-// How messages call an array: "g.hn", "params[1].W", "arrays[3]". Put together only where something is wrong.
-struct ArrayName {
-  const char* role = "";
-  const char* name = "";
-  int index = -1;  // of the layer and direction
-
-  std::string text() const {
-    std::string out = role;
-    if (index >= 0) out += "params[" + std::to_string(index) + "]" + (*name ? "." : "");
-    return out + name;
-  }
 };
 
 enum class Access { read, write, write_sum };  // write_sum: stride 0 is allowed on the axis of weight sets
@@ -134,26 +120,29 @@ class Checked {
     return PyArray_Check(object.ptr()) && PyTypeNum_ISINTEGER(PyArray_TYPE(as_array(object.ptr())));
   }
 
-  // Null for None. `axes` names the expected shape; `sets` is the axis of weight sets.
+  // Null for None. `axes` names the expected shape.
   template <int Rank>
   Array<Rank> array(py::object object, const ArrayName& name, const char* axes, const int64_t (&shape)[Rank],
-                    Access access, int sets = 0) {
-    return array<Rank>(std::move(object), name, axes, shape, access, sets, dtype_);
+                    Access access) {
+    return read<Rank>(std::move(object), name, axes, shape, {access, type_of(dtype_), size_of(dtype_)});
   }
+  // The floats of one slot; `role` tells apart whose they are in messages: "v." or "dp.".
   template <int Rank>
-  Array<Rank> array(py::object object, const ArrayName& name, const char* axes, const int64_t (&shape)[Rank],
-                    Access access, int sets, Dtype dtype) {
-    return read<Rank>(std::move(object), name, axes, shape, access, sets, type_of(dtype), size_of(dtype));
+  void fill(py::object object, const Slot<Rank>& slot, const char* role, Access access, Dtype dtype) {
+    slot.array = read<Rank>(std::move(object), {role, slot.name, slot.index}, slot.axes, slot.shape,
+                            {access, type_of(dtype), size_of(dtype), Slot<Rank>::sets});
   }
 
-  // (E,B) of step counts, each 0..limit. Copied: a change from another thread must not reach the kernels.
-  Array<2> lengths(py::object object, const int64_t (&shape)[2], int64_t limit) {
-    const Array<2> given = read<2>(std::move(object), {"", "lengths"}, "(E, B)", shape, Access::read, 0, NPY_INT64, 8);
-    if (!given.data) return given;
+  // Step counts, each 0..limit. Copied: a change from another thread must not reach the kernels.
+  void fill_lengths(py::object object, const Slot<2>& slot, int64_t limit) {
+    const Array<2> given =
+        read<2>(std::move(object), {"", slot.name}, slot.axes, slot.shape, {Access::read, NPY_INT64, 8});
+    if (!given.data) return;
     const auto* data = static_cast<const int64_t*>(given.data);
-    lengths_.reserve(static_cast<size_t>(shape[0] * shape[1]) + 1);
-    for (int64_t e = 0; e < shape[0]; ++e)
-      for (int64_t b = 0; b < shape[1]; ++b) {
+    const auto [E, B] = slot.shape;
+    lengths_.reserve(static_cast<size_t>(E * B) + 1);
+    for (int64_t e = 0; e < E; ++e)
+      for (int64_t b = 0; b < B; ++b) {
         const int64_t length = data[e * given.stride[0] + b * given.stride[1]];
         if (length < 0 || length > limit)
           value_error("lengths[" + std::to_string(e) + ", " + std::to_string(b) + "] is " + std::to_string(length) +
@@ -161,7 +150,7 @@ class Checked {
         lengths_.push_back(length);
       }
     lengths_.push_back(0);  // so that data() is no null pointer where E*B is 0
-    return {lengths_.data(), {shape[1], 1}};
+    slot.array = {lengths_.data(), {B, 1}};
   }
 
   // One dimension of int64, copied for the same reason.
@@ -211,41 +200,27 @@ class Checked {
     return {PyArray_DIM(array, 0), PyArray_DIM(array, 1), PyArray_DIM(array, 2)};
   }
 
-  Array<3> reset(py::object object, const int64_t (&shape)[3]) {
+  void fill_reset(py::object object, const Slot<3>& slot) {
     const bool is_bool = PyArray_Check(object.ptr()) && PyArray_TYPE(as_array(object.ptr())) == NPY_BOOL;
-    return read<3>(std::move(object), {"", "reset"}, "(T, E, B)", shape, Access::read, 0,
-                   is_bool ? NPY_BOOL : NPY_UINT8, 1);
+    slot.array = read<3>(std::move(object), {"", slot.name}, slot.axes, slot.shape,
+                         {Access::read, is_bool ? NPY_BOOL : NPY_UINT8, 1});
   }
 
-  // (T,E,B) of any integer type as int32, each 0..kinds-1; those past a row's length are not read. Copied, as lengths
-  // are.
-  Array<3> tokens(py::object object, const int64_t (&shape)[3], int64_t kinds, const Array<2>& lengths) {
+  // Any integer type as int32, each 0..kinds-1; those past a row's length are not read. Copied, as lengths are.
+  void fill_tokens(const py::object& object, const Slot<3>& slot, int64_t kinds, const Array<2>& lengths) {
     if (kinds > INT32_MAX) value_error("I is " + std::to_string(kinds) + "; expected less than 2**31 with tokens");
-    const int type = PyArray_TYPE(as_array(object.ptr()));
-    const Array<3> given =
-        read<3>(object, {"", "x"}, "(T, E, B)", shape, Access::read, 0, type, PyArray_ITEMSIZE(as_array(object.ptr())));
-    switch (type) {
-      case NPY_BYTE:
-        return copy_tokens<npy_byte>(given, shape, kinds, lengths);
-      case NPY_UBYTE:
-        return copy_tokens<npy_ubyte>(given, shape, kinds, lengths);
-      case NPY_SHORT:
-        return copy_tokens<npy_short>(given, shape, kinds, lengths);
-      case NPY_USHORT:
-        return copy_tokens<npy_ushort>(given, shape, kinds, lengths);
-      case NPY_INT:
-        return copy_tokens<npy_int>(given, shape, kinds, lengths);
-      case NPY_UINT:
-        return copy_tokens<npy_uint>(given, shape, kinds, lengths);
-      case NPY_LONG:
-        return copy_tokens<npy_long>(given, shape, kinds, lengths);
-      case NPY_ULONG:
-        return copy_tokens<npy_ulong>(given, shape, kinds, lengths);
-      case NPY_LONGLONG:
-        return copy_tokens<npy_longlong>(given, shape, kinds, lengths);
-      default:
-        return copy_tokens<npy_ulonglong>(given, shape, kinds, lengths);
-    }
+    PyArrayObject* array = as_array(object.ptr());
+    const int type = PyArray_TYPE(array);
+    const int64_t size = PyArray_ITEMSIZE(array);
+    const Array<3> given = read<3>(object, {"", slot.name}, slot.axes, slot.shape, {Access::read, type, size});
+    const auto copy = [&]<class Signed, class Unsigned>(Signed, Unsigned) {
+      slot.array = PyTypeNum_ISSIGNED(type) ? copy_tokens<Signed>(given, slot.shape, kinds, lengths)
+                                            : copy_tokens<Unsigned>(given, slot.shape, kinds, lengths);
+    };
+    size == 1   ? copy(int8_t(), uint8_t())
+    : size == 2 ? copy(int16_t(), uint16_t())
+    : size == 4 ? copy(int32_t(), uint32_t())
+                : copy(int64_t(), uint64_t());
   }
 
   // Any rank, float32 or float64 (then dtype()). Does not keep the array alive.
@@ -305,7 +280,7 @@ class Checked {
 
   void* written(const py::object& object, const char* name, const char* axes, const int64_t (&shape)[2], int type,
                 int64_t size) {
-    const Array<2> out = read<2>(object, {"", name}, axes, shape, Access::write, 0, type, size);
+    const Array<2> out = read<2>(object, {"", name}, axes, shape, {Access::write, type, size});
     if (out.data && shape[0] * shape[1] > 0 &&
         ((shape[1] > 1 && out.stride[1] != 1) || (shape[0] > 1 && out.stride[0] != shape[1])))
       value_error(std::string(name) + " must be C-contiguous");
@@ -320,14 +295,22 @@ class Checked {
     return as_array(object.ptr());
   }
 
+  // What an array is to hold, and what it is for.
+  struct Use {
+    Access access;
+    int type;
+    int64_t size;  // of an element
+    int sets = 0;  // the axis of weight sets
+  };
+
   template <int Rank>
   Array<Rank> read(py::object object, const ArrayName& name, const char* axes, const int64_t (&shape)[Rank],
-                   Access access, int sets, int type, int64_t size) {
+                   const Use& use) {
     Array<Rank> out;
     if (object.is_none()) return out;
     PyArrayObject* array = ndarray(object, name);
-    if (PyArray_TYPE(array) != type) {
-      py::object expected = py::reinterpret_steal<py::object>(as_object_of(type));
+    if (PyArray_TYPE(array) != use.type) {
+      py::object expected = py::reinterpret_steal<py::object>(as_object_of(use.type));
       type_error(name.text() + " has dtype " + dtype_text(object) + "; expected " + std::string(py::str(expected)));
     }
     const int rank = PyArray_NDIM(array);
@@ -341,23 +324,28 @@ class Checked {
     if (!PyArray_ISBEHAVED_RO(array)) value_error(name.text() + " is not aligned or not in native byte order");
     for (int axis = 0; axis < Rank; ++axis) {
       const int64_t stride = PyArray_STRIDE(array, axis);
-      if (stride % size != 0 && shape[axis] > 1) value_error(name.text() + " has strides that are no whole elements");
-      out.stride[axis] = stride / size;
+      if (stride % use.size != 0 && shape[axis] > 1)
+        value_error(name.text() + " has strides that are no whole elements");
+      out.stride[axis] = stride / use.size;
     }
-    if (access != Access::read) {
-      if (!PyArray_ISWRITEABLE(array)) value_error(name.text() + " is read-only; it is written here");
-      std::array<std::pair<int64_t, int64_t>, Rank> steps;
-      for (int axis = 0; axis < Rank; ++axis) {
-        const bool summed = access == Access::write_sum && axis == sets && out.stride[axis] == 0;
-        steps[axis] = {std::llabs(out.stride[axis]), summed ? 1 : shape[axis]};
-      }
-      std::sort(steps.begin(), steps.end());
-      if (PyArray_SIZE(array) > 0 && overlap(steps))
-        value_error(name.text() + " has elements that share memory; it is written here");
-    }
+    if (use.access != Access::read) check_writable(array, out, name, shape, use);
     out.data = PyArray_DATA(array);
     held_.push_back(std::move(object));
     return out;
+  }
+
+  template <int Rank>
+  void check_writable(PyArrayObject* array, const Array<Rank>& out, const ArrayName& name, const int64_t (&shape)[Rank],
+                      const Use& use) const {
+    if (!PyArray_ISWRITEABLE(array)) value_error(name.text() + " is read-only; it is written here");
+    std::array<std::pair<int64_t, int64_t>, Rank> steps;
+    for (int axis = 0; axis < Rank; ++axis) {
+      const bool summed = use.access == Access::write_sum && axis == use.sets && out.stride[axis] == 0;
+      steps[axis] = {std::llabs(out.stride[axis]), summed ? 1 : shape[axis]};
+    }
+    std::sort(steps.begin(), steps.end());
+    if (PyArray_SIZE(array) > 0 && overlap(steps))
+      value_error(name.text() + " has elements that share memory; it is written here");
   }
 
   static PyObject* as_object_of(int type) { return reinterpret_cast<PyObject*>(PyArray_DescrFromType(type)); }
