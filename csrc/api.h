@@ -114,8 +114,6 @@ struct Problem {
   Array<3> reset;                 // uint8 (T,E,B): row b begins a new sequence at step t
   Variant variant;
 };
-// Whether a step needs whole rows of units between its products: members then own rows there.
-constexpr bool whole_rows(const Problem& problem) { return problem.variant.layer_norm; }
 constexpr int64_t outputs_of(const Problem& problem) {  // units of h
   return problem.variant.proj > 0 ? problem.variant.proj : problem.sizes.H;
 }

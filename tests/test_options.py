@@ -128,22 +128,16 @@ MAKERS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", variants.VARIANTS)
-def test_a_refusal_is_of_the_options_it_names(name, monkeypatch):
-    """An engine that learns an option takes it out of the refusal's list, and the words follow."""
+def test_cuda_refuses_the_options_it_names(name, monkeypatch):
+    """An engine that learns an option takes it out of the list, and the words follow."""
     made = variants.variant("lstm", "lstm", options.Settings(**MAKERS[name]))
     assert isinstance(made, Variant)
     assert variants.used("lstm", made) == {name}
-    for what, refusal in variants.REFUSALS.items():
-        assert set(refusal.options) <= variants.VARIANTS.keys()
-        monkeypatch.setitem(variants.REFUSALS, what, refusal._replace(options=(name, "proj_size")))
-        with pytest.raises(
-            refusal.error, match=f"^lstm: {refusal.name} .*; expected .* with(out)? these options"
-        ) as error:
-            variants.refuse("lstm", "lstm", made, what, "int64")
-        assert "zoneout" not in str(error.value) or name == "zoneout"
-        left = tuple(one for one in variants.VARIANTS if one != name)
-        monkeypatch.setitem(variants.REFUSALS, what, refusal._replace(options=left))
-        variants.refuse("lstm", "lstm", made, what, "int64")
+    monkeypatch.setattr(variants, "NOT_ON_CUDA", (name, "proj_size"))
+    with pytest.raises(ValueError, match=f"^lstm: x is on a CUDA device; .*these options. {name} and proj_size run"):
+        variants.refuse_on_cuda("lstm", "lstm", made)
+    monkeypatch.setattr(variants, "NOT_ON_CUDA", tuple(one for one in variants.VARIANTS if one != name))
+    variants.refuse_on_cuda("lstm", "lstm", made)
     for cell in CELLS:
         assert variants.variant(cell, cell, options.Settings(zoneout=0, clip_gates=None)) is None
 

@@ -123,7 +123,7 @@ class CheckedCall {
   cpu::Generation generation(py::handle given, std::vector<int64_t>& stop) {
     const Sizes& s = problem.sizes;
     cpu::Generation g;
-    g.head = checked_.array<2>(get<"head">(given), {"", "head"}, "(I, H)", {s.I, s.H}, Access::read);
+    g.head = checked_.array<2>(get<"head">(given), {"", "head"}, "(I, H)", {s.I, outputs_of(problem)}, Access::read);
     g.head_bias = checked_.array<1>(get<"head_bias">(given), {"", "head_bias"}, "(I,)", {s.I}, Access::read);
     if (!g.head.data) checked_.type_error("head is None");
     const py::object drawn = get<"drawn">(given);
@@ -153,30 +153,15 @@ class CheckedCall {
     return g;
   }
 
-  // ---- what the kernels do not do together; the first three are asked for within arguments() and the constructor
+  // ---- what the kernels do not do together
 
-  void refuse_tokens() const {
-    if (tokens_ && whole_rows(problem)) checked_.value_error("x holds tokens; expected float input with layer_norm");
-  }
-  void refuse_context(const Arguments& p) const {
-    if (p.context.data && whole_rows(problem)) checked_.value_error("context is given; expected none with layer_norm");
-  }
-  void refuse_recompute() const {
-    if (whole_rows(problem) && problem.recompute)
-      checked_.value_error("variant has layer_norm beside recompute; expected one or the other");
-  }
   void refuse_bf16() const {  // weights of 16 bits are for inference
     if (problem.bf16_weights)
       checked_.value_error("bf16_weights is set; expected float32 weights where a tape is used");
   }
-  void refuse_whole_rows() const {
-    if (whole_rows(problem))
-      checked_.value_error("variant has layer_norm; expected none of it: its tangents are the reference's");
-  }
   void refuse_for_generation() const {
-    if (whole_rows(problem) || problem.variant.proj || problem.variant.training)
-      checked_.value_error(
-          "variant has proj_size, layer_norm or training; expected none of them: text is written step by step");
+    if (problem.variant.training)
+      checked_.value_error("variant has training; expected none: text is written, not learnt");
   }
 
   double work() const { return cpu::work(problem); }
@@ -203,7 +188,6 @@ class CheckedCall {
       checked_.value_error("variant has a probability over 1; expected 0..1");
     if (!cell.state_product || (v.peepholes && !cell.cell_state) || ((v.proj || v.layer_norm) && (before || rnn)))
       checked_.value_error("variant asks " + std::string(cell.name) + " for what it does not have");
-    refuse_recompute();
     const py::object list = get<"activations">(given);
     const size_t count = cell.cell_state ? 3 : rnn ? 1 : 2;
     if (!py::isinstance<py::tuple>(list) || py::len(list) != count)
@@ -245,7 +229,6 @@ class CheckedCall {
       fill(std::move(x), x_slot(problem, out), role);
     }
     if (role.required && !out.x.data && !tokens_) checked_.type_error(std::string(role.name) + "x is None");
-    refuse_tokens();
   }
 
   // The number of entries, one for each layer and direction; 0 where none is needed and none given.
@@ -309,7 +292,6 @@ class CheckedCall {
       checked_.value_error(std::string(role.name) + "context is given; expected None: the call has no context");
     fill(context, context_slot(problem, out), role);
     if (role.required && out.context.data && s.K < 1) checked_.value_error("context has K = 0; expected K >= 1");
-    refuse_context(out);
     const py::object list = get<"context_weights">(given);
     if (role.required && list.is_none() != context.is_none())
       checked_.type_error("context and context_weights come both or not at all");
@@ -394,7 +376,6 @@ void jvp(py::handle problem, py::handle p, py::handle v, py::handle tout) {
   CheckedCall call("jvp: ", problem);
   call.find_dtype(p);
   call.refuse_bf16();
-  call.refuse_whole_rows();
   const Arguments arguments = call.arguments(p, given_arguments);
   const Arguments direction = call.arguments(v, tangents);
   const Results out = call.results(tout, {"tout.", Access::write});
@@ -407,7 +388,6 @@ void hvp(py::handle problem, py::handle p, py::handle v, py::handle g, py::handl
   CheckedCall call("hvp: ", problem);
   call.find_dtype(p);
   call.refuse_bf16();
-  call.refuse_whole_rows();
   const Arguments arguments = call.arguments(p, given_arguments);
   const Arguments direction = call.arguments(v, tangents);
   const Results gradients = call.results(g, {"g.", Access::read});
@@ -430,7 +410,7 @@ py::object generate(py::handle problem, py::handle p, py::handle out, py::handle
   const Sizes& s = call.problem.sizes;
   if (s.T != 1 || s.E != 1 || s.D != 1 || !arguments.tokens.data || arguments.context.data || call.problem.reverse ||
       call.problem.lengths.data || call.problem.reset.data || !results.hn.data ||
-      (facts_of(call.problem.cell).cell_state && !results.cn.data))
+      (has_cell_state(call.problem) && !results.cn.data))
     call.checked().value_error(
         "expected T = E = D = 1, tokens for x, hn (and cn), and no context, lengths, reset, reverse");
   std::vector<int64_t> stop;

@@ -19,9 +19,9 @@ class Backward : BackwardStep<S, P> {
   using Base::L, Base::Q_, Base::all_shared, Base::begin_context, Base::by_rows, Base::carried_, Base::cell_,
       Base::chunk_, Base::clip_cell, Base::context, Base::context_gradient, Base::dp_, Base::groups_, Base::has_hr,
       Base::input_gradient, Base::kept_, Base::last_gradient, Base::layers_, Base::ld_, Base::ldq_, Base::masks_,
-      Base::matrix_gradient, Base::n_, Base::norm_, Base::normed_gradients, Base::p_, Base::pairs_,
-      Base::peephole_gradient, Base::problem_, Base::proj_, Base::scratch_, Base::sets_, Base::shape, Base::share,
-      Base::step, Base::sum_steps, Base::tape, Base::tape_, Base::tile_, Base::token_gradient, Base::units,
+      Base::matrix_gradient, Base::n_, Base::norm_, Base::normed, Base::normed_gradients, Base::normed_width, Base::p_,
+      Base::pairs_, Base::peephole_gradient, Base::problem_, Base::proj_, Base::scratch_, Base::sets_, Base::shape,
+      Base::share, Base::step, Base::sum_steps, Base::tape, Base::tape_, Base::tile_, Base::token_gradient, Base::units,
       Base::vocabulary_, Base::wants_dx, Base::weight_gradients, Base::write_columns, Base::zero_dcontext,
       Base::zero_dx, Base::zeros_;
   using typename Base::Part, typename Base::Scratch, typename Base::Units;
@@ -117,14 +117,16 @@ class Backward : BackwardStep<S, P> {
       }
     }
     if (!tape_.every) return;
+    Params bare[P];  // layer norm adds the biases itself
+    for (int q = 0; q < P && norm_; ++q)
+      if (p[q]) bare[q] = without_biases(*p[q]), p[q] = &bare[q];
     w.forward.pack(a.team, cell_, p, e, inputs, H, Q_, a.rows.total, pairs_,
                    a.source[0].token ? &vocabulary_.of[a.set] : nullptr);
   }
 
   void begin(Part& a) {
     if (problem_.variant.given) {
-      if (a.team.rank == 0 && norm_)
-        a.w.norms.begin(p_[0]->params[a.ld], p_[0]->extras[a.ld], sets_.count == 1 ? 0 : a.set);
+      if (a.team.rank == 0 && norm_) a.w.norms.begin(p_, a.ld, sets_.count == 1 ? 0 : a.set);
       if (a.team.rank == 0) a.w.options.begin(p_, &a.rows, a.reversed, a.ld, sets_.count == 1 ? 0 : a.set);
       a.team.wait();
       for (int64_t i = 0; masks_ && i < sets_.N; ++i) a.w.options.draw_mask(i, a.q0, a.q1);
@@ -184,64 +186,103 @@ class Backward : BackwardStep<S, P> {
   void rebuild(Part& a, int64_t s0, int64_t s1) {
     Scratch& w = a.w;
     const Rows& rows = a.rows;
-    const int64_t H = n_.H, pairs = rows.off[s1] - rows.off[s0];
+    const int64_t pairs = rows.off[s1] - rows.off[s0];
     const int64_t first = a.team.begin(w.forward.blocks()), end = a.team.end(w.forward.blocks());
-    const S* const* x[P];
-    for (int q = 0; q < P; ++q) x[q] = a.source[q].given() ? w.x[q] : nullptr;
     for (int phase = 0; phase < w.forward.phases; ++phase) {
       const bool gate = cell_.two_products && phase == 0;
       const S* const* h[P];
       for (int q = 0; q < P; ++q) h[q] = phase ? w.rh_rows[q] : w.h_seen[q];
       for (int64_t b = first; b < end; ++b) {
-        if (phase == 0 && a.source[0].token)
-          w.forward.token_product(cell_, b, w.tokens, pairs, w.z);
-        else if (phase == 0)
-          w.forward.input_product(cell_, b, x, pairs, w.z);
-        if (phase == 0 && context(a)) w.context.add(w.forward, cell_, b, rows, s0, s1, w.z);
-        w.forward.state_product(phase, b, h, pairs, w.z);
-        const int64_t u0 = w.forward.unit(b), units = w.forward.unit(b + 1) - u0;
-        for (int64_t s = s0; s < s1; ++s) {
-          const int64_t pair = rows.off[s] - rows.off[s0];
-          ForwardTile<S, P> t{};
-          t.rows = rows.live[s];
-          t.units = units;
-          t.ldz = w.forward.ldz;
-          t.ld = ld_;
-          t.H = H;
-          t.ld_kept = kept_ * H;
-          if (problem_.variant.given) t.options = &w.options;
-          t.step = s, t.unit = u0;
-          t.clip = clip_cell();
-          for (int q = 0; q < P; ++q) {
-            for (int64_t i = 0; i < t.rows; ++i)
-              for (int which = proj_; which < 1 + carried_; ++which)
-                copy_row(w.before[which][q][pair + i] + u0, 1, w.state[which][q] + i * ld_ + u0, 1, units);
-            t.z[q] = w.z[q] + pair * t.ldz + u0 * cell_.sums;
-            t.h_prev[q] = w.state[proj_][q] + u0;
-            t.h_seen[q] = masks_ && !proj_ ? w.seen[q] + pair * ld_ + u0 : t.h_prev[q];
-            t.h[q] = w.state[0][q] + u0;
-            t.c[q] = w.state[1][q] + u0;
-            t.rh[q] = cell_.two_products ? w.rh[q] + pair * ld_ + u0 : nullptr;
-            t.kept[q] = w.kept[q] + pair * t.ld_kept + u0;
-            t.c_kept[q] = w.c_kept[q] + pair * H + u0;
-          }
-          gate ? tile_.gate(t) : tile_.forward(t);
-          if (carried_ && !cell_.cell_state) carry(w, s, pair, t.rows, u0, u0 + units);
+        if (phase == 0) inputs_again(a, b, s0, s1);
+        if (norm_) {
+          w.forward.state_product_alone(b, h, pairs, w.zh);
+          continue;
         }
+        w.forward.state_product(phase, b, h, pairs, w.z);
+        for (int64_t s = s0; s < s1; ++s)
+          step_again(a, s, s0, {w.forward.unit(b), w.forward.unit(b + 1), 0, rows.live[s]}, gate);
       }
-      if (gate) a.team.wait();
+      if (gate || norm_) a.team.wait();
+    }
+    // Norms take whole units: members own rows, at all steps of the chunk.
+    for (int64_t s = s0; s < s1 && norm_; ++s) {
+      const Again mine{0, n_.H, a.team.begin(sets_.N), smaller(a.team.end(sets_.N), rows.live[s])};
+      for (int64_t r = mine.r0; r < mine.r1; ++r) norm_again(a, rows.off[s0], rows.off[s] - rows.off[s0] + r);
+      if (mine.r0 < mine.r1) step_again(a, s, s0, mine, false);
     }
     a.team.wait();  // units are owned in other blocks from here on
   }
+  // What a member rebuilds of a step: some units of some rows.
+  struct Again {
+    int64_t u0, u1, r0, r1;
+  };
+  // The products with x, or what takes its place, of one block of units.
+  void inputs_again(Part& a, int64_t block, int64_t s0, int64_t s1) const {
+    Scratch& w = a.w;
+    const int64_t pairs = a.rows.off[s1] - a.rows.off[s0];
+    const S* const* x[P];
+    for (int q = 0; q < P; ++q) x[q] = a.source[q].given() ? w.x[q] : nullptr;
+    if (a.source[0].token)
+      w.forward.token_product(cell_, block, w.tokens, pairs, w.z);
+    else
+      w.forward.input_product(cell_, block, x, pairs, w.z);
+    if (context(a)) w.context.add(w.forward, cell_, block, a.rows, s0, s1, w.z);
+  }
+  // Layer norm of the two products in row r of a chunk that begins with `pair`.
+  void norm_again(Part& a, int64_t pair, int64_t r) const {
+    Scratch& w = a.w;
+    for (int k = 0; k < 2; ++k) {
+      S *from[P], *to[P], *hat[P], scale[P];
+      for (int q = 0; q < P; ++q) {
+        to[q] = w.z[q] + r * w.forward.ldz;
+        from[q] = k ? w.zh[q] + r * w.forward.ldz : to[q];
+        hat[q] = normed(a, q, k, pair) + r * normed_width(k);
+      }
+      w.norms.row_of_z(k, from, k ? cell_.h_sum : cell_.x_sum, k == 1, to, hat, scale);
+      for (int q = 0; q < P; ++q) normed(a, q, 2, pair)[r * 4 + k] = scale[q];
+    }
+  }
+  // The cell at step s, where the products are there.
+  void step_again(Part& a, int64_t s, int64_t s0, const Again& mine, bool gate) const {
+    Scratch& w = a.w;
+    const int64_t H = n_.H, u0 = mine.u0, r0 = mine.r0, pair = a.rows.off[s] - a.rows.off[s0] + r0;
+    ForwardTile<S, P> t{};
+    t.rows = mine.r1 - r0;
+    t.units = mine.u1 - u0;
+    t.ldz = w.forward.ldz;
+    t.ld = ld_;
+    t.H = H;
+    t.ld_kept = kept_ * H;
+    if (problem_.variant.given) t.options = &w.options;
+    t.step = s, t.row = r0, t.unit = u0;
+    t.clip = clip_cell();
+    for (int q = 0; q < P; ++q) {
+      for (int64_t i = 0; i < t.rows; ++i)
+        for (int which = proj_; which < 1 + carried_; ++which)
+          copy_row(w.before[which][q][pair + i] + u0, 1, w.state[which][q] + (r0 + i) * ld_ + u0, 1, t.units);
+      t.z[q] = w.z[q] + pair * t.ldz + u0 * cell_.sums;
+      t.h_prev[q] = w.state[proj_][q] + r0 * ld_ + u0;
+      t.h_seen[q] = masks_ && !proj_ ? w.seen[q] + pair * ld_ + u0 : t.h_prev[q];
+      t.h[q] = w.state[0][q] + r0 * ld_ + u0;
+      t.c[q] = w.state[1][q] + r0 * ld_ + u0;
+      t.rh[q] = cell_.two_products ? w.rh[q] + pair * ld_ + u0 : nullptr;
+      t.kept[q] = w.kept[q] + pair * t.ld_kept + u0;
+      t.c_kept[q] = w.c_kept[q] + pair * H + u0;
+      if (norm_) t.numbers[q] = w.normed[2][q] + pair * 4;
+    }
+    gate ? tile_.gate(t) : tile_.forward(t);
+    if (carried_ && !cell_.cell_state) carry(w, s, pair, mine);
+  }
   // What a projected GRU carries on after step s, rows of a chunk from `pair` on: from what it was, and the new m.
-  void carry(Scratch& w, int64_t s, int64_t pair, int64_t count, int64_t u0, int64_t u1) const {
-    for (int64_t i = 0; i < count; ++i) {
+  void carry(Scratch& w, int64_t s, int64_t pair, const Again& mine) const {
+    const int64_t u0 = mine.u0, u1 = mine.u1;
+    for (int64_t i = mine.r0; i < mine.r1; ++i) {
       S *fresh[P], *c[P];
       for (int q = 0; q < P; ++q) fresh[q] = w.state[0][q] + i * ld_, c[q] = w.state[1][q] + i * ld_;
       if (problem_.variant.zoneout_c > 0) zone_row(w.options, 1, s, i, u0, u1, fresh, c);
       for (int q = 0; q < P; ++q)
-        copy_row((problem_.variant.zoneout_c > 0 ? c[q] : fresh[q]) + u0, 1, w.c_kept[q] + (pair + i) * n_.H + u0, 1,
-                 u1 - u0);
+        copy_row((problem_.variant.zoneout_c > 0 ? c[q] : fresh[q]) + u0, 1,
+                 w.c_kept[q] + (pair + i - mine.r0) * n_.H + u0, 1, u1 - u0);
     }
   }
 

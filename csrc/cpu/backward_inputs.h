@@ -16,9 +16,12 @@ class BackwardInputs : protected BackwardProducts<S, P> {
   using Base = BackwardProducts<S, P>;
   using Base::Base;
   using Base::L, Base::Q_, Base::adds, Base::cell_, Base::context, Base::dp_, Base::dplane, Base::dx_adds_up,
-      Base::has_W, Base::n_, Base::norm_, Base::p_, Base::padded, Base::pairs_, Base::problem_, Base::segments,
-      Base::sets_, Base::shape, Base::table_, Base::tape_, Base::weight_gradients;
+      Base::has_W, Base::matrix_gradient, Base::n_, Base::norm_, Base::p_, Base::padded, Base::pairs_, Base::problem_,
+      Base::segments, Base::sets_, Base::shape, Base::table_, Base::tape_, Base::weight_gradients;
   using typename Base::Part, typename Base::Scratch, typename Base::Segment;
+
+  // Rows of the gradient of x W^T: in the order of gates with layer norm, else in that of da.
+  const S* const* dx_rows(const Part& a, int q) const { return norm_ ? a.w.apart_rows[0][q] : a.w.da_rows[q]; }
 
   // dx of the columns owned: to the user, or to the layer below.
   void input_gradient(Part& a, int64_t s0, int64_t s1) {
@@ -28,7 +31,7 @@ class BackwardInputs : protected BackwardProducts<S, P> {
     const int64_t c0 = smaller(a.x_first * w.W[0].block * L, a.source[0].width);
     const int64_t c1 = smaller(a.x_end * w.W[0].block * L, a.source[0].width);
     const S* const* da[P];
-    for (int q = 0; q < P; ++q) da[q] = norm_ ? w.apart_rows[0][q] : w.da_rows[q];
+    for (int q = 0; q < P; ++q) da[q] = dx_rows(a, q);
     for (int64_t b = a.x_first; b < a.x_end; ++b) {
       if (P == 1 || a.l > 0) multiply(w.W[0], b, da[0], pairs, static_cast<S*>(nullptr), 0, w.dx[0], ld);
       if constexpr (P == 2) {
@@ -108,8 +111,8 @@ class BackwardInputs : protected BackwardProducts<S, P> {
     for (int q = 0; q < P; ++q)
       for (int64_t s = s0; s < s1; ++s)
         for (int64_t i = 0; i < a.rows.live[s]; ++i)
-          add_row(a.w.da_rows[q][a.rows.off[s] - a.rows.off[s0] + i] + m0, 1, a.w.dz[q] + i * cell_.gates * n_.H + m0,
-                  1, m1 - m0);
+          add_row(dx_rows(a, q)[a.rows.off[s] - a.rows.off[s0] + i] + m0, 1, a.w.dz[q] + i * cell_.gates * n_.H + m0, 1,
+                  m1 - m0);
   }
 
   // Of the context and its weights: dz is what one step of the layer would have for da.
@@ -122,7 +125,9 @@ class BackwardInputs : protected BackwardProducts<S, P> {
     dp.W = dp_.context_weights[a.d];
     Part first = a;
     first.fresh = true;
-    if (dp.W.data && sets_.count == 1 && n_.E > 1 && dp.W.stride[0]) {
+    if (norm_) {
+      matrix_gradient(first, dp.W, cell_.gates * n_.H, dz, n_.K, ctx, w.x_panels, sets_.N);
+    } else if (dp.W.data && sets_.count == 1 && n_.E > 1 && dp.W.stride[0]) {
       for (int64_t e = 0; e < n_.E; ++e) {
         int64_t count = 0;
         for (int64_t i = 0; i < sets_.N; ++i) {
@@ -153,7 +158,7 @@ class BackwardInputs : protected BackwardProducts<S, P> {
         const Array<3>& m = p_[q]->context_weights[a.d];
         if (m.data)
           pack_rows(w.W[q], b, element<S>(m, e), m.stride[1], m.stride[2], n_.H, cell_.gates,
-                    cell_.sums > cell_.gates ? n_first : in_order);
+                    cell_.sums > cell_.gates && !norm_ ? n_first : in_order);
       }
       multiply(w.W[0], b, dz[P - 1], sets_.N, static_cast<S*>(nullptr), 0, w.dx[P - 1], ld);
       if constexpr (P == 2)
@@ -193,7 +198,7 @@ class BackwardInputs : protected BackwardProducts<S, P> {
       for (int64_t i = 0; i < rows.live[s]; ++i) {
         const int64_t r = rows.off[s] - rows.off[s0] + i;
         const int64_t kind = table_.of[a.set].place[a.w.tokens[r] + (table_.split ? rows.e[i] * n_.I : 0)];
-        add_row(a.w.da_rows[P - 1][r] + m0, 1, a.w.columns + kind * width + m0, 1, m1 - m0);
+        add_row(dx_rows(a, P - 1)[r] + m0, 1, a.w.columns + kind * width + m0, 1, m1 - m0);
       }
   }
 
@@ -201,8 +206,8 @@ class BackwardInputs : protected BackwardProducts<S, P> {
     const int64_t width = cell_.gates * n_.H, tiles = (width + L - 1) / L, e_first = sets_.count == 1 ? 0 : a.set;
     const int64_t m0 = smaller(a.team.begin(tiles) * L, width), m1 = smaller(a.team.end(tiles) * L, width);
     const bool adds = e_first > 0 && to.stride[0] == 0;
-    Segment segment[3];
-    const int segment_count = segments(segment);
+    Segment segment[3] = {{0, width, 0, 0, false}};
+    const int segment_count = norm_ ? 1 : segments(segment);
     for (int64_t m = m0; m < m1; m += L) {
       int64_t row[L] = {};  // of W, for each column of da
       const int64_t n = smaller<int64_t>(L, m1 - m);

@@ -81,9 +81,10 @@ class BackwardPass {
     Context<S, P> context;
     Options<S, P> options;
     // Layer norm: gradients of x W^T and of h' R^T, rows of gates * H; norm(c)'s value before the gain, and gradient.
-    Norms<S> norms;
-    S *apart[2] = {}, *c_hat = nullptr, *dseen = nullptr;
+    Norms<S, P> norms;
+    S *apart[2][P] = {}, *c_hat[P] = {}, *dseen[P] = {};
     const S** apart_rows[2][P] = {};
+    S *normed[3][P] = {}, *zh[P] = {};  // recompute: what the tape would hold of a chunk, see `normed`; h R^T
     S* dz[P] = {};  // da of layer 0's products with x and the context, summed over the steps of each row
     const S** dz_rows[P] = {};
     int32_t* tokens = nullptr;
@@ -160,6 +161,13 @@ class BackwardPass {
 
   const S* tape(const Part& a, int q) const { return layers_.plane(q, a.l, a.d, a.set); }
 
+  // Layer norm's rows of a chunk that begins with `pair`: x W^T (k = 0), h' R^T (1), four numbers (2), see Tape.
+  S* normed(const Part& a, int q, int k, int64_t pair) const {
+    if (tape_.every) return a.w.normed[k][q];
+    return layers_.plane(q, a.l, a.d, a.set) + tape_.hat_offset(sets_.N, k) + pair * normed_width(k);
+  }
+  int64_t normed_width(int k) const { return k < 2 ? cell_.gates * n_.H : 4; }
+
   S clip_cell() const {
     return problem_.clip_cell > 0 ? static_cast<S>(problem_.clip_cell) : static_cast<S>(__builtin_inf());
   }
@@ -189,8 +197,6 @@ class BackwardPass {
     if (norm_) {
       s.norms.allocate(problem_, cell_.sums, workspace);
       s.options.norms = &s.norms;
-      s.c_hat = take<S>(workspace, pairs_ * ld_);
-      s.dseen = take<S>(workspace, pairs_ * ld_);
     }
     if (problem_.variant.given) s.options.allocate(problem_, ld_, ldq_, N, workspace);
     s.sums = take<S>(workspace, larger(cell_.gates * H, Q_) * widest);
@@ -233,8 +239,13 @@ class BackwardPass {
       take_rows(workspace, pairs_, ldq_, s.seen[q], s.h_seen[q]);
       s.dh_seen[q] = take<S>(workspace, N * ldq_);
     }
-    for (int k = 0; k < 2 && norm_; ++k)
-      take_rows(workspace, pairs_, cell_.gates * n_.H, s.apart[k], s.apart_rows[k][q]);
+    if (norm_) {
+      for (int k = 0; k < 2; ++k) take_rows(workspace, pairs_, cell_.gates * n_.H, s.apart[k][q], s.apart_rows[k][q]);
+      for (int k = 0; k < 3 && tape_.every; ++k) s.normed[k][q] = take<S>(workspace, pairs_ * normed_width(k));
+      if (tape_.every) s.zh[q] = take<S>(workspace, pairs_ * ld_ * cell_.sums);
+      s.c_hat[q] = take<S>(workspace, pairs_ * ld_);
+      s.dseen[q] = take<S>(workspace, pairs_ * ld_);
+    }
     if (problem_.variant.peepholes || norm_) s.c_new[q] = take<S>(workspace, pairs_ * ld_);
     if (proj_) {
       s.hr[q].data = take<S>(workspace, ld_ * Q_);

@@ -17,7 +17,7 @@ class BackwardProducts : protected BackwardPass<S, P> {
   using Base = BackwardPass<S, P>;
   using Base::Base;
   using Base::L, Base::Q_, Base::cell_, Base::da_column, Base::dp_, Base::inputs_, Base::ld_, Base::ld_da_, Base::n_,
-      Base::padded, Base::pairs_, Base::sets_, Base::tape, Base::tape_, Base::units;
+      Base::normed, Base::padded, Base::pairs_, Base::sets_, Base::units;
   using typename Base::Part, typename Base::Scratch;
 
   // Columns of da and the rows of W and R that they belong to; -1: none.
@@ -40,13 +40,14 @@ class BackwardProducts : protected BackwardPass<S, P> {
     return cell_.two_products ? 2 : 1;
   }
 
-  // Of a matrix: left^T right over all pairs of the chunk. `panels`: room for right.
+  // Of a matrix: left^T right over all pairs of the chunk. `panels`: room for right, whose planes may be null.
   void matrix_gradient(Part& a, const Array<3>& to, int64_t M, const S* const* const* left, int64_t columns,
                        const S* const* const* right, S* const* panels, int64_t pairs) {
-    if (!to.data) return;
+    if (!to.data || !right[0]) return;
     Scratch& w = a.w;
     a.team.wait();  // everyone has done with what was in this room
-    for (int q = 0; q < P; ++q) pack_panels(a.team, right[q], pairs, columns, panels[q]);
+    for (int q = 0; q < P; ++q)
+      if (right[q]) pack_panels(a.team, right[q], pairs, columns, panels[q]);
     a.team.wait();
     const int64_t tiles = (M + kTile - 1) / kTile;
     const int64_t m0 = a.team.begin(tiles) * kTile, m1 = smaller(a.team.end(tiles) * kTile, M);
@@ -56,7 +57,7 @@ class BackwardProducts : protected BackwardPass<S, P> {
       packed[q] = w.packed[q] + m0 * pairs_;
       pack_columns(left[q], pairs, m0, m1 - m0, packed[q]);
     }
-    gradient(a, to, a.set, 0, m0, m1, columns, pairs, packed, panels, true, true);
+    gradient(a, to, a.set, 0, m0, m1, columns, pairs, packed, panels, true, right[P - 1] != nullptr);
   }
 
   // With layer norm: W's and R's from the gradients of the products, biases' and gains' from those of the sums.
@@ -73,32 +74,52 @@ class BackwardProducts : protected BackwardPass<S, P> {
     weight_gradients(a, biases, a.set, pairs, a.source[0].width, da, x, h, h);
     if (!dp_.extras) return;
     const Extras& to = dp_.extras[a.ld];
-    const S* data = tape(a, 0);
+    using Pl = Planes<S, P>;
+    const int64_t ld = ld_, ld_da = ld_da_;
     for (int k = 0; k < 2; ++k) {
-      const S* hat = data + tape_.hat_offset(sets_.N, k) + pair0 * GH;
-      for (int g = 0; g < cell_.gates; ++g)
-        sum_of_products(a, k ? to.gain_hh : to.gain_ih, g * n_.H, w.da[0] + da_column(k, g), ld_da_, hat + g * n_.H, GH,
-                        pairs);
+      for (int g = 0; g < cell_.gates; ++g) {
+        S *d[P], *hat[P];
+        for (int q = 0; q < P; ++q) d[q] = w.da[q] + da_column(k, g), hat[q] = normed(a, q, k, pair0) + g * n_.H;
+        sum_of_products(a, k ? to.gain_hh : to.gain_ih, g * n_.H, pairs, [=](int64_t r, int64_t u, int64_t n) {
+          return Pl::read(d, r * ld_da + u, n) * Pl::read(hat, r * GH + u, n);
+        });
+      }
     }
-    sum_of_products(a, to.gain_c, 0, w.dseen, ld_, w.c_hat, ld_, pairs);
-    sum_of_products(a, to.bias_c, 0, w.dseen, ld_, nullptr, 0, pairs);
+    S *d[P], *hat[P];
+    for (int q = 0; q < P; ++q) d[q] = w.dseen[q], hat[q] = w.c_hat[q];
+    sum_of_products(a, to.gain_c, 0, pairs, [=](int64_t r, int64_t u, int64_t n) {
+      return Pl::read(d, r * ld + u, n) * Pl::read(hat, r * ld + u, n);
+    });
+    sum_of_products(a, to.bias_c, 0, pairs,
+                    [=](int64_t r, int64_t u, int64_t n) { return Pl::read(d, r * ld + u, n); });
   }
 
-  // to[place + u] of the units owned: the sum over all pairs of left[u] right[u], or of left[u].
-  void sum_of_products(Part& a, const Array<2>& to, int64_t place, const S* left, int64_t ld_left, const S* right,
-                       int64_t ld_right, int64_t pairs) {
+  // to[place + u] of the units owned: the sum over all pairs r of product(r, u, n), of n units.
+  template <class Product>
+  void sum_of_products(Part& a, const Array<2>& to, int64_t place, int64_t pairs, const Product& product) {
     if (!to.data) return;
     const bool add = !a.fresh || (to.stride[0] == 0 && a.set > 0);
-    for (int64_t u = a.u0; u < a.u1; u += L) {
-      const int64_t n = smaller<int64_t>(L, a.u1 - u);
-      Vec<S> sum(S(0));
-      for (int64_t r = 0; r < pairs; ++r) {
-        const Vec<S> d = load(left + r * ld_left + u, n);
-        sum = sum + (right ? d * load(right + r * ld_right + u, n) : d);
+    constexpr int Wide = 4;  // registers at a time: rows are far apart
+    for (int64_t u = a.u0; u < a.u1; u += Wide * L) {
+      typename Planes<S, P>::Number sum[Wide];
+      for (auto& one : sum) one = typename Planes<S, P>::Number(S(0));
+      const int64_t all = a.u1 - u;
+      if (all >= Wide * L) {
+        for (int64_t r = 0; r < pairs; ++r)
+#pragma GCC unroll 4
+          for (int k = 0; k < Wide; ++k) sum[k] = sum[k] + product(r, u + k * L, L);
+      } else {
+        for (int64_t r = 0; r < pairs; ++r)
+          for (int k = 0; k * L < all; ++k) sum[k] = sum[k] + product(r, u + k * L, smaller<int64_t>(L, all - k * L));
       }
-      for (int64_t j = 0; j < n; ++j) {
-        S& at = *element<S>(to, a.set, place + u + j);
-        at = add ? at + sum.v[j] : sum.v[j];
+      S values[P][L], *planes[P];
+      for (int q = 0; q < P; ++q) planes[q] = values[q];
+      for (int k = 0; k * L < smaller<int64_t>(all, Wide * L); ++k) {
+        Planes<S, P>::write(planes, 0, sum[k], L);
+        for (int64_t j = 0; j < smaller<int64_t>(L, all - k * L); ++j) {
+          S& at = *element<S>(to, a.set, place + u + k * L + j);
+          at = add ? at + values[P - 1][j] : values[P - 1][j];
+        }
       }
     }
   }
@@ -107,29 +128,17 @@ class BackwardProducts : protected BackwardPass<S, P> {
   void peephole_gradient(Part& a, const Array<2>& to, int64_t pairs) {
     using Pl = Planes<S, P>;
     const Options<S, P>& options = a.w.options;
-    const bool add = !a.fresh || (to.stride[0] == 0 && a.set > 0);
     for (int k = 0; k < Options<S, P>::kPeeps; ++k) {
       if (options.peep_place(k) < 0) continue;
       const int64_t column = options.peep_gate(k) * n_.H;
-      for (int64_t u = a.u0; u < a.u1; u += L) {
-        const int64_t n = smaller<int64_t>(L, a.u1 - u);
-        typename Pl::Number sum(S(0));
-        for (int64_t r = 0; r < pairs; ++r) {
-          const S *da[P], *c[P];
-          for (int q = 0; q < P; ++q) {
-            da[q] = a.w.da_rows[q][r] + column;
-            c[q] = k == 2 ? a.w.c_new[q] + r * ld_ : a.w.before[1][q][r];
-          }
-          sum = sum + Pl::read(da, u, n) * Pl::read(c, u, n);
+      sum_of_products(a, to, options.peep_place(k) * n_.H, pairs, [&](int64_t r, int64_t u, int64_t n) {
+        const S *da[P], *c[P];
+        for (int q = 0; q < P; ++q) {
+          da[q] = a.w.da_rows[q][r] + column;
+          c[q] = k == 2 ? a.w.c_new[q] + r * ld_ : a.w.before[1][q][r];
         }
-        S values[P][L], *planes[P];
-        for (int q = 0; q < P; ++q) planes[q] = values[q];
-        Pl::write(planes, 0, sum, L);
-        for (int64_t j = 0; j < n; ++j) {
-          S& at = *element<S>(to, a.set, options.peep_place(k) * n_.H + u + j);
-          at = add ? at + values[P - 1][j] : values[P - 1][j];
-        }
-      }
+        return Pl::read(da, u, n) * Pl::read(c, u, n);
+      });
     }
   }
 

@@ -17,8 +17,8 @@ class BackwardStep : protected BackwardInputs<S, P> {
   using Base::Base;
   using Base::L, Base::Q_, Base::carried_, Base::cell_, Base::clip_cell, Base::da_column, Base::dplane, Base::g_,
       Base::gradient, Base::has_R, Base::has_hr, Base::kept_, Base::ld_, Base::ld_da_, Base::ldq_, Base::masks_,
-      Base::n_, Base::norm_, Base::problem_, Base::proj_, Base::sets_, Base::tape, Base::tape_, Base::tile_,
-      Base::units;
+      Base::n_, Base::norm_, Base::normed, Base::problem_, Base::proj_, Base::sets_, Base::tape, Base::tape_,
+      Base::tile_, Base::units;
   using typename Base::Part, typename Base::Scratch, typename Base::Units;
 
   // dhn (which = 0) or dcn (1) of row i, added.
@@ -55,8 +55,7 @@ class BackwardStep : protected BackwardInputs<S, P> {
     const Rows& rows = a.rows;
     const bool alone = by_rows(a), part = rows.live[s] > 1;
     const Share mine = norm_ && !alone ? all_units(a, rows.live[s]) : columns;
-    const int64_t r0 = mine.r0, u0 = mine.u0, pair = rows.off[s] + r0, first = rows.off[s] - rows.off[s0],
-                  in_chunk = first + r0;
+    const int64_t r0 = mine.r0, u0 = mine.u0, first = rows.off[s] - rows.off[s0], in_chunk = first + r0;
     arriving(a, s, mine);
     if (proj_) {
       zone_outputs(a, s, first, mine);
@@ -74,7 +73,7 @@ class BackwardStep : protected BackwardInputs<S, P> {
       for (int q = 0; q < P; ++q)
         for (int64_t i = r0; i < mine.r1; ++i)
           add_row(w.dm[q] + i * ld_ + u0, 1, w.d[1][q] + i * ld_ + u0, 1, mine.u1 - u0);
-    if (norm_) norm_back(a, pair, in_chunk, mine);
+    if (norm_) norm_back(a, rows.off[s0], in_chunk, mine);
     if (!alone && (cell_.state_product || s == s0)) a.team.wait();
     if (cell_.two_products) {
       state_product(a, 1, in_chunk, mine, part, false, w.drh);
@@ -111,9 +110,9 @@ class BackwardStep : protected BackwardInputs<S, P> {
       t.h_prev[q] = w.before[proj_][q] + in_chunk;
       t.h_seen[q] = proj_ ? t.h_prev[q] : w.h_seen[q] + in_chunk;
       if (norm_) {
-        t.c_hat[q] = w.c_hat + in_chunk * ld_;
-        t.dseen[q] = w.dseen + in_chunk * ld_;
-        t.numbers = const_cast<S*>(data) + tape_.numbers_offset(N) + pair * 4;
+        t.c_hat[q] = w.c_hat[q] + in_chunk * ld_;
+        t.dseen[q] = w.dseen[q] + in_chunk * ld_;
+        t.numbers[q] = normed(a, q, 2, pair - in_chunk) + in_chunk * 4;
       }
       t.m[q] = proj_ ? w.m[q] + in_chunk * ld_ + u0 : nullptr;
       t.c_new[q] = w.c_new[q] ? w.c_new[q] + in_chunk * ld_ + u0 : nullptr;
@@ -181,17 +180,21 @@ class BackwardStep : protected BackwardInputs<S, P> {
   }
 
   // Gradients of x W^T and h' R^T from those of the sums, a row at a time.
-  void norm_back(Part& a, int64_t pair, int64_t in_chunk, const Share& mine) {
+  void norm_back(Part& a, int64_t pair0, int64_t in_chunk, const Share& mine) {
     Scratch& w = a.w;
     const int64_t H = n_.H, GH = cell_.gates * H;
-    const S* data = tape(a, 0);
-    for (int64_t r = 0; r < mine.r1 - mine.r0; ++r) {
-      const S *da = w.da[0] + (in_chunk + r) * ld_da_, *numbers = data + tape_.numbers_offset(sets_.N) + (pair + r) * 4;
+    for (int64_t r = in_chunk; r < in_chunk + mine.r1 - mine.r0; ++r) {
       for (int k = 0; k < 2; ++k) {
-        S* to = w.apart[k] + (in_chunk + r) * GH;
-        for (int g = 0; g < cell_.gates; ++g) copy_row(da + da_column(k, g), 1, to + g * H, 1, H);
-        const S* hat = data + tape_.hat_offset(sets_.N, k) + (pair + r) * GH;
-        Norms<S>::back(to, w.norms.gain[k], hat, numbers[k], GH, to);
+        S *to[P], scale[P];
+        const S* hat[P];
+        for (int q = 0; q < P; ++q) {
+          to[q] = w.apart[k][q] + r * GH;
+          for (int g = 0; g < cell_.gates; ++g)
+            copy_row(w.da[q] + r * ld_da_ + da_column(k, g), 1, to[q] + g * H, 1, H);
+          hat[q] = normed(a, q, k, pair0) + r * GH;
+          scale[q] = normed(a, q, 2, pair0)[r * 4 + k];
+        }
+        Norms<S, P>::back(to, w.norms.gain[k], hat, scale, GH, to);
       }
     }
   }

@@ -164,11 +164,11 @@ constexpr CellTable<S, P> make_table() {
     t.plain.gate = gate_tile<Cell, S, P>;
     t.plain.backward_gate = backward_gate_tile<Cell, S, P>;
   }
-  if constexpr (Cell::state_product && Cell::cell_state && P == 1) {
-    t.normed[0].forward = normed_forward_tile<Cell, false, S>;
-    t.normed[0].backward = normed_backward_tile<Cell, false, S>;
-    t.normed[1].forward = normed_forward_tile<Cell, true, S>;
-    t.normed[1].backward = normed_backward_tile<Cell, true, S>;
+  if constexpr (Cell::state_product && Cell::cell_state) {
+    t.normed[0].forward = normed_forward_tile<Cell, false, S, P>;
+    t.normed[0].backward = normed_backward_tile<Cell, false, S, P>;
+    t.normed[1].forward = normed_forward_tile<Cell, true, S, P>;
+    t.normed[1].backward = normed_backward_tile<Cell, true, S, P>;
   }
   if constexpr (Cell::state_product) {
     t.varied[0] = varied_tiles<Cell, false, S, P>();

@@ -141,7 +141,7 @@ int useful_threads(const Problem& problem, const Arguments& p, bool back, int th
   if (threads == 1 || flops < 2e5) return 1;
   const double element = problem.dtype == Dtype::f64 ? 8 : 4;
   const int64_t tasks = back ? n.E : n.E * n.D, inputs = back ? 0 : n.I;
-  const bool by_rows = !p.tokens.data && !p.context.data && !whole_rows(problem) && n.B >= 8 * threads &&
+  const bool by_rows = !p.tokens.data && !p.context.data && !problem.variant.layer_norm && n.B >= 8 * threads &&
                        element * static_cast<double>((inputs + n.H) * cell.gates * n.H) <= double{kWeightsByRows};
   const bool apart = by_rows || !cell.state_product;
   if (2 * tasks > threads || (apart && !back)) return flops >= kApart ? threads : 1;
@@ -149,7 +149,7 @@ int useful_threads(const Problem& problem, const Arguments& p, bool back, int th
   StepCost step;
   step.alone = flops / rate / static_cast<double>(std::max<int64_t>(n.T, 1) * n.L * n.E * n.D);
   step.meetings = apart                                                                                           ? 0
-                  : whole_rows(problem) || problem.variant.proj > 0 || problem.cell == CellKind::gru_reset_before ? 2
+                  : problem.variant.layer_norm || problem.variant.proj > 0 || problem.cell == CellKind::gru_reset_before ? 2
                                                                                                                   : 1;
   step.fetched = kFetched * element * static_cast<double>(n.B * n.H);
   // The products over all steps read what others have made, too.

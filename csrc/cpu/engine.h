@@ -22,7 +22,7 @@ template <class S, int P>
 struct TilePlace {
   const Options<S, P>* options;
   int64_t step, row, unit;  // of the tile's first row and unit
-  S* numbers;               // layer norm: rows of four on the tape, null in inference
+  S* numbers[P];            // layer norm: rows of four on the tape, null in inference
 };
 
 template <class S, int P>

@@ -67,13 +67,12 @@ class Forward : ForwardPass<S, P> {
 
   void pack(Part& a) {
     const Params* p[P];
-    Params bare;  // layer norm adds the biases itself
+    Params bare[P];  // layer norm adds the biases itself
     for (int q = 0; q < P; ++q) {
       p[q] = p_[q]->params ? &p_[q]->params[a.ld] : nullptr;
-      if (!norm_) continue;
-      bare = *p[q];
-      bare.bW.data = bare.bR.data = nullptr;
-      p[q] = &bare;
+      if (!norm_ || !p[q]) continue;
+      bare[q] = without_biases(*p[q]);
+      p[q] = &bare[q];
     }
     const int64_t inputs = a.source[0].width;
     const Vocabulary::Set* tokens = a.source[0].token ? &vocabulary_.of[a.set] : nullptr;
@@ -187,18 +186,24 @@ class Forward : ForwardPass<S, P> {
     } else {
       a.team.wait();
     }
-    for (int64_t r = begin; r < end; ++r) norm_row(a, 0, a.rows.off[s0] + r, w.z[0] + r * w.weights.ldz, false, s0);
+    for (int64_t r = begin; r < end; ++r) norm_row(a, 0, a.rows.off[s0] + r, w.z, r, s0);
     a.team.wait();
   }
-  // A row of z (pair of step and row), x's part (k = 0) in its place or that of h' (1) added.
-  void norm_row(Part& a, int k, int64_t pair, const S* from, bool add, int64_t s0) {
+  // A row of z (pair of step and row), x's part (k = 0) in its place or that of h' (1) added. It is row r of `from`.
+  void norm_row(Part& a, int k, int64_t pair, S* const* from, int64_t r, int64_t s0) {
     Scratch& w = a.w;
     const Tape& layout = layers_.layout();
-    S* tape = layers_.taped() ? layers_.plane(0, a.l, a.d, a.set) : nullptr;
-    S* hat = tape ? tape + layout.hat_offset(sets_.N, k) + pair * cell_.gates * n_.H : nullptr;
-    S* z = w.z[0] + (pair - a.rows.off[s0]) * w.weights.ldz;
-    const S scale = w.norms.row_of_z(k, from, k ? cell_.h_sum : cell_.x_sum, add, z, hat);
-    if (tape) tape[layout.numbers_offset(sets_.N) + pair * 4 + k] = scale;
+    const bool taped = layers_.taped() && layout.norm;
+    S *z[P], *hat[P] = {}, scale[P];
+    const S* in[P];
+    for (int q = 0; q < P; ++q) {
+      in[q] = from[q] + r * w.weights.ldz;
+      z[q] = w.z[q] + (pair - a.rows.off[s0]) * w.weights.ldz;
+      if (taped) hat[q] = layers_.plane(q, a.l, a.d, a.set) + layout.hat_offset(sets_.N, k) + pair * cell_.gates * n_.H;
+    }
+    w.norms.row_of_z(k, in, k ? cell_.h_sum : cell_.x_sum, k == 1, z, hat, scale);
+    for (int q = 0; q < P && taped; ++q)
+      layers_.plane(q, a.l, a.d, a.set)[layout.numbers_offset(sets_.N) + pair * 4 + k] = scale[q];
   }
 
   // A step with layer norm: a member multiplies for its blocks of all rows. In between, and by rows, members own rows.
@@ -208,11 +213,13 @@ class Forward : ForwardPass<S, P> {
     const Share mine = all_units(w, a.team.begin(live), a.team.end(live));
     Share columns = mine;
     if (!a.by_rows) columns = a.own, columns.r1 = live;
+    const S* const* h[P];
+    S* zh[P];
+    for (int q = 0; q < P; ++q) h[q] = w.h_rows[s & 1][q] + columns.r0, zh[q] = w.zh[q] + columns.r0 * ldz;
     for (int64_t b = columns.first; b < columns.end; ++b)
-      multiply(w.weights.R[0][0], b, w.h_rows[s & 1][0] + columns.r0, columns.r1 - columns.r0, static_cast<S*>(nullptr),
-               0, w.zh + columns.r0 * ldz, ldz, live > 1);
+      w.weights.state_product_alone(b, h, columns.r1 - columns.r0, zh, live > 1);
     if (!a.by_rows) a.team.wait();
-    for (int64_t i = mine.r0; i < mine.r1; ++i) norm_row(a, 1, a.rows.off[s] + i, w.zh + i * ldz, true, s0);
+    for (int64_t i = mine.r0; i < mine.r1; ++i) norm_row(a, 1, a.rows.off[s] + i, w.zh, i, s0);
     each_tile(a, s, s0, mine, false, nullptr, 0);
     if (proj_) {
       if (!a.by_rows) a.team.wait();
@@ -327,7 +334,7 @@ class Forward : ForwardPass<S, P> {
       if (cell_.two_products) t.rh[q] = w.rh[q] + r * ld_ + u0;
       if (!layers_.taped()) continue;
       S* tape = layers_.plane(q, a.l, a.d, a.set);
-      if (norm_) t.numbers = tape + layout.numbers_offset(N) + pair * 4;
+      if (layout.norm) t.numbers[q] = tape + layout.numbers_offset(N) + pair * 4;
       if (layout.kept) t.kept[q] = tape + layout.kept_offset(N) + pair * t.ld_kept + u0;
       if (cell_.cell_state && !layout.every) t.c_kept[q] = tape + layout.c_offset(N) + pair * H + u0;
     }

@@ -62,8 +62,8 @@ class ForwardPass {
     int32_t* tokens = nullptr;
     Context<S, P> context;
     Options<S, P> options;
-    Norms<S> norms;
-    S* zh = nullptr;                         // h R^T of a step, where layer norm keeps the two products apart
+    Norms<S, P> norms;
+    S* zh[P] = {};                           // h R^T of a step, where layer norm keeps the two products apart
     S *x_pairs = nullptr, *h_pairs[2] = {};  // x and h rounded to bfloat16, two in an element
     const S **x_pair_rows = nullptr, **h_pair_rows[2] = {};
   };
@@ -101,7 +101,7 @@ class ForwardPass {
     if (norm_) {
       s.norms.allocate(problem_, cell_.sums, workspace);
       s.options.norms = &s.norms;
-      s.zh = take<S>(workspace, N * ld_ * cell_.sums);
+      for (S*& plane : s.zh) plane = take<S>(workspace, N * ld_ * cell_.sums);
     }
     if (problem_.variant.given) s.options.allocate(problem_, ld_, ldq_, N, workspace);
     if (!pairs_) return;
@@ -170,7 +170,7 @@ class ForwardPass {
                      const Share& own) {
     if (!problem_.variant.given) return;
     if (team.rank == 0) w.options.begin(p_, &rows, reversed, ld, e);
-    if (team.rank == 0 && norm_) w.norms.begin(p_[0]->params[ld], p_[0]->extras[ld], e);
+    if (team.rank == 0 && norm_) w.norms.begin(p_, ld, e);
     team.wait();
     // Without a step nobody would wait before the next layer's begin.
     for (int64_t i = 0; masks_ && rows.steps && i < sets_.N; ++i) w.options.draw_mask(i, own.q0, own.q1);

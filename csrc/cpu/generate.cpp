@@ -3,12 +3,13 @@
 // Read: tokens, h0, c0, weights, head.
 // Written: the tokens drawn, hn, cn. Overwrites.
 // Route: all weights are packed once a call, so a call should have some steps; a thread owns blocks of units, and meets
-//   the others once a layer, once for the logits and once for the draw. Rows that have ended leave: those that go on
-//   lie together in the first places, in their order, so that a step costs what they cost.
+//   the others once a layer, once for the logits and once for the draw. Layer norm lies between products by blocks:
+//   there a thread owns rows. Rows that have ended leave: those that go on lie together in the first places, in their
+//   order, so that a step costs what they cost.
 // Limit: one row reads all weights every step, from the cache that holds them.
 #include "generate.h"
 
-#include "options.h"
+#include "norm.h"
 
 namespace fusedrnn::cpu::FUSEDRNN_ISA {
 namespace {
@@ -48,29 +49,38 @@ class Generate {
       all_.place = take<int32_t>(workspace, n_.I);
       for (int32_t v = 0; v < n_.I; ++v) all_.place[v] = v;
     }
-    ld_ = (H + L - 1) / L * L;
+    Q_ = outputs_of(problem), carried_ = has_cell_state(problem), proj_ = problem.variant.proj > 0;
+    norm_ = problem.variant.layer_norm;
+    ld_ = padded(H), ldq_ = padded(Q_);
     layers_ = static_cast<Layer*>(workspace.take(sizeof(Layer) * static_cast<size_t>(n_.L)));
     for (int l = 0; l < n_.L; ++l) {
       Layer& layer = layers_[l];
       layer = Layer();
-      layer.weights.allocate(cell_, l ? H : all_.count, H, H, workspace);
-      for (int parity = 0; parity < 2; ++parity) {
-        layer.h[parity] = zeros(workspace, B * ld_);
-        layer.h_rows[parity] = take<const S*>(workspace, B);
-        for (int64_t i = 0; i < B; ++i) layer.h_rows[parity][i] = layer.h[parity] + i * ld_;
-      }
+      layer.weights.allocate(cell_, l ? Q_ : all_.count, H, Q_, workspace);
+      for (int parity = 0; parity < 2; ++parity)
+        take_rows(workspace, B, ldq_, layer.h[parity], layer.h_rows[parity]), zero_row(layer.h[parity], 1, B * ldq_);
       layer.c = zeros(workspace, B * ld_);
       const Arguments* given[1] = {&p_};
+      if (norm_) {
+        layer.norms.allocate(problem_, cell_.sums, workspace);
+        layer.norms.begin(given, l, 0);
+        layer.options.norms = &layer.norms;
+      }
       if (problem.variant.given) {
-        layer.options.allocate(problem_, ld_, ld_, B, workspace);
+        layer.options.allocate(problem_, ld_, ldq_, B, workspace);
         layer.options.begin(given, nullptr, false, l, 0);
+      }
+      if (proj_) {
+        layer.hr.K = H, layer.hr.units = Q_;
+        layer.hr.block = block_tiles(1, layer.hr.tiles(), threads);
+        layer.hr.data = take<S>(workspace, layer.hr.elements());
       }
     }
     z_ = take<S>(workspace, B * ld_ * cell_.sums);
-    rh_ = zeros(workspace, B * ld_);
-    rh_rows_ = take<const S*>(workspace, B);
-    for (int64_t i = 0; i < B; ++i) rh_rows_[i] = rh_ + i * ld_;
-    head_.K = H;
+    zh_ = take<S>(workspace, norm_ ? B * ld_ * cell_.sums : 0);
+    take_rows(workspace, B, ld_, rh_, rh_rows_), zero_row(rh_, 1, B * ld_);
+    take_rows(workspace, B, ld_, m_, m_rows_), zero_row(m_, 1, B * ld_);
+    head_.K = Q_;
     head_.units = n_.I;
     head_.block = block_tiles(1, head_.tiles(), threads);
     head_.data = take<S>(workspace, head_.elements());
@@ -107,10 +117,13 @@ class Generate {
   struct Layer {
     ForwardWeights<S, 1> weights;
     Options<S, 1> options;
-    S *h[2], *c;
+    Norms<S, 1> norms;
+    Panels<S> hr;  // the projection's weights
+    S *h[2], *c;   // c: also what a projected GRU carries on
     const S** h_rows[2];
   };
 
+  static int64_t padded(int64_t n) { return (n + L - 1) / L * L; }
   static S* zeros(Workspace& workspace, int64_t count) {
     S* out = take<S>(workspace, count);
     zero_row(out, 1, count);
@@ -120,8 +133,13 @@ class Generate {
   void start(const Team& team) {
     static constexpr int gate[1] = {0};
     for (int l = 0; l < n_.L; ++l) {
-      const Params* p[1] = {&p_.params[l]};
-      layers_[l].weights.pack(team, cell_, p, 0, l ? n_.H : n_.I, n_.H, n_.H, kAlways, n_.B, l ? nullptr : &all_);
+      const Params given = norm_ ? without_biases(p_.params[l]) : p_.params[l];  // layer norm adds them itself
+      const Params* p[1] = {&given};
+      layers_[l].weights.pack(team, cell_, p, 0, l ? Q_ : n_.I, n_.H, Q_, kAlways, n_.B, l ? nullptr : &all_);
+      Panels<S>& hr = layers_[l].hr;
+      for (int64_t b = team.begin(hr.blocks()); proj_ && b < team.end(hr.blocks()); ++b)
+        pack_transposed(hr, b, element<S>(p_.extras[l].hr, 0), p_.extras[l].hr.stride[1], p_.extras[l].hr.stride[2], Q_,
+                        gate);
     }
     for (int64_t b = team.begin(head_.blocks()); b < team.end(head_.blocks()); ++b)
       pack_transposed(head_, b, element<S>(g_.head, 0, 0), g_.head.stride[0], g_.head.stride[1], n_.I, gate);
@@ -131,7 +149,7 @@ class Generate {
       tokens_[i] = *element<int32_t>(p_.tokens, 0, 0, i);
       outcomes_[i] = g_.ended[i] ? Outcome::ended : Outcome::drawn;
       for (int l = 0; l < n_.L; ++l) {
-        if (p_.h0.data) copy_row(element<S>(p_.h0, l, 0, i), p_.h0.stride[3], layers_[l].h[0] + i * ld_, 1, n_.H);
+        if (p_.h0.data) copy_row(element<S>(p_.h0, l, 0, i), p_.h0.stride[3], layers_[l].h[0] + i * ldq_, 1, Q_);
         if (p_.c0.data) copy_row(element<S>(p_.c0, l, 0, i), p_.c0.stride[3], layers_[l].c + i * ld_, 1, n_.H);
       }
     }
@@ -153,7 +171,10 @@ class Generate {
       tiles(l, s, first, end, true);
       team.wait();
     }
-    tiles(l, s, first, end, false);
+    norm_ ? normed_tiles(team, l, s, first, end) : tiles(l, s, first, end, false);
+    team.wait();
+    if (!proj_) return;
+    project(team, l, s);
     team.wait();
   }
 
@@ -163,27 +184,74 @@ class Generate {
     const int now = s & 1, phase = cell_.two_products && !gate;
     const int64_t together = larger<int64_t>(1, kUnitsAtOnce / larger<int64_t>(1, live_ * weights.unit(1)));
     for (int64_t b0 = first; b0 < end; b0 += together) {
-      const int64_t b1 = smaller(b0 + together, end), u0 = weights.unit(b0);
+      const int64_t b1 = smaller(b0 + together, end);
       for (int64_t r = 0; r < live_; r += kRowsAtOnce) {
-        ForwardTile<S, 1> t{};
-        t.rows = smaller(kRowsAtOnce, live_ - r);
-        t.units = weights.unit(b1) - u0;
-        t.ldz = weights.ldz;
-        t.ld = ld_;
-        t.H = n_.H;
-        t.clip = problem_.clip_cell > 0 ? static_cast<S>(problem_.clip_cell) : static_cast<S>(__builtin_inf());
+        const int64_t r1 = smaller(r + kRowsAtOnce, live_);
         S* z[1] = {z_ + r * weights.ldz};
         const S* const* rows[1] = {(phase ? rh_rows_ : layer.h_rows[now]) + r};
-        t.z[0] = z[0] + u0 * cell_.sums;
-        if (problem_.variant.given) t.options = &layer.options;
-        t.unit = u0;
-        t.h_seen[0] = t.h_prev[0] = layer.h[now] + r * ld_ + u0;
-        t.h[0] = layer.h[!now] + r * ld_ + u0;
-        t.c[0] = cell_.cell_state ? layer.c + r * ld_ + u0 : nullptr;
-        t.rh[0] = cell_.two_products ? rh_ + r * ld_ + u0 : nullptr;
-        for (int64_t b = b0; b < b1; ++b) weights.state_product(phase, b, rows, t.rows, z);
-        gate ? tile_.gate(t) : tile_.forward(t);
+        for (int64_t b = b0; b < b1; ++b) weights.state_product(phase, b, rows, r1 - r, z);
+        tile(layer, s, weights.unit(b0), weights.unit(b1), r, r1, gate);
       }
+    }
+  }
+
+  // A thread multiplies for its blocks, and finishes whole rows.
+  void normed_tiles(const Team& team, int l, int64_t s, int64_t first, int64_t end) {
+    Layer& layer = layers_[l];
+    const ForwardWeights<S, 1>& weights = layer.weights;
+    const S* const* h[1] = {layer.h_rows[s & 1]};
+    S *zh[1] = {zh_}, *hat[1] = {}, scale[1];
+    for (int64_t b = first; b < end; ++b) weights.state_product_alone(b, h, live_, zh);
+    team.wait();
+    const int64_t r0 = team.begin(live_), r1 = team.end(live_);
+    for (int64_t r = r0; r < r1; ++r) {
+      S *z[1] = {z_ + r * weights.ldz}, *add[1] = {zh_ + r * weights.ldz};
+      layer.norms.row_of_z(0, z, cell_.x_sum, false, z, hat, scale);
+      layer.norms.row_of_z(1, add, cell_.h_sum, true, z, hat, scale);
+    }
+    if (r0 < r1) tile(layer, s, 0, n_.H, r0, r1, false);
+  }
+
+  // The cell on units [u0, u1) of rows [r0, r1): what the sums in z make of the state.
+  void tile(Layer& layer, int64_t s, int64_t u0, int64_t u1, int64_t r0, int64_t r1, bool gate) {
+    const int now = s & 1;
+    ForwardTile<S, 1> t{};
+    t.rows = r1 - r0;
+    t.units = u1 - u0;
+    t.ldz = layer.weights.ldz;
+    t.ld = ld_;
+    t.H = n_.H;
+    t.clip = problem_.clip_cell > 0 ? static_cast<S>(problem_.clip_cell) : static_cast<S>(__builtin_inf());
+    if (problem_.variant.given) t.options = &layer.options;
+    t.row = r0, t.unit = u0;
+    t.z[0] = z_ + r0 * t.ldz + u0 * cell_.sums;
+    // A projected cell's own h is m, and what it carries on lies in c.
+    t.h_seen[0] = t.h_prev[0] = (proj_ ? layer.c : layer.h[now]) + r0 * ld_ + u0;
+    t.h[0] = (proj_ ? m_ : layer.h[!now]) + r0 * ld_ + u0;
+    t.c[0] = cell_.cell_state ? layer.c + r0 * ld_ + u0 : nullptr;
+    t.rh[0] = cell_.two_products ? rh_ + r0 * ld_ + u0 : nullptr;
+    gate ? tile_.gate(t) : tile_.forward(t);
+    for (int64_t i = r0; i < r1 && carried_ && !cell_.cell_state; ++i) {
+      S *fresh[1] = {m_ + i * ld_}, *c[1] = {layer.c + i * ld_};
+      if (problem_.variant.zoneout_c > 0)
+        zone_row(layer.options, 1, s, i, u0, u1, fresh, c);
+      else
+        copy_row(fresh[0] + u0, 1, c[0] + u0, 1, u1 - u0);
+    }
+  }
+
+  // h = m hr^T of a thread's blocks of units, then zoneout.
+  void project(const Team& team, int l, int64_t s) {
+    Layer& layer = layers_[l];
+    const int now = s & 1;
+    const int64_t first = team.begin(layer.hr.blocks()), end = team.end(layer.hr.blocks());
+    const int64_t q0 = smaller(first * layer.hr.block * L, Q_), q1 = smaller(end * layer.hr.block * L, Q_);
+    for (int64_t b = first; b < end; ++b)
+      multiply(layer.hr, b, m_rows_, live_, static_cast<S*>(nullptr), 0, layer.h[!now], ldq_);
+    for (int64_t i = 0; i < live_ && problem_.variant.zoneout_h > 0; ++i) {
+      S *fresh[1] = {layer.h[!now] + i * ldq_}, *old[1] = {layer.h[now] + i * ldq_};
+      zone_row(layer.options, 0, s, i, q0, q1, fresh, old);
+      copy_row(old[0] + q0, 1, fresh[0] + q0, 1, q1 - q0);
     }
   }
 
@@ -230,7 +298,7 @@ class Generate {
       rows_[to] = rows_[i];
       tokens_[to] = tokens_[i];
       for (int l = 0; l < n_.L; ++l) {
-        copy_row(layers_[l].h[now] + i * ld_, 1, layers_[l].h[now] + to * ld_, 1, n_.H);
+        copy_row(layers_[l].h[now] + i * ldq_, 1, layers_[l].h[now] + to * ldq_, 1, Q_);
         copy_row(layers_[l].c + i * ld_, 1, layers_[l].c + to * ld_, 1, n_.H);
       }
     }
@@ -246,7 +314,7 @@ class Generate {
   void give_state(int64_t i, int now) {
     const int64_t row = rows_[i];
     for (int l = 0; l < n_.L; ++l) {
-      copy_row(layers_[l].h[now] + i * ld_, 1, element<S>(out_.hn, l, 0, row), out_.hn.stride[3], n_.H);
+      copy_row(layers_[l].h[now] + i * ldq_, 1, element<S>(out_.hn, l, 0, row), out_.hn.stride[3], Q_);
       if (out_.cn.data) copy_row(layers_[l].c + i * ld_, 1, element<S>(out_.cn, l, 0, row), out_.cn.stride[3], n_.H);
     }
   }
@@ -258,10 +326,11 @@ class Generate {
   const Arguments& p_;
   const Results& out_;
   const Generation& g_;
-  int64_t ld_, ld_logits_;
+  int64_t Q_, ld_, ldq_, ld_logits_;  // Q: units of h
+  bool carried_, proj_, norm_;        // carried: there is a c, or what a projected GRU carries on
   Layer* layers_;
-  S *z_, *rh_, *head_bias_, *logits_;
-  const S** rh_rows_;
+  S *z_, *zh_, *rh_, *m_, *head_bias_, *logits_;  // zh: h R^T where layer norm keeps the products apart
+  const S **rh_rows_, **m_rows_;
   Panels<S> head_;
   int64_t live_;   // rows that go on: in the first places of all that follows, and of h, c, z
   int64_t* rows_;  // [place]: which one

@@ -3,80 +3,91 @@
 //   y = (x - mean) / sqrt(variance + 1e-5) * gain + bias
 // Read: rows of z (tiles of sums, engine.h) or of H; gains, biases.
 // Written: the rows, and on the tape x before the gain (`hat`) and 1 / deviation. Overwrites.
-// Route: threads that own rows do this between the products of a step. Values only: tangents are the reference's.
+// Route: threads that own rows do this between the products of a step.
 // Limit: two passes over a row that lies in L1.
 #pragma once
+
+#include <initializer_list>
 
 #include "options.h"
 
 namespace fusedrnn::cpu::FUSEDRNN_ISA {
 
 // The vectors of one layer, direction and weight set, and what they do to a row.
-template <class S>
+template <class S, int P>
 class Norms {
-  using V = Vec<S>;
-  static constexpr int L = V::lanes;
+  using Pl = Planes<S, P>;
+  using N = typename Pl::Number;
+  static constexpr int L = Vec<S>::lanes;
   static constexpr double kEpsilon = 1e-5;
 
  public:
-  const S *gain[2], *bias[2], *gain_c, *bias_c;  // of x W^T and of h' R^T (G*H); of c (H)
+  S *gain[2][P], *bias[2][P], *gain_c[P], *bias_c[P];  // of x W^T and of h' R^T (G*H); of c (H)
 
   void allocate(const Problem& problem, int sums, Workspace& workspace) {
     H_ = problem.sizes.H, gates_ = facts_of(problem.cell).gates, sums_ = sums;
-    for (S*& vector : vectors_) vector = take<S>(workspace, gates_ * H_ + L);
-    for (int k = 0; k < 2; ++k) gain[k] = vectors_[k], bias[k] = vectors_[2 + k];
-    gain_c = vectors_[4], bias_c = vectors_[5];
+    for (int q = 0; q < P; ++q)
+      for (S** vector : {&gain[0][q], &gain[1][q], &bias[0][q], &bias[1][q], &gain_c[q], &bias_c[q]})
+        *vector = take<S>(workspace, gates_ * H_ + L);
   }
-  void begin(const Params& p, const Extras& extras, int64_t e) {
-    const Array<2>* const given[6] = {&extras.gain_ih, &extras.gain_hh, &p.bW, &p.bR, &extras.gain_c, &extras.bias_c};
-    for (int k = 0; k < 6; ++k) {
-      const int64_t n = k < 4 ? gates_ * H_ : H_;
-      zero_row(vectors_[k], 1, n);
-      if (given[k]->data) copy_row(element<S>(*given[k], e, 0), given[k]->stride[1], vectors_[k], 1, n);
+  // p[q]: values, tangents.
+  void begin(const Arguments* const* p, int64_t layer_and_direction, int64_t e) {
+    for (int q = 0; q < P; ++q) {
+      const Params w = p[q]->params ? p[q]->params[layer_and_direction] : Params();
+      const Extras x = p[q]->extras ? p[q]->extras[layer_and_direction] : Extras();
+      fill(gain[0][q], x.gain_ih, e, gates_ * H_), fill(gain[1][q], x.gain_hh, e, gates_ * H_);
+      fill(bias[0][q], w.bW, e, gates_ * H_), fill(bias[1][q], w.bR, e, gates_ * H_);
+      fill(gain_c[q], x.gain_c, e, H_), fill(bias_c[q], x.bias_c, e, H_);
     }
   }
 
   // A row of z, of which gate g is sum[g]: normalised, then times gain and plus bias (k = 0: of x, 1: of h'), into
-  // `to`, or added there. hat (G*H, may be null). Returns 1 / deviation.
-  S row_of_z(int k, const S* z, const int* sum, bool add, S* to, S* hat) const {
-    return gates_ == 3 ? row_of_gates<3>(k, z, sum, add, to, hat) : row_of_gates<4>(k, z, sum, add, to, hat);
+  // `to`, or added there. hat (G*H, may be null); scale: 1 / deviation.
+  void row_of_z(int k, const S* const* z, const int* sum, bool add, S* const* to, S* const* hat, S* scale) const {
+    gates_ == 3 ? row_of_gates<3>(k, z, sum, add, to, hat, scale) : row_of_gates<4>(k, z, sum, add, to, hat, scale);
   }
 
   // A row of c: its mean and 1 / deviation.
-  void moments(const S* c, S* numbers) const {
-    V total(S(0));
-    for (int64_t u = 0; u < H_; u += L) total = total + load(c + u, smaller<int64_t>(L, H_ - u));
-    const S mean = sum_of(total) / static_cast<S>(H_);
-    total = V(S(0));
-    S rest = 0;
+  void moments(const S* const* c, S* mean, S* scale) const {
+    N total(S(0));
+    for (int64_t u = 0; u < H_; u += L) total = total + Pl::read(c, u, smaller<int64_t>(L, H_ - u));
+    Pl::add_up(total, mean);
+    for (int q = 0; q < P; ++q) mean[q] /= static_cast<S>(H_);
+    const N middle = Pl::spread(mean);
+    total = N(S(0));
     for (int64_t u = 0; u < H_; u += L) {
       const int64_t n = smaller<int64_t>(L, H_ - u);
-      const V d = load(c + u, n) - V(mean);
-      if (n == L)
-        total = total + d * d;
-      else
-        for (int64_t j = 0; j < n; ++j) rest += d.v[j] * d.v[j];
+      const N d = first_of(Pl::read(c, u, n) - middle, n);
+      total = total + d * d;
     }
-    numbers[0] = mean;
-    numbers[1] = deviation(sum_of(total) + rest, H_);
+    invert_deviation(total, H_, scale);
   }
 
   // out = the gradient of what `hat` was made from, given d = that of hat * gain; n numbers.
-  static void back(const S* d, const S* gain, const S* hat, S scale, int64_t n, S* out) {
-    V a(S(0)), b(S(0));
+  static void back(const S* const* d, const S* const* gain, const S* const* hat, const S* scale, int64_t n,
+                   S* const* out) {
+    N a(S(0)), b(S(0));
     for (int64_t u = 0; u < n; u += L) {
       const int64_t k = smaller<int64_t>(L, n - u);
-      const V g = load(d + u, k) * load(gain + u, k);
-      a = a + g, b = b + g * load(hat + u, k);
+      const N g = Pl::read(d, u, k) * Pl::read(gain, u, k);
+      a = a + g, b = b + g * Pl::read(hat, u, k);
     }
-    const V mean(sum_of(a) / static_cast<S>(n)), along(sum_of(b) / static_cast<S>(n)), f(scale);
+    S means[2][P];
+    Pl::add_up(a, means[0]), Pl::add_up(b, means[1]);
+    for (int q = 0; q < P; ++q) means[0][q] /= static_cast<S>(n), means[1][q] /= static_cast<S>(n);
+    const N mean = Pl::spread(means[0]), along = Pl::spread(means[1]), f = Pl::spread(scale);
     for (int64_t u = 0; u < n; u += L) {
       const int64_t k = smaller<int64_t>(L, n - u);
-      store(out + u, f * (load(d + u, k) * load(gain + u, k) - mean - load(hat + u, k) * along), k);
+      const N g = Pl::read(d, u, k) * Pl::read(gain, u, k);
+      Pl::write(out, u, f * (g - mean - Pl::read(hat, u, k) * along), k);
     }
   }
 
  private:
+  static void fill(S* to, const Array<2>& from, int64_t e, int64_t n) {
+    zero_row(to, 1, n);
+    if (from.data) copy_row(element<S>(from, e, 0), from.stride[1], to, 1, n);
+  }
   // f(gate, place in a row of z, place in G*H, how many) for all tiles: whole ones first.
   template <int G, class F>
   FUSEDRNN_FORCE void each(const int* sum, F f) const {
@@ -86,46 +97,44 @@ class Norms {
     for (int g = 0; g < G && u < H_; ++g) f(g, (u / L * sums_ + sum[g]) * L, g * H_ + u, H_ - u);
   }
   template <int G>
-  S row_of_gates(int k, const S* z, const int* sum, bool add, S* to, S* hat) const {
-    V total[G];
+  void row_of_gates(int k, const S* const* z, const int* sum, bool add, S* const* to, S* const* hat, S* scale) const {
+    N total[G];
     const auto all = [&] {
-      V together = total[0];
+      N together = total[0];
       for (int g = 1; g < G; ++g) together = together + total[g];
-      return sum_of(together);
+      return together;
     };
-    for (V& one : total) one = V(S(0));
-    each<G>(sum, [&](int g, int64_t at, int64_t, int64_t n) { total[g] = total[g] + load(z + at, n); });
-    const S mean = all() / static_cast<S>(G * H_);
-    for (V& one : total) one = V(S(0));
-    S rest = 0;
+    for (N& one : total) one = N(S(0));
+    each<G>(sum, [&](int g, int64_t at, int64_t, int64_t n) { total[g] = total[g] + Pl::read(z, at, n); });
+    S mean[P];
+    Pl::add_up(all(), mean);
+    for (int q = 0; q < P; ++q) mean[q] /= static_cast<S>(G * H_);
+    const N middle = Pl::spread(mean);
+    for (N& one : total) one = N(S(0));
     each<G>(sum, [&](int g, int64_t at, int64_t, int64_t n) {
-      const V d = load(z + at, n) - V(mean);
-      if (n == L)
-        total[g] = total[g] + d * d;
-      else
-        for (int64_t j = 0; j < n; ++j) rest += d.v[j] * d.v[j];
+      const N d = first_of(Pl::read(z, at, n) - middle, n);
+      total[g] = total[g] + d * d;
     });
-    const S scale = deviation(all() + rest, G * H_);
+    invert_deviation(all(), G * H_, scale);
+    const N f = Pl::spread(scale);
     each<G>(sum, [&](int, int64_t at, int64_t unit, int64_t n) {
-      const V x = (load(z + at, n) - V(mean)) * V(scale);
-      if (hat) store(hat + unit, x, n);
-      const V y = x * load(gain[k] + unit, n) + load(bias[k] + unit, n);
-      store(to + at, add ? load(to + at) + y : y);
+      const N x = (Pl::read(z, at, n) - middle) * f;
+      if (hat[0]) Pl::write(hat, unit, x, n);
+      const N y = x * Pl::read(gain[k], unit, n) + Pl::read(bias[k], unit, n);
+      Pl::write(to, at, add ? Pl::read(to, at, L) + y : y, L);
     });
-    return scale;
-  }
-  static S sum_of(V v) {
-    S sum = 0;
-    for (int j = 0; j < L; ++j) sum += v.v[j];
-    return sum;
   }
   static float root(float x) { return __builtin_sqrtf(x); }
   static double root(double x) { return __builtin_sqrt(x); }
-  static S deviation(S squares, int64_t n) {
-    return S(1) / root(squares / static_cast<S>(n) + static_cast<S>(kEpsilon));
+  // 1 / sqrt(squares / n + epsilon), and its tangent.
+  static void invert_deviation(const N& squares, int64_t n, S* out) {
+    S variance[P];
+    Pl::add_up(squares, variance);
+    for (int q = 0; q < P; ++q) variance[q] /= static_cast<S>(n);
+    out[0] = S(1) / root(variance[0] + static_cast<S>(kEpsilon));
+    if constexpr (P == 2) out[1] = -variance[1] * out[0] * out[0] * out[0] / 2;
   }
 
-  S* vectors_[6];
   int64_t H_;
   int gates_, sums_;
 };

@@ -28,14 +28,14 @@ const TileFunctions<S, P>& tiles_of(const CellTable<S, P>& cell, const Problem& 
   return problem.variant.given ? cell.varied[usual_activations(problem)] : cell.plain;
 }
 
-template <class S>
+template <class S, int P>
 class Norms;
 
 // For one layer, direction and weight set.
 template <class S, int P>
 class Options {
  public:
-  const Norms<S>* norms = nullptr;  // with layer norm
+  const Norms<S, P>* norms = nullptr;  // with layer norm
 
   static constexpr int kPeeps = 3;  // i, f, o
 
@@ -45,7 +45,7 @@ class Options {
     ld_ = ld, ldq_ = ldq;
     for (int k = 0; k < kPeeps; ++k)
       for (int q = 0; q < P; ++q) peep_[k][q] = peepholes() ? take<S>(workspace, ld) : nullptr;
-    rows_of_room_ = variant().layer_norm ? take<S>(workspace, N * ld) : nullptr;
+    for (int q = 0; q < P; ++q) room_[q] = variant().layer_norm ? take<S>(workspace, N * ld) : nullptr;
     mask_ = masks() ? take<S>(workspace, N * ldq) : nullptr;
   }
   // One member calls it before the others compute. `p[q]`: values, tangents. `rows`: for what is drawn.
@@ -88,8 +88,8 @@ class Options {
     Dropout{p, problem_->seed}.drawn(out, n, static_cast<uint64_t>(row * units + u), layer_, stream);
   }
 
-  // Room for a row of units, for row i.
-  S* row(int64_t i) const { return rows_of_room_ + i * ld_; }
+  // Room for the units of each row: rows of ld.
+  S* const* room() const { return room_; }
   // Recurrent dropout's factors of row i: one mask for all steps.
   S* mask(int64_t i) const { return mask_ + i * ldq_; }
   void draw_mask(int64_t i, int64_t u0, int64_t u1) const {
@@ -117,7 +117,7 @@ class Options {
   bool reversed_ = false;
   int layer_ = 0;
   int64_t ld_ = 0, ldq_ = 0;
-  S *peep_[kPeeps][P] = {}, *mask_ = nullptr, *rows_of_room_ = nullptr;
+  S *peep_[kPeeps][P] = {}, *mask_ = nullptr, *room_[P] = {};
 };
 
 // k old + (1 - k) fresh; 0 and 1 leave no rounding behind.

@@ -57,6 +57,7 @@ struct Tape {
       const int64_t B = problem.sizes.B > 0 ? problem.sizes.B : 1;
       every = B > 32 ? 8 : 256 / B;
       kept = 0;
+      norm = false;
     }
   }
   FUSEDRNN_FORCE int64_t c_steps() const { return !cell_state ? 0 : every ? (T + every - 1) / every : T; }

@@ -286,7 +286,25 @@ FUSEDRNN_FORCE Dual<V> positive(Dual<V> g, Dual<V> x) {
   return {positive(g.v, x.v), positive(g.t, x.v)};
 }
 
-// One number in P planes of memory: P = 1 a Vec, P = 2 a Dual whose parts lie in two arrays.
+template <class S>
+FUSEDRNN_FORCE S sum_of(Vec<S> a) {
+  S sum = 0;
+  for (int j = 0; j < Vec<S>::lanes; ++j) sum += a.v[j];
+  return sum;
+}
+// The first n lanes, and zeros.
+template <class S>
+FUSEDRNN_FORCE Vec<S> first_of(Vec<S> a, int64_t n) {
+  for (int64_t j = n; j < Vec<S>::lanes; ++j) a.v[j] = 0;
+  return a;
+}
+template <class V>
+FUSEDRNN_FORCE Dual<V> first_of(Dual<V> a, int64_t n) {
+  return {first_of(a.v, n), first_of(a.t, n)};
+}
+
+// One number in P planes of memory: P = 1 a Vec, P = 2 a Dual whose parts lie in two arrays. spread and add_up: from P
+// single numbers to all lanes, and from all lanes to P.
 template <class S, int P>
 struct Planes;
 template <class S>
@@ -294,6 +312,8 @@ struct Planes<S, 1> {
   using Number = Vec<S>;
   static FUSEDRNN_FORCE Number read(const S* const* p, int64_t i, int64_t n) { return load(p[0] + i, n); }
   static FUSEDRNN_FORCE void write(S* const* p, int64_t i, Number a, int64_t n) { store(p[0] + i, a, n); }
+  static FUSEDRNN_FORCE Number spread(const S* p) { return Number(p[0]); }
+  static FUSEDRNN_FORCE void add_up(Number a, S* p) { p[0] = sum_of(a); }
 };
 template <class S>
 struct Planes<S, 2> {
@@ -305,6 +325,8 @@ struct Planes<S, 2> {
     store(p[0] + i, a.v, n);
     store(p[1] + i, a.t, n);
   }
+  static FUSEDRNN_FORCE Number spread(const S* p) { return {Vec<S>(p[0]), Vec<S>(p[1])}; }
+  static FUSEDRNN_FORCE void add_up(Number a, S* p) { p[0] = sum_of(a.v), p[1] = sum_of(a.t); }
 };
 
 }  // namespace fusedrnn::cpu::FUSEDRNN_ISA

@@ -72,6 +72,11 @@ inline bool packs_columns(const Call& call, const Sets& sets) {
   return call.p.tokens.data && n.T * sets.N * facts_of(call.problem->cell).gates * n.H > n.I;
 }
 
+inline Params without_biases(Params p) {
+  p.bW.data = p.bR.data = nullptr;
+  return p;
+}
+
 template <class S, int P>
 struct ForwardWeights {
   Panels<S> W[P], R[P][kPhases];
@@ -190,6 +195,15 @@ struct ForwardWeights {
     if constexpr (P == 2) {
       multiply(R[0][phase], block, h[1], n, z[1], ldz, z[1], ldz, part);
       if (has_R[1]) multiply(R[1][phase], block, h[0], n, z[1], ldz, z[1], ldz, part);
+    }
+  }
+
+  // z = h R^T.
+  void state_product_alone(int64_t block, const S* const* const* h, int64_t n, S* const* z, bool part = false) const {
+    multiply(R[0][0], block, h[0], n, static_cast<S*>(nullptr), 0, z[0], ldz, part);
+    if constexpr (P == 2) {
+      multiply(R[0][0], block, h[1], n, static_cast<S*>(nullptr), 0, z[1], ldz, part);
+      if (has_R[1]) multiply(R[1][0], block, h[0], n, z[1], ldz, z[1], ldz, part);
     }
   }
 

@@ -28,7 +28,7 @@ from .errors import probability as probability
 from .errors import text as text
 from .errors import word as word
 from .options import Settings
-from .variants import refuse, variant
+from .variants import variant
 
 _FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
 _EXTRA_AXES = (arrays.WEIGHT_HR, arrays.WEIGHT_PH, arrays.BIAS, arrays.BIAS, arrays.NORM_C, arrays.NORM_C)
@@ -284,8 +284,6 @@ def _switches(op: str, cell_name: str, options: Settings) -> Variant | None:
     options.reverse = flag(op, "reverse", options.reverse)
     options.batch_first = flag(op, "batch_first", options.batch_first)
     options.recompute = flag(op, "recompute", options.recompute)
-    if options.recompute:
-        refuse(op, cell_name, changed, "recompute")
     if options.reverse and options.bidirectional:
         fail(op, "reverse", "is True beside bidirectional=True", "one of the two", "bidirectional has both directions.")
     word(op, "reset_to", options.reset_to, "zero", "initial")
@@ -309,10 +307,6 @@ def _arrays(
         expected = f"{shapes[0]}, or {shapes[1]} without a batch, or {shapes[2]} axes with E weight sets"
         fail(op, "x", f"has shape {x.shape}", expected)
     h0, c0 = state_parts(op, "state", cell, state)
-    if tokens:
-        refuse(op, cell.name, changed, "tokens", x.dtype)
-    if context is not None:
-        refuse(op, cell.name, changed, "context")
     D = 2 if options.bidirectional else 1
     call = Call(
         op, cell, changed, options.batch_first, options.num_layers, D, x, h0, c0, lengths, reset, context, tokens

@@ -11,7 +11,6 @@ import numpy as np
 from . import arrays, backends, check, layers, ops, sampling
 from . import params as parameters
 from .backends import Arguments, Generation, Problem, Results
-from .variants import refuse
 
 
 def generate(
@@ -36,8 +35,9 @@ def generate(
     """Write `steps` tokens after a prompt, each drawn from softmax((h head_weight^T + head_bias) / temperature).
 
     layer: an LSTM, GRU, RNN, MinGRU or MinLSTM of one direction that takes tokens (input_size V), or, with `embedding`
-    (V,I), their vectors. head_weight (V,H), head_bias (V,) or None: a torch.nn.Linear's. prompt: integers (T0,B), or
-    (T0,) for one row, T0 >= 1, also with batch_first. state: before the prompt, as the layer takes it.
+    (V,I), their vectors. head_weight (V,H), or (V,P) with proj_size; head_bias (V,) or None: a torch.nn.Linear's.
+    prompt: integers (T0,B), or (T0,) for one row, T0 >= 1, also with batch_first. state: before the prompt, as the
+    layer takes it.
 
     How a token is drawn, in this order (sources and details: fusedrnn.sampling). repetition_penalty: logits of tokens
     that the row has seen, in this call's prompt or drawn, are divided by it where > 0 and multiplied by it elsewhere.
@@ -180,7 +180,6 @@ def _model(op: str, layer: Any, head_weight: Any, head_bias: Any, embedding: Any
         check.fail(op, "layer", "is bidirectional", "one direction", "The other would have to see what comes.")
     if layer.context_size:
         check.fail(op, "layer", f"has context_size={layer.context_size}", "a layer without a context")
-    refuse(op, layer._cell, layer._variant, "generate", ", ".join(layer.variants))
     params = parameters.from_bfloat16(layer.parameters)
     peepholes = layer._variant is not None and layer._variant.peepholes
     names = parameters.names(layer.num_layers, False, layer.bias, layer._cell, peepholes=peepholes)
@@ -216,13 +215,15 @@ def _fits(op: str, name: str, array: Any, shape: tuple[int, ...], letters: str, 
 def _head(op: str, weight: Any, bias: Any, layer: Any, E: int | None) -> int:
     """How many tokens there are."""
     check.is_float(op, "head_weight", weight, layer.dtype, "the layer")
+    projected = layer._variant.proj_size if layer._variant else 0
+    units = projected or layer.hidden_size
     if (
         weight.ndim not in (2, 3)
-        or weight.shape[-1] != layer.hidden_size
+        or weight.shape[-1] != units
         or weight.shape[-2] < 1
         or (weight.ndim == 3 and len(weight) != E)
     ):
-        expected = f"(V, {layer.hidden_size}) = (V, H), V >= 1"
+        expected = f"(V, {units}) = (V, {'P' if projected else 'H'}), V >= 1"
         if E:
             expected += f", or with E = {E} in front"
         check.fail(op, "head_weight", f"has shape {weight.shape}", expected, "As torch.nn.Linear(H, V).weight.")

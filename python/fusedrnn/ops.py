@@ -44,7 +44,7 @@ from . import arrays, backends, check
 from . import params as parameters
 from .backends import Arguments, Results
 from .options import GRUOptions, LSTMOptions, Options, RNNOptions, Settings, settle, spelled_out
-from .variants import TANGENTS_BY_REFERENCE, refuse, used
+from .variants import refuse_on_cuda
 
 _Array = np.ndarray
 
@@ -237,7 +237,7 @@ def jvp(tape: Tape, tangents: Mapping[str, Any], return_cells: bool = False) -> 
     call = _tape("jvp", tape).call
     return_cells = check.flag("jvp", "return_cells", return_cells)
     public, out = _new_results(call, return_cells)
-    _tangents_backend("jvp", tape).jvp(call.problem, tape.arguments, _tangents("jvp", tape, tangents), out)
+    tape.backend.jvp(call.problem, tape.arguments, _tangents("jvp", tape, tangents), out)
     return _state_last(call, public, return_cells)
 
 
@@ -271,7 +271,7 @@ def hvp(
     g = _given_results("hvp", call, "d", dy, dstate, dcells)
     t = _given_results("hvp", call, "td", tdy, tdstate, tdcells)
     grads, out, finish = _new_arguments(tape)
-    _tangents_backend("hvp", tape).hvp(call.problem, tape.arguments, v, g, t, out)
+    tape.backend.hvp(call.problem, tape.arguments, v, g, t, out)
     return finish(grads)
 
 
@@ -288,7 +288,7 @@ def _forward(op: str, cell: str, x: Any, state: Any, params: Any, *, settings: S
     call = check.call(op, cell, x, state, params, options=settings)
     problem = call.problem
     if call.on_cuda:
-        refuse(op, cell, call.variant, "cuda")
+        refuse_on_cuda(op, cell, call.variant)
     chosen: Any = backends.choose(settings.backend, on_cuda=call.on_cuda)
     if call.bf16:
         _bfloat16_weights(call, chosen, training)
@@ -491,15 +491,6 @@ def _tangents(op: str, tape: Tape, tangents: Mapping[str, Any]) -> Arguments:
         if array.shape != expected_shape:
             check.fail(op, label, f"has shape {array.shape}", f"{expected_shape}, its argument's shape")
     return _arguments(call, given)
-
-
-def _tangents_backend(op: str, tape: Tape) -> backends.Backend:
-    """Tangents of some variants are computed by the reference, which the log tells."""
-    call = tape.call
-    if call.variant is None or not used(call.cell.name, call.variant).intersection(TANGENTS_BY_REFERENCE):
-        return tape.backend
-    backends.log.info("%s of this variant runs on the reference", op)
-    return backends.choose("reference")
 
 
 def _new_arguments(tape: Tape) -> Any:

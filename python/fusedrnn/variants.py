@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The options that make a variant of a cell: what they may be, and what they are not built for."""
+"""The options that make a variant of a cell: what they may be, and where they run."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields
 from operator import attrgetter, is_
-from typing import Any, NamedTuple
+from typing import Any
 
 from .backends import Variant
 from .cells import CELLS
@@ -22,41 +22,16 @@ _ALL = tuple(VARIANTS)
 _values = attrgetter(*_ALL)
 
 
-class Refusal(NamedTuple):
-    """Something that a call with one of these options is refused for, and the words of the error.
-
-    In `got`, {} is what came. In `fix`, {0} is "a, b, c" and {1} is "a, b and c" of the options.
-    """
-
-    options: tuple[str, ...]
-    name: str
-    got: str
-    expected: str
-    fix: str = ""
-    error: type[Exception] = ValueError
+# What is not built on CUDA. An engine that learns one of them takes its name out.
+NOT_ON_CUDA = _ALL
 
 
-# What is not built for which options. An engine that learns one of them takes its name out of the first column.
-_GIVE = "Tokens and contexts are not built for {0}: give one-hot vectors, or the context as features of x."
-_NORM = ("layer_norm",)
-REFUSALS = {
-    "recompute": Refusal(_NORM, "recompute", "is True", "False with these options", "{0}: they keep all."),
-    "tokens": Refusal(_NORM, "x", "has dtype {}", "float32 or float64 with these options", _GIVE, TypeError),
-    "context": Refusal(_NORM, "context", "is given", "none with these options", _GIVE, TypeError),
-    "generate": Refusal(("proj_size", *_NORM), "layer", "has {}", "a layer without these options"),
-    "cuda": Refusal(_ALL, "x", "is on a CUDA device", "a NumPy array with these options", "{1} run on the CPU."),
-}
-TANGENTS_BY_REFERENCE = _NORM  # no refusal: the reference computes jvp and hvp of these
-
-
-def refuse(op: str, cell: str, variant: Variant | None, what: str, shown: Any = "") -> None:
-    """Fail where the variant has an option that REFUSALS names for `what`. shown: what came, in the error."""
-    refusal = REFUSALS[what]
-    if variant is None or not used(cell, variant).intersection(refusal.options):
+def refuse_on_cuda(op: str, cell: str, variant: Variant | None) -> None:
+    """Fail where the variant has an option that NOT_ON_CUDA names."""
+    if variant is None or not used(cell, variant).intersection(NOT_ON_CUDA):
         return
-    listed = ", ".join(refusal.options)
-    fix = refusal.fix.format(listed, " and ".join(listed.rsplit(", ", 1)))
-    fail(op, refusal.name, refusal.got.format(shown), refusal.expected, fix, refusal.error)
+    fix = f"{', '.join(NOT_ON_CUDA[:-1])} and {NOT_ON_CUDA[-1]} run on the CPU."
+    fail(op, "x", "is on a CUDA device", "a NumPy array with these options", fix)
 
 
 def used(cell: str, variant: Variant) -> set[str]:

@@ -85,9 +85,9 @@ class Walk:
         name, alpha, beta = self.variant.activations[k]
         return ACTIVATIONS[name].f(a, alpha, beta)
 
-    def product(self, x: Any, M: Any, gain: Any, bias: Any) -> Any:
-        """The product with layer norm and bias: value, and what `product_back` needs."""
-        a = x @ M.swapaxes(-1, -2)
+    def product(self, x: Any, M: Any, gain: Any, bias: Any, extra: Any = 0.0) -> Any:
+        """The product and `extra`, with layer norm and bias: value, and what `product_back` needs."""
+        a = x @ M.swapaxes(-1, -2) + extra
         hat = scale = None
         if self.variant.layer_norm:
             hat, scale = _norm(a)
@@ -240,8 +240,7 @@ class Walk:
         problem = self.problem
         T, second = problem.T, has_c(problem)
         x = np.where(active, x, 0)
-        ax, norm_x = self.product(x, self.W, self.gain_ih, self.bW)
-        ax = ax + extra
+        ax, norm_x = self.product(x, self.W, self.gain_ih, self.bW, extra)
         first_h, first_c = (h0, c0) if problem.reset_to_initial else (0.0, 0.0)
         y = np.zeros((*x.shape[:3], problem.outputs), x.dtype)
         cells = np.zeros((*x.shape[:3], problem.H), x.dtype)
