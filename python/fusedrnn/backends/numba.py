@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import inspect
 import logging
 import math
 from pathlib import Path
@@ -20,11 +21,13 @@ from typing import Any
 
 import numpy as np
 from numba import njit, types
-from numba.extending import intrinsic, overload
+from numba.core.imputils import lower_constant
+from numba.extending import intrinsic, models, overload, overload_method, register_model, typeof_impl
 
 from .. import cells, lattice
 from ..cells import CELLS, cifg, dropout, gru, lstm, mingru, minlstm, number, rnn
 from ..cells.cell import Cell
+from ..cells.functions import Functions
 from . import Arguments, Problem, Results, dtype_of, holds_tokens, reference
 
 _OPTIONS: dict[str, Any] = {"error_model": "numpy", "fastmath": {"contract"}, "forceinline": True}
@@ -177,10 +180,46 @@ def _inside(d: Any, x: Any, limit: Any) -> Any:
     return inside
 
 
+# The functions that a formula takes: an object without data, whose methods are compiled where they are called.
+
+
+class _FunctionsType(types.Opaque):  # type: ignore[misc]
+    """The type of such an object. Every class of functions is a type of its own."""
+
+    def __init__(self, kind: type[Functions]) -> None:
+        self.kind = kind
+        super().__init__(f"{kind.__module__}.{kind.__qualname__}")
+
+
+register_model(_FunctionsType)(models.OpaqueModel)
+
+
+@typeof_impl.register(Functions)
+def _type_of_functions(functions: Functions, context: Any) -> Any:
+    return _FunctionsType(type(functions))
+
+
+@lower_constant(_FunctionsType)
+def _functions_as_constant(context: Any, builder: Any, kind: Any, value: Any) -> Any:
+    return context.get_dummy_value()
+
+
+def _compile_method(name: str) -> None:
+    def method(self: Any, *args: Any) -> Any:
+        return getattr(self.kind, name)
+
+    method.__signature__ = inspect.signature(getattr(Functions, name))  # type: ignore[attr-defined]
+    overload_method(_FunctionsType, name, jit_options=_OPTIONS)(method)
+
+
+for _name in [name for name in vars(Functions) if not name.startswith("_")]:
+    _compile_method(_name)
+
+
 # Cells on one block: slot s of the block w is w[s * _BLOCK : (s + 1) * _BLOCK].
 
-_rnn_tanh, _rnn_tanh_back = njit(rnn.tanh_forward, **_OPTIONS), njit(rnn.tanh_backward, **_OPTIONS)
-_rnn_relu, _rnn_relu_back = njit(rnn.relu_forward, **_OPTIONS), njit(rnn.relu_backward, **_OPTIONS)
+_rnn_tanh, _rnn_tanh_back = njit(rnn.RNN_TANH.forward, **_OPTIONS), njit(rnn.RNN_TANH.backward, **_OPTIONS)
+_rnn_relu, _rnn_relu_back = njit(rnn.RNN_RELU.forward, **_OPTIONS), njit(rnn.RNN_RELU.backward, **_OPTIONS)
 _lstm, _lstm_back = njit(lstm.forward, **_OPTIONS), njit(lstm.backward, **_OPTIONS)
 _gru, _gru_back = njit(gru.forward, **_OPTIONS), njit(gru.backward, **_OPTIONS)
 _cifg, _cifg_back = njit(cifg.forward, **_OPTIONS), njit(cifg.backward, **_OPTIONS)

@@ -12,9 +12,10 @@ from typing import Any
 class Cell:
     """One row of the registry. The functions take and return numbers: floats when compiled, arrays in NumPy.
 
-    `forward(a, h_prev, c_prev, clip) -> kept, h, c` and
-    `backward(kept, h_prev, h, c_prev, c, clip, dh, dc) -> da, dh_prev, dc_prev`, where `a` are the sums of products,
+    `forward(a, h_prev, c_prev, clip, f) -> kept, h, c` and
+    `backward(kept, h_prev, h, c_prev, c, clip, dh, dc, f) -> da, dh_prev, dc_prev`, where `a` are the sums of products,
     `kept` is what the tape holds beside h and c, and `dh_prev` is what reaches h' past the products.
+    `f` are the functions of the gates (see functions.py), by default the plain ones; cells without R take none.
     A cell of two products a step (see gru.py) has `gate` and `backward_gate` beside them, and other arguments.
     """
 

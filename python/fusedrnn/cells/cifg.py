@@ -11,27 +11,30 @@ from __future__ import annotations
 from typing import Any
 
 from .cell import Cell
-from .number import clamp, inside, sigmoid, tanh
+from .functions import PLAIN, Functions
+from .number import clamp, inside
 
 
-def forward(a: Any, h_prev: Any, c_prev: Any, clip: Any) -> Any:
+def forward(a: Any, h_prev: Any, c_prev: Any, clip: Any, f: Functions = PLAIN) -> Any:
     """One step: the gates, h and c."""
-    i = sigmoid(a[0])
-    g = tanh(a[1])
-    o = sigmoid(a[2])
+    i = f.gate(f.peep(0, a[0], c_prev))
+    g = f.candidate(a[1])
     c = clamp(c_prev + i * (g - c_prev), clip)
-    return (i, g, o), o * tanh(c), c
+    o = f.gate(f.peep(2, a[2], c))
+    return (i, g, o), o * f.state(c), c
 
 
-def backward(kept: Any, h_prev: Any, h: Any, c_prev: Any, c: Any, clip: Any, dh: Any, dc: Any) -> Any:
+def backward(
+    kept: Any, h_prev: Any, h: Any, c_prev: Any, c: Any, clip: Any, dh: Any, dc: Any, f: Functions = PLAIN
+) -> Any:
     """Gradients of the three sums, of h' past the products, and of c'."""
     i, g, o = kept
-    tanh_c = tanh(c)
-    dc = inside(dc + dh * o * (1 - tanh_c * tanh_c), c, clip)
-    da_i = dc * (g - c_prev) * i * (1 - i)
-    da_g = dc * i * (1 - g * g)
-    da_o = dh * tanh_c * o * (1 - o)
-    return (da_i, da_g, da_o), 0 * dh, dc * (1 - i)
+    seen = f.state(c)
+    da_o = f.gate_back(dh * seen, o)
+    dc = inside(f.peep_back(2, dc + f.state_back(dh * o, seen), da_o), c, clip)
+    da_i = f.gate_back(dc * (g - c_prev), i)
+    da_g = f.candidate_back(dc * i, g)
+    return (da_i, da_g, da_o), 0 * dh, f.peep_back(0, dc * (1 - i), da_i)
 
 
 CIFG = Cell(

@@ -11,23 +11,25 @@ from __future__ import annotations
 from typing import Any
 
 from .cell import Cell
-from .number import sigmoid, tanh
+from .functions import PLAIN, Functions
 
 
-def forward(a: Any, h_prev: Any, c_prev: Any, clip: Any) -> Any:
+def forward(a: Any, h_prev: Any, c_prev: Any, clip: Any, f: Functions = PLAIN) -> Any:
     """One step. The sums are r, z, n's part of x and n's part of h'; the last one is kept for backward."""
-    r = sigmoid(a[0])
-    z = sigmoid(a[1])
-    n = tanh(a[2] + r * a[3])
+    r = f.gate(a[0])
+    z = f.gate(a[1])
+    n = f.candidate(a[2] + r * a[3])
     return (r, z, n, a[3]), n + z * (h_prev - n), c_prev
 
 
-def backward(kept: Any, h_prev: Any, h: Any, c_prev: Any, c: Any, clip: Any, dh: Any, dc: Any) -> Any:
+def backward(
+    kept: Any, h_prev: Any, h: Any, c_prev: Any, c: Any, clip: Any, dh: Any, dc: Any, f: Functions = PLAIN
+) -> Any:
     """Gradients of the four sums, and of h' past the products."""
     r, z, n, a_h = kept
-    da_n = dh * (1 - z) * (1 - n * n)
-    da_z = dh * (h_prev - n) * z * (1 - z)
-    da_r = da_n * a_h * r * (1 - r)
+    da_n = f.candidate_back(dh * (1 - z), n)
+    da_z = f.gate_back(dh * (h_prev - n), z)
+    da_r = f.gate_back(da_n * a_h, r)
     return (da_r, da_z, da_n, da_n * r), dh * z, dc
 
 
@@ -48,26 +50,26 @@ GRU = Cell(
 # `forward`; backward in the other order: `backward`, multiply da_n by Rn, `backward_gate` with that product.
 
 
-def gate(a_r: Any, a_z: Any, h_prev: Any) -> Any:
-    """r, z, and what the second product multiplies."""
-    r = sigmoid(a_r)
-    return r, sigmoid(a_z), r * h_prev
+def gate(a_r: Any, a_z: Any, h_seen: Any, f: Functions = PLAIN) -> Any:
+    """r, z, and what the second product multiplies. h_seen: h' as R sees it."""
+    r = f.gate(a_r)
+    return r, f.gate(a_z), r * h_seen
 
 
-def reset_before_forward(a_n: Any, z: Any, h_prev: Any) -> Any:
+def reset_before_forward(a_n: Any, z: Any, h_prev: Any, f: Functions = PLAIN) -> Any:
     """n and h, once the second product is in a_n."""
-    n = tanh(a_n)
+    n = f.candidate(a_n)
     return n, n + z * (h_prev - n)
 
 
-def reset_before_backward(z: Any, n: Any, h_prev: Any, dh: Any) -> Any:
+def reset_before_backward(z: Any, n: Any, h_prev: Any, dh: Any, f: Functions = PLAIN) -> Any:
     """da_z, da_n, and what reaches h' past the products."""
-    return dh * (h_prev - n) * z * (1 - z), dh * (1 - z) * (1 - n * n), dh * z
+    return f.gate_back(dh * (h_prev - n), z), f.candidate_back(dh * (1 - z), n), dh * z
 
 
-def backward_gate(r: Any, h_prev: Any, drh: Any) -> Any:
+def backward_gate(r: Any, h_seen: Any, drh: Any, f: Functions = PLAIN) -> Any:
     """da_r, and what reaches h' through r h', where drh = da_n Rn."""
-    return drh * h_prev * r * (1 - r), drh * r
+    return f.gate_back(drh * h_seen, r), drh * r
 
 
 GRU_RESET_BEFORE = Cell(

@@ -11,29 +11,32 @@ from __future__ import annotations
 from typing import Any
 
 from .cell import Cell
-from .number import clamp, inside, sigmoid, tanh
+from .functions import PLAIN, Functions
+from .number import clamp, inside
 
 
-def forward(a: Any, h_prev: Any, c_prev: Any, clip: Any) -> Any:
+def forward(a: Any, h_prev: Any, c_prev: Any, clip: Any, f: Functions = PLAIN) -> Any:
     """One step: the gates, h and c."""
-    i = sigmoid(a[0])
-    f = sigmoid(a[1])
-    g = tanh(a[2])
-    o = sigmoid(a[3])
-    c = clamp(f * c_prev + i * g, clip)
-    return (i, f, g, o), o * tanh(c), c
+    i = f.gate(f.peep(0, a[0], c_prev))
+    keep = f.gate(f.peep(1, a[1], c_prev))
+    g = f.candidate(a[2])
+    c = clamp(keep * c_prev + i * g, clip)
+    o = f.gate(f.peep(2, a[3], c))
+    return (i, keep, g, o), o * f.state(c), c
 
 
-def backward(kept: Any, h_prev: Any, h: Any, c_prev: Any, c: Any, clip: Any, dh: Any, dc: Any) -> Any:
+def backward(
+    kept: Any, h_prev: Any, h: Any, c_prev: Any, c: Any, clip: Any, dh: Any, dc: Any, f: Functions = PLAIN
+) -> Any:
     """Gradients of the four sums, of h' past the products, and of c'."""
-    i, f, g, o = kept
-    tanh_c = tanh(c)
-    dc = inside(dc + dh * o * (1 - tanh_c * tanh_c), c, clip)
-    da_i = dc * g * i * (1 - i)
-    da_f = dc * c_prev * f * (1 - f)
-    da_g = dc * i * (1 - g * g)
-    da_o = dh * tanh_c * o * (1 - o)
-    return (da_i, da_f, da_g, da_o), 0 * dh, dc * f
+    i, keep, g, o = kept
+    seen = f.state(c)
+    da_o = f.gate_back(dh * seen, o)
+    dc = inside(f.peep_back(2, dc + f.state_back(dh * o, seen), da_o), c, clip)
+    da_i = f.gate_back(dc * g, i)
+    da_f = f.gate_back(dc * c_prev, keep)
+    da_g = f.candidate_back(dc * i, g)
+    return (da_i, da_f, da_g, da_o), 0 * dh, f.peep_back(0, f.peep_back(1, dc * keep, da_f), da_i)
 
 
 LSTM = Cell(
