@@ -604,6 +604,13 @@ def test_a_clipped_sum_lets_no_nan_back(backend):
     assert fusedrnn.rnn_backward(tape, np.full_like(y, np.nan))["x"].item() == 0
 
 
+def test_a_dead_unit_lets_no_infinity_back(backend):
+    """Nothing reaches h' past the product: not 0 * inf either."""
+    params = {"weight_ih_l0": np.ones((1, 1)), "weight_hh_l0": np.ones((1, 1))}
+    y, _, tape = fusedrnn.rnn(np.full((1, 1, 1), -5.0), None, params, training=True, nonlinearity="relu")
+    assert fusedrnn.rnn_backward(tape, np.full_like(y, np.inf))["state"].item() == 0
+
+
 @pytest.mark.parametrize("name", ["Relu", "LeakyRelu", "ThresholdedRelu", "HardSigmoid", "Elu", "Softsign"])
 def test_slopes_at_zero_agree_in_both_directions(backend, name):
     params = {"weight_ih_l0": np.ones((1, 1)), "weight_hh_l0": np.ones((1, 1))}

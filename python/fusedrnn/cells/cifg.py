@@ -34,7 +34,7 @@ def backward(
     dc = inside(f.peep_back(2, dc + f.state_back(dh * o, seen), da_o), c, clip)
     da_i = f.gate_back(dc * (g - c_prev), i)
     da_g = f.candidate_back(dc * i, g)
-    return (da_i, da_g, da_o), 0 * dh, f.peep_back(0, dc * (1 - i), da_i)
+    return (da_i, da_g, da_o), 0.0, f.peep_back(0, dc * (1 - i), da_i)
 
 
 CIFG = Cell(

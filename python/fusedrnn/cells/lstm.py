@@ -36,7 +36,7 @@ def backward(
     da_i = f.gate_back(dc * g, i)
     da_f = f.gate_back(dc * c_prev, keep)
     da_g = f.candidate_back(dc * i, g)
-    return (da_i, da_f, da_g, da_o), 0 * dh, f.peep_back(0, f.peep_back(1, dc * keep, da_f), da_i)
+    return (da_i, da_f, da_g, da_o), 0.0, f.peep_back(0, f.peep_back(1, dc * keep, da_f), da_i)
 
 
 LSTM = Cell(

@@ -21,7 +21,7 @@ def _cell(name: str, plain: Functions) -> Cell:
         kept: Any, h_prev: Any, h: Any, c_prev: Any, c: Any, clip: Any, dh: Any, dc: Any, f: Functions = plain
     ) -> Any:
         """Gradient of the sum; nothing reaches h' past the product."""
-        return (f.gate_back(dh, h),), 0 * dh, dc
+        return (f.gate_back(dh, h),), 0.0, dc
 
     return Cell(
         name=name,
