@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from .. import lattice
 from ..cells import CELLS, dropout
-from ..cells.cell import Cell
+from ..cells.functions import Functions
 from ..cells.number import clamp
 from . import Arguments, Problem, Results, holds_tokens
-from .variants import Walk
+from .variants import Options, mixed, norm, norm_back, parted, row
 
 _QUIET = np.errstate(all="ignore")  # NaN and inf go their way, as in the kernels
 _STEP = 1e-40  # its square vanishes beside 1, and products with tiny tangents do not underflow
@@ -160,18 +160,6 @@ def store_arguments(to: Arguments, value: Arguments, tangent: bool = False) -> N
 # The walk over time.
 
 
-@dataclass
-class _Kept:
-    """What one layer in one direction keeps for its backward pass."""
-
-    x: Any  # (T,E,B,I_l), 0 past a row's length
-    steps: list[Any]  # per step: kept gates, h_prev, h, c_prev, c, r h' (two products)
-
-
-def _order(problem: Problem, backwards: bool) -> range:
-    return range(problem.T - 1, -1, -1) if backwards else range(problem.T)
-
-
 def _active(problem: Problem) -> Any:
     """(T,E,B,1): whether a row still runs at step t."""
     if problem.lengths is None:
@@ -191,15 +179,13 @@ def _restart(problem: Problem, active: Any, backwards: bool) -> Any:
     return restart
 
 
-def _blocks(a: Any, gates: int) -> Any:
-    """(...,G*H) as G arrays (...,H)."""
-    return np.split(a, gates, axis=-1)
-
-
-def _product(x: Any, W: Any, b: Any) -> Any:
-    """x (...,E,B,I), W (E,G*H,I), b (E,G*H) or None: x W^T + b, (...,E,B,G*H)."""
-    a = x @ W.swapaxes(-1, -2)
-    return a if b is None else a + b[:, None, :]
+def _product(x: Any, W: Any, b: Any, gain: Any = None) -> tuple[Any, Any]:
+    """x (...,E,B,I), W (E,G*H,I), b (E,G*H) or None: norm(x W^T) + b, (...,E,B,G*H), and what norm's way back needs."""
+    a, normed = x @ W.swapaxes(-1, -2), None
+    if gain is not None:
+        normed = norm(a)
+        a = normed[0] * row(gain)
+    return (a if b is None else a + row(b)), normed
 
 
 def _outer(da: Any, x: Any) -> Any:
@@ -210,109 +196,147 @@ def _outer(da: Any, x: Any) -> Any:
     return left @ right
 
 
-def _walk(problem: Problem, cell: Cell, x: Any, params: Any, extra: Any, h0: Any, c0: Any, backwards: bool) -> Any:
-    """One layer, one direction: y (T,E,B,H), cells (T,E,B,H), hn, cn, and what backward needs. extra: the context's
-    part of the sums (E,B,G*H), or 0."""
-    W, R, bW, bR = params
-    active = _active(problem)
-    restart = _restart(problem, active, backwards)
-    x = np.where(active, x, 0)  # so that padding, NaN included, reaches nothing
-    sums = [0.0] * cell.sums
-    for block, s in zip(_blocks(_product(x, W, bW) + extra, cell.gates), cell.x_sum, strict=True):
-        sums[s] = sums[s] + block
-    first_h, first_c = (h0, c0) if problem.reset_to_initial else (0.0, 0.0)
-    y = np.zeros((*x.shape[:3], problem.H), x.dtype)
-    cells = np.zeros_like(y)
-    steps: list[Any] = [None] * problem.T
-    h, c = h0, c0
-    for t in _order(problem, backwards):
-        h_prev = np.where(restart[t], first_h, h)
-        c_prev = np.where(restart[t], first_c, c)
-        a = [s if isinstance(s, float) else s[t] for s in sums]
-        if cell.gate is not None:
-            early, late = slice(2 * problem.H), slice(2 * problem.H, None)
-            b_early, b_late = (None, None) if bR is None else (bR[:, early], bR[:, late])
-            a_r, a_z = _blocks(_product(h_prev, R[:, early], b_early), 2)
-            r, z, rh = cell.gate(a[0] + a_r, a[1] + a_z, h_prev)
-            n, h_new = cell.forward(a[2] + _product(rh, R[:, late], b_late), z, h_prev)
-            kept, c_new = (r, z, n), c_prev
-        else:
-            rh = None
-            if cell.state_product:
-                for block, s in zip(_blocks(_product(h_prev, R, bR), cell.gates), cell.h_sum, strict=True):
-                    a[s] = a[s] + block
-            kept, h_new, c_new = cell.forward(a, h_prev, c_prev, problem.clip_cell)
-        steps[t] = (kept, h_prev, h_new, c_prev, c_new, rh)
-        h = np.where(active[t], h_new, h)
-        c = np.where(active[t], c_new, c)
-        y[t] = np.where(active[t], h, 0)
-        cells[t] = np.where(active[t], c if cell.cell_state else h, 0)
-    return y, cells, h, c, _Kept(x, steps)
+class _Step(NamedTuple):
+    """What a step keeps for its backward pass. A part of it is of no use to some cells."""
+
+    functions: tuple[Functions, ...]
+    seen: Any  # h' as R sees it
+    carried: Any  # h' as the cell's formula carries it over
+    c_prev: Any
+    kept: Any  # the gates
+    m: Any  # the cell's output before projection and zoneout
+    c: Any  # ... and its state
+    rh: Any  # r h', of two products
+    normed: Any
 
 
-def _walk_back(
-    problem: Problem, cell: Cell, kept: _Kept, params: Any, dy: Any, dcells: Any, dhn: Any, dcn: Any, backwards: bool
-) -> Any:
-    """The other way: dx (T,E,B,I_l), dh0, dc0, the gradients of W, R, bW, bR, and of `extra`."""
-    W, R, _, _ = params
-    H = problem.H
-    active = _active(problem)
-    restart = _restart(problem, active, backwards)
-    kind = dy.dtype
-    rows = (problem.T, problem.E, problem.B)
-    da_x = np.zeros((*rows, cell.gates * H), kind)
-    da_h = np.zeros_like(da_x)
-    h_prevs = np.zeros((*rows, H), kind)
-    rhs = np.zeros_like(h_prevs)
-    dh0, dc0 = np.zeros_like(dhn), np.zeros_like(dcn)
-    dh_next, dc_next = dhn, dcn
-    for t in reversed(_order(problem, backwards)):
-        gates, h_prev, h, c_prev, c, rh = kept.steps[t]
-        dh, dc = dh_next + dy[t], dc_next
-        if cell.cell_state:
-            dc = dc + dcells[t]
-        else:
-            dh = dh + dcells[t]
-        dh, dc = clamp(dh, problem.clip_grad), clamp(dc, problem.clip_grad)
-        if cell.backward_gate is not None:
-            r, z, n = gates
-            da_z, da_n, dh_prev = cell.backward(z, n, h_prev, dh)
-            da_r, past = cell.backward_gate(r, h_prev, da_n @ R[:, 2 * H :])
-            dh_prev = dh_prev + past + np.concatenate([da_r, da_z], -1) @ R[:, : 2 * H]
-            da, dc_prev = (da_r, da_z, da_n), dc
-            rhs[t] = np.where(active[t], rh, 0)
-        else:
-            da, dh_prev, dc_prev = cell.backward(gates, h_prev, h, c_prev, c, problem.clip_cell, dh, dc)
-            if cell.state_product:
-                dh_prev = dh_prev + np.concatenate([da[s] for s in cell.h_sum], -1) @ R
-        da_x[t] = np.where(active[t], np.concatenate([da[s] for s in cell.x_sum], -1), 0)
+class _Walk:
+    """One layer in one direction (n = layer * D + direction): forward, then backward."""
+
+    def __init__(self, problem: Problem, n: int, params: Any, extras: Any) -> None:
+        self.problem, self.cell = problem, CELLS[problem.cell]
+        self.W, self.R, self.bW, self.bR = params
+        self.options = Options(problem, n, extras)
+        backwards = problem.reverse or n % problem.D == 1
+        self.order = range(problem.T)[:: -1 if backwards else 1]
+        self.active = _active(problem)
+        self.restart = _restart(problem, self.active, backwards)
+        self.early = slice(2 * problem.H if self.cell.two_products else None)  # the gates of the first product
+        self.late = slice(2 * problem.H, None)  # ... and of the second, if there are two
+
+    def forward(self, x: Any, extra: Any, h0: Any, c0: Any) -> Any:
+        """y (T,E,B,P or H), cells (T,E,B,H), hn, cn. extra: what is added to x W^T: (E,B,G*H), with T or not, or 0."""
+        problem, options, active, restart = self.problem, self.options, self.active, self.restart
+        self.x = np.where(active, x, 0)  # so that padding, NaN included, reaches nothing
+        ax, self.normed = _product(self.x, self.W, self.bW, options.gain_ih)
+        ax = ax + extra
+        first_h, first_c = (h0, c0) if problem.reset_to_initial else (0.0, 0.0)
+        y = np.zeros((*x.shape[:3], problem.outputs), x.dtype)
+        cells = np.zeros((*x.shape[:3], problem.H), x.dtype)
+        self.steps: list[Any] = [None] * problem.T
+        h, c = h0, c0
+        for t in self.order:
+            h_prev, c_prev = np.where(restart[t], first_h, h), np.where(restart[t], first_c, c)
+            step = self.steps[t] = self.step(ax[t], h_prev, c_prev)
+            projected = step.m if options.hr is None else step.m @ options.hr.swapaxes(-1, -2)
+            h = np.where(active[t], mixed(options.keep_h[t], h_prev, projected), h)
+            c = np.where(active[t], mixed(options.keep_c[t], c_prev, step.c), c)
+            y[t] = np.where(active[t], h, 0)
+            cells[t] = np.where(active[t], c if options.has_c else h, 0)
+        return y, cells, h, c
+
+    def step(self, ax: Any, h_prev: Any, c_prev: Any) -> _Step:
+        """ax (E,B,G*H): what the product with x gives."""
+        cell, options, early, late = self.cell, self.options, self.early, self.late
+        functions = options.functions()
+        seen, carried = h_prev * options.mask, c_prev if options.carries_m else h_prev
+        a: list[Any] = [0.0] * cell.sums
+        for block, s in zip(np.split(ax, cell.gates, -1), cell.x_sum, strict=True):
+            a[s] = a[s] + block
+        rh = normed = None
         if cell.state_product:
-            da_h[t] = np.where(active[t], np.concatenate([da[s] for s in cell.h_sum], -1), 0)
-        h_prevs[t] = np.where(active[t], h_prev, 0)
-        if problem.reset_to_initial:
-            dh0 = dh0 + np.where(restart[t], dh_prev, 0)
-            dc0 = dc0 + np.where(restart[t], dc_prev, 0)
-        dh_next = np.where(active[t], np.where(restart[t], 0, dh_prev), dh_next)
-        dc_next = np.where(active[t], np.where(restart[t], 0, dc_prev), dc_next)
-    dR = _outer(da_h, h_prevs)
-    if cell.two_products:
-        dR[:, 2 * H :] = _outer(da_h[..., 2 * H :], rhs)
-    state_gradients = (dR, da_h.sum((0, 2))) if cell.state_product else (None, None)
-    gradients = (_outer(da_x, kept.x), state_gradients[0], da_x.sum((0, 2)), state_gradients[1])
-    return da_x @ W, dh0 + dh_next, dc0 + dc_next, gradients, da_x.sum(0)
+            bR, b_late = (None, None) if self.bR is None else (self.bR[:, early], self.bR[:, late])
+            ah, normed = _product(seen, self.R[:, early], bR, options.gain_hh)
+            for block, s in zip(np.split(ah, ah.shape[-1] // self.problem.H, -1), cell.h_sum, strict=False):
+                a[s] = a[s] + block
+        if cell.gate is not None:
+            r, z, rh = cell.gate(a[0], a[1], seen, *functions)
+            n, m = cell.forward(a[2] + _product(rh, self.R[:, late], b_late)[0], z, carried, *functions)
+            kept, c = (r, z, n), c_prev
+        else:
+            kept, m, c = cell.forward(a, carried, c_prev, self.problem.clip_cell, *functions)
+        return _Step(functions, seen, carried, c_prev, kept, m, m if options.carries_m else c, rh, normed)
+
+    def backward(self, dy: Any, dcells: Any, dhn: Any, dcn: Any) -> Any:
+        """dx (T,E,B,I_l), dh0, dc0, the gradients of W, R, bW, bR, of `extra` (E,B,G*H) and of the extras."""
+        problem, options, active, restart = self.problem, self.options, self.active, self.restart
+        kind, clip = dhn.dtype, problem.clip_grad
+        options.begin_back(kind)
+        if self.cell.state_product:
+            self.dR, self.dbR = np.zeros(self.R.shape, kind), np.zeros(self.R.shape[:2], kind)
+        da_x = np.zeros((*self.x.shape[:3], self.W.shape[1]), kind)
+        dh0, dc0 = np.zeros_like(dhn), np.zeros_like(dcn)
+        dh_next, dc_next = dhn, dcn
+        for t in reversed(self.order):
+            dh = dh_next + dy[t] + (0 if options.has_c else dcells[t])
+            dc = dc_next + (dcells[t] if options.has_c else 0)
+            options.live = active[t]
+            da, dh_prev, dc_prev = self.back(t, clamp(dh, clip), clamp(dc, clip))
+            da_x[t] = np.where(active[t], da, 0)
+            if problem.reset_to_initial:
+                dh0, dc0 = dh0 + np.where(restart[t], dh_prev, 0), dc0 + np.where(restart[t], dc_prev, 0)
+            dh_next = np.where(active[t], np.where(restart[t], 0, dh_prev), dh_next)
+            dc_next = np.where(active[t], np.where(restart[t], 0, dc_prev), dc_next)
+        dextra, dbW = da_x.sum(0), da_x.sum((0, 2))
+        if self.normed:
+            options.dgain_ih += (da_x * self.normed[0]).sum((0, 2))
+            da_x = norm_back(da_x * row(options.gain_ih), *self.normed)
+        of_state = (self.dR, self.dbR) if self.cell.state_product else (None, None)
+        params = (_outer(da_x, self.x), of_state[0], dbW, of_state[1])
+        return da_x @ self.W, dh0 + dh_next, dc0 + dc_next, params, dextra, options.gradients
+
+    def back(self, t: int, dh: Any, dc: Any) -> Any:
+        """One step: the gradients of ax, h' and c'. Adds to those of R, bR and the extras."""
+        cell, options, step = self.cell, self.options, self.steps[t]
+        past_h, dm = parted(options.keep_h[t], dh)
+        past_c, dc = parted(options.keep_c[t], dc)
+        if options.hr is not None:
+            options.add(options.dhr, dm, step.m)
+            dm = dm @ options.hr
+        if options.carries_m:
+            dm, dc = dm + dc, 0.0
+        dseen: Any = 0.0
+        if cell.backward_gate is not None:
+            r, z, n = step.kept
+            da_z, da_n, dcarried = cell.backward(z, n, step.carried, dm, *step.functions)
+            da_r, dseen = cell.backward_gate(r, step.seen, da_n @ self.R[:, self.late], *step.functions)
+            da, dc_prev = (da_r, da_z, da_n), dc
+        else:
+            given = (step.kept, step.carried, step.m, step.c_prev, step.c, self.problem.clip_cell, dm, dc)
+            da, dcarried, dc_prev = cell.backward(*given, *step.functions)
+        if cell.state_product:
+            dseen = dseen + self.product_back(np.concatenate([da[s] for s in cell.h_sum], -1), step)
+        dh_prev = dseen * options.mask
+        if options.carries_m:
+            dc_prev = dc_prev + dcarried
+        else:
+            dh_prev = dh_prev + dcarried
+        return np.concatenate([da[s] for s in cell.x_sum], -1), dh_prev + past_h, dc_prev + past_c
+
+    def product_back(self, da: Any, step: _Step) -> Any:
+        """The gradient of h' as R sees it, from that of the sums. Adds to those of R, bR and the gain."""
+        options, early, late = self.options, self.early, self.late
+        options.add(self.dbR, da)
+        if step.normed is not None:
+            options.add(options.dgain_hh, da * step.normed[0])
+            da = norm_back(da * row(options.gain_hh), *step.normed)
+        options.add(self.dR[:, early], da[..., early], step.seen)
+        if self.cell.two_products:
+            options.add(self.dR[:, late], da[..., late], step.rh)
+        return da[..., early] @ self.R[:, early]
 
 
 # The stack of layers and directions.
-
-
-def _backwards(problem: Problem, d: int) -> bool:
-    return problem.reverse or d == 1
-
-
-def _times(problem: Problem, d: int) -> Any:
-    """What a walk must know of time: active, restart, order."""
-    active, backwards = _active(problem), _backwards(problem, d)
-    return active, _restart(problem, active, backwards), _order(problem, backwards)
 
 
 def _state(problem: Problem, given: Any, like: Any, units: int = 0) -> Any:
@@ -330,11 +354,10 @@ def _columns(W: Any, tokens: Any) -> Any:
     return W.swapaxes(-1, -2)[np.arange(len(W))[:, None], tokens]
 
 
-def _forward(problem: Problem, p: Arguments) -> tuple[Results, list[_Kept]]:
-    cell = CELLS[problem.cell]
+def _forward(problem: Problem, p: Arguments) -> tuple[Results, list[_Walk]]:
     h0, c0 = _state(problem, p.h0, p.x, problem.outputs), _state(problem, p.c0, p.x)
     hn, cn = np.empty_like(h0), np.empty_like(c0)
-    kept: list[_Kept] = []
+    walks: list[_Walk] = []
     all_cells = []
     y = p.x
     for layer in range(problem.L):
@@ -347,23 +370,17 @@ def _forward(problem: Problem, p: Arguments) -> tuple[Results, list[_Kept]]:
             W, *others = p.params[n]
             if layer == 0 and isinstance(p, _OneHot):
                 W, extra = np.zeros_like(W), extra + _columns(W, p.tokens)
-            if problem.variant:
-                walk = Walk(problem, n, (W, *others), p.extras[n])
-                walked = walk.forward(y, extra, h0[n], c0[n], *_times(problem, d))
-            else:
-                walked = _walk(problem, cell, y, (W, *others), extra, h0[n], c0[n], _backwards(problem, d))
-            ys.append(walked[0])
-            cells.append(walked[1])
-            hn[n], cn[n] = walked[2], walked[3]
-            kept.append(walked[4])
+            walks.append(_Walk(problem, n, (W, *others), p.extras[n] if problem.variant else (None,) * 6))
+            y_d, cells_d, hn[n], cn[n] = walks[n].forward(y, extra, h0[n], c0[n])
+            ys.append(y_d)
+            cells.append(cells_d)
         y = np.concatenate(ys, -1)
         all_cells.append(np.concatenate(cells, -1))
-    return Results(y, hn, cn, np.stack(all_cells)), kept
+    return Results(y, hn, cn, np.stack(all_cells)), walks
 
 
 def _backward(problem: Problem, p: Arguments, g: Results) -> Arguments:
-    cell = CELLS[problem.cell]
-    kept = _forward(problem, p)[1]
+    walks = _forward(problem, p)[1]
     dhn, dcn = _state(problem, g.hn, p.x, problem.outputs), _state(problem, g.cn, p.x)
     dh0, dc0 = np.empty_like(dhn), np.empty_like(dcn)
     rows, Q = (problem.T, problem.E, problem.B), problem.outputs
@@ -378,17 +395,13 @@ def _backward(problem: Problem, p: Arguments, g: Results) -> Arguments:
         for d in range(problem.D):
             n = layer * problem.D + d
             dys = dy[..., d * Q : (d + 1) * Q], dcells[..., d * problem.H : (d + 1) * problem.H]
+            dx_d, dh0[n], dc0[n], params[n], dextra, dextras = walks[n].backward(*dys, dhn[n], dcn[n])
+            dx = dx + dx_d
             if problem.variant:
-                walk = Walk(problem, n, p.params[n], p.extras[n])
-                walked = walk.backward(kept[n], *dys, dhn[n], dcn[n], *_times(problem, d))
-                extras[n] = walked[5]
-            else:
-                walked = _walk_back(problem, cell, kept[n], p.params[n], *dys, dhn[n], dcn[n], _backwards(problem, d))
-            dx = dx + walked[0]
-            dh0[n], dc0[n], params[n] = walked[1], walked[2], walked[3]
+                extras[n] = dextras
             if layer == 0 and p.context is not None:
-                dcontext = dcontext + walked[4] @ p.context_weights[d]
-                dweights.append(walked[4].swapaxes(-1, -2) @ p.context)
+                dcontext = dcontext + dextra @ p.context_weights[d]
+                dweights.append(dextra.swapaxes(-1, -2) @ p.context)
         dy = dx
         if layer > 0 and problem.dropout > 0:
             dy = dy * dropout.scale(dy.shape, problem.dropout, problem.seed, layer - 1)
