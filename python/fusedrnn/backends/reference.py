@@ -188,6 +188,13 @@ def _product(x: Any, W: Any, b: Any, gain: Any = None) -> tuple[Any, Any]:
     return (a if b is None else a + row(b)), normed
 
 
+def _feed(sums: list[Any], product: Any, places: tuple[int, ...], H: int) -> list[Any]:
+    """The sums with the blocks of a product, (...,n*H), added where they belong."""
+    for gate, s in enumerate(places[: product.shape[-1] // H]):
+        sums[s] = sums[s] + product[..., gate * H : (gate + 1) * H]
+    return sums
+
+
 def _outer(da: Any, x: Any) -> Any:
     """da (T,E,B,G*H), x (T,E,B,I): the gradient of W in x W^T, (E,G*H,I)."""
     T, E, B, GH = da.shape
@@ -229,7 +236,7 @@ class _Walk:
         problem, options, active, restart = self.problem, self.options, self.active, self.restart
         self.x = np.where(active, x, 0)  # so that padding, NaN included, reaches nothing
         ax, self.normed = _product(self.x, self.W, self.bW, options.gain_ih)
-        ax = ax + extra
+        sums = _feed([0.0] * self.cell.sums, ax + extra, self.cell.x_sum, problem.H)
         first_h, first_c = (h0, c0) if problem.reset_to_initial else (0.0, 0.0)
         y = np.zeros((*x.shape[:3], problem.outputs), x.dtype)
         cells = np.zeros((*x.shape[:3], problem.H), x.dtype)
@@ -237,7 +244,7 @@ class _Walk:
         h, c = h0, c0
         for t in self.order:
             h_prev, c_prev = np.where(restart[t], first_h, h), np.where(restart[t], first_c, c)
-            step = self.steps[t] = self.step(ax[t], h_prev, c_prev)
+            step = self.steps[t] = self.step([0.0 if isinstance(a, float) else a[t] for a in sums], h_prev, c_prev)
             projected = step.m if options.hr is None else step.m @ options.hr.swapaxes(-1, -2)
             h = np.where(active[t], mixed(options.keep_h[t], h_prev, projected), h)
             c = np.where(active[t], mixed(options.keep_c[t], c_prev, step.c), c)
@@ -245,20 +252,16 @@ class _Walk:
             cells[t] = np.where(active[t], c if options.has_c else h, 0)
         return y, cells, h, c
 
-    def step(self, ax: Any, h_prev: Any, c_prev: Any) -> _Step:
-        """ax (E,B,G*H): what the product with x gives."""
+    def step(self, a: list[Any], h_prev: Any, c_prev: Any) -> _Step:
+        """a: the sums so far, without the products with h'."""
         cell, options, early, late = self.cell, self.options, self.early, self.late
         functions = options.functions()
         seen, carried = h_prev * options.mask, c_prev if options.carries_m else h_prev
-        a: list[Any] = [0.0] * cell.sums
-        for block, s in zip(np.split(ax, cell.gates, -1), cell.x_sum, strict=True):
-            a[s] = a[s] + block
         rh = normed = None
         if cell.state_product:
             bR, b_late = (None, None) if self.bR is None else (self.bR[:, early], self.bR[:, late])
             ah, normed = _product(seen, self.R[:, early], bR, options.gain_hh)
-            for block, s in zip(np.split(ah, ah.shape[-1] // self.problem.H, -1), cell.h_sum, strict=False):
-                a[s] = a[s] + block
+            _feed(a, ah, cell.h_sum, self.problem.H)
         if cell.gate is not None:
             r, z, rh = cell.gate(a[0], a[1], seen, *functions)
             n, m = cell.forward(a[2] + _product(rh, self.R[:, late], b_late)[0], z, carried, *functions)
