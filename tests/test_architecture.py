@@ -198,11 +198,39 @@ def test_only_native_imports_the_extension():
 
 
 @pytest.mark.parametrize(
-    "path", [*PACKAGE.glob("cells/*.py"), PACKAGE / "backends" / "reference.py"], ids=lambda p: p.name
+    "path",
+    [*PACKAGE.glob("cells/*.py"), *(PACKAGE / "backends" / name for name in ("reference.py", "variants.py"))],
+    ids=lambda path: path.name,
 )
 def test_the_judge_does_not_use_the_judged(path):
     bad = has(imports(path), "numba", "fusedrnn._core", "fusedrnn.backends.native", "fusedrnn.backends.numba")
     assert not bad
+
+
+def activates(path: Path) -> bool:
+    """Whether a file calls an activation or its slope outside of classes of Functions, which formulas take."""
+
+    def calls(node: ast.AST) -> bool:
+        if isinstance(node, ast.ClassDef) and "Functions" in map(ast.unparse, node.bases):
+            return False
+        name = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+        return bool(re.search(r"\b(sigmoid|tanh|relu|slope|ACTIVATIONS\[.*\]\.f)$", name)) or any(
+            map(calls, ast.iter_child_nodes(node))
+        )
+
+    return calls(ast.parse(path.read_text()))
+
+
+def test_formulas_of_cells_stand_in_one_folder():
+    """Once in C++, once in Python, told by who activates. torch/composite.py has those that torch differentiates."""
+    users = {path.relative_to(PACKAGE).as_posix() for path in modules() if activates(path)}
+    ours = {user for user in users if user.split("/")[0] not in ("examples", "bench")}
+    assert {user for user in ours if not user.startswith("cells/")} == {"torch/composite.py"}
+    assert {"cells/functions.py", "cells/mingru.py", "cells/minlstm.py"} <= ours
+    for path in sources("csrc/**/*.h", "csrc/**/*.cpp", "csrc/**/*.cu"):
+        numbers = ("vec.h", "gates.h", "jvp.h", "activations.h")  # sigmoid and tanh themselves
+        found = re.search(r"\b(sigmoid|tanh)\(", text_without_comments(path))
+        assert not found or path.name in numbers or path.parent.name == "cells", path
 
 
 def test_imports_have_no_circle():
