@@ -179,9 +179,10 @@ def _restart(problem: Problem, active: Any, backwards: bool) -> Any:
     return restart
 
 
-def _product(x: Any, W: Any, b: Any, gain: Any = None) -> tuple[Any, Any]:
-    """x (...,E,B,I), W (E,G*H,I), b (E,G*H) or None: norm(x W^T) + b, (...,E,B,G*H), and what norm's way back needs."""
-    a, normed = x @ W.swapaxes(-1, -2), None
+def _product(x: Any, W: Any, b: Any, gain: Any = None, extra: Any = 0.0) -> tuple[Any, Any]:
+    """x (...,E,B,I), W (E,G*H,I), b (E,G*H) or None: norm(x W^T + extra) + b, (...,E,B,G*H), and what norm's way back
+    needs."""
+    a, normed = x @ W.swapaxes(-1, -2) + extra, None
     if gain is not None:
         normed = norm(a)
         a = normed[0] * row(gain)
@@ -235,8 +236,8 @@ class _Walk:
         """y (T,E,B,P or H), cells (T,E,B,H), hn, cn. extra: what is added to x W^T: (E,B,G*H), with T or not, or 0."""
         problem, options, active, restart = self.problem, self.options, self.active, self.restart
         self.x = np.where(active, x, 0)  # so that padding, NaN included, reaches nothing
-        ax, self.normed = _product(self.x, self.W, self.bW, options.gain_ih)
-        sums = _feed([0.0] * self.cell.sums, ax + extra, self.cell.x_sum, problem.H)
+        ax, self.normed = _product(self.x, self.W, self.bW, options.gain_ih, extra)
+        sums = _feed([0.0] * self.cell.sums, ax, self.cell.x_sum, problem.H)
         first_h, first_c = (h0, c0) if problem.reset_to_initial else (0.0, 0.0)
         y = np.zeros((*x.shape[:3], problem.outputs), x.dtype)
         cells = np.zeros((*x.shape[:3], problem.H), x.dtype)
@@ -290,13 +291,13 @@ class _Walk:
                 dh0, dc0 = dh0 + np.where(restart[t], dh_prev, 0), dc0 + np.where(restart[t], dc_prev, 0)
             dh_next = np.where(active[t], np.where(restart[t], 0, dh_prev), dh_next)
             dc_next = np.where(active[t], np.where(restart[t], 0, dc_prev), dc_next)
-        dextra, dbW = da_x.sum(0), da_x.sum((0, 2))
+        dbW = da_x.sum((0, 2))
         if self.normed:
             options.dgain_ih += (da_x * self.normed[0]).sum((0, 2))
             da_x = norm_back(da_x * row(options.gain_ih), *self.normed)
         of_state = (self.dR, self.dbR) if self.cell.state_product else (None, None)
         params = (_outer(da_x, self.x), of_state[0], dbW, of_state[1])
-        return da_x @ self.W, dh0 + dh_next, dc0 + dc_next, params, dextra, options.gradients
+        return da_x @ self.W, dh0 + dh_next, dc0 + dc_next, params, da_x.sum(0), options.gradients
 
     def back(self, t: int, dh: Any, dc: Any) -> Any:
         """One step: the gradients of ax, h' and c'. Adds to those of R, bR and the extras."""

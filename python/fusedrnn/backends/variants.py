@@ -3,7 +3,7 @@
 
 Per row and step, with h', c' the state before it:
 
-    sums   norm(x W^T) + bW,  norm((h' * mask) R^T) + bR              norm: layer norm times gain, or nothing
+    sums   norm(x W^T + context) + bW,  norm((h' * mask) R^T) + bR    norm: layer norm times gain, or nothing
     cell   m, c~ = fusedrnn.cells' formulas of the sums, with these functions in them (`Chosen`):
                gate, candidate = F, G(clip(a));  state = H(norm(c));  peep = a + p c
     out    h = k_h h' + (1 - k_h) (m Wr^T or m),  c = k_c c' + (1 - k_c) c~
