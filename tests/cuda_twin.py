@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from fusedrnn import arrays, dlpack
+from fusedrnn.cells import CELLS
 
 ROOT = Path(__file__).parents[1]
 TESTS = ROOT / "tests" / "csrc"
@@ -33,6 +34,23 @@ SOURCES = [
     ROOT / "csrc" / "cpu" / "fiber.cpp",
     ROOT / "csrc" / "cuda" / "entry.cpp",
 ]
+
+
+ROUTES = ("single", "cluster", "grid", "stepwise")
+PERSISTENT = ("rnn_tanh", "rnn_relu", "lstm", "gru")  # the others run step by step, and so does float64
+
+
+def kinds(budgets: dict[str, float]) -> list[tuple[str, str, str]]:
+    """Cell, type and route of all that runs, for types with these error budgets. Coarse types leave out cells whose
+    gradient jumps: where rounding moves a sum over 0, the gradient is another one."""
+    return [
+        (name, dtype, route)
+        for name, cell in CELLS.items()
+        for dtype, budget in budgets.items()
+        for route in ROUTES
+        if cell.smooth or budget < 1e-3
+        if route == "stepwise" or (name in PERSISTENT and dtype != "float64")
+    ]
 
 
 def why_not() -> str:

@@ -13,6 +13,7 @@ from fusedrnn.backends import Arguments, Problem, Results, reference
 from fusedrnn.cells import CELLS
 
 ALL_CELLS = list(CELLS)
+OPS = {name: (cell.op, cell.options) for name, cell in CELLS.items()}  # the public function, and what chooses the cell
 
 
 class Data(NamedTuple):

@@ -11,13 +11,20 @@ from fusedrnn.cells import CELLS, dropout, number
 
 
 def test_registry():
-    assert list(CELLS) == ["rnn_tanh", "rnn_relu", "lstm", "gru", "gru_reset_before", "cifg", "mingru", "minlstm"]
     for name, cell in CELLS.items():
         assert cell.name == name
         assert len(cell.x_sum) == cell.gates
         assert len(cell.h_sum) == (cell.gates if cell.state_product else 0)
         assert set(cell.x_sum) | set(cell.h_sum) == set(range(cell.sums))
         assert cell.two_products == (cell.backward_gate is not None)
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_the_public_function_with_its_options_runs_the_cell(name):
+    cell, params = CELLS[name], fusedrnn.params.init(name, 3, 4, seed=0)
+    run = getattr(fusedrnn, cell.op)
+    tape = run(np.ones((2, 3), np.float32), None, params, training=True, backend="reference", **cell.options)[-1]
+    assert tape.call.problem.cell == name
 
 
 def test_sigmoid_and_tanh_at_their_ends():

@@ -14,30 +14,13 @@ import pytest
 
 import close
 import fusedrnn
-from cuda_twin import Chip, chip, host
+from cuda_twin import Chip, chip, host, kinds
 from fusedrnn import backends, tbptt
 from fusedrnn import params as parameters
+from fusedrnn.cells import CELLS
+from shapes import OPS
 
-OPS: dict[str, tuple[str, dict[str, Any]]] = {
-    "rnn_tanh": ("rnn", {}),
-    "rnn_relu": ("rnn", {"nonlinearity": "relu"}),
-    "lstm": ("lstm", {}),
-    "gru": ("gru", {}),
-    "gru_reset_before": ("gru", {"reset_after": False}),
-    "cifg": ("lstm", {"coupled": True}),
-    "mingru": ("mingru", {}),
-    "minlstm": ("minlstm", {}),
-}
-STEPWISE = ("gru_reset_before", "cifg", "mingru", "minlstm")  # and no other route
 BUDGETS = {"float64": 1e-12, "float32": 5e-6, "3xtf32": 5e-6, "tf32": 2e-2, "float16": 2e-2}
-ROUTES = ("single", "cluster", "grid", "stepwise")
-
-
-def kinds() -> list[tuple[str, str, str]]:
-    every = [(c, d, r) for c in OPS for d in BUDGETS for r in ROUTES]
-    # relu's slope jumps: where rounding moves a sum over 0, the gradient is another one
-    every = [k for k in every if k[0] != "rnn_relu" or BUDGETS[k[1]] < 1e-5]
-    return [k for k in every if k[2] == "stepwise" or (k[0] not in STEPWISE and k[1] != "float64")]
 
 
 class Case:
@@ -51,7 +34,7 @@ class Case:
         H, L, D = pick.choice([1, 7, 16, 21]), pick.choice([1, 1, 2]), pick.choice([1, 1, 2])
         E = pick.choice([0, 0, 0, 2])  # 0: no axis
         self.unbatched, batch_first = pick.random() < 0.15, pick.random() < 0.4
-        bias, state, has_c = pick.random() < 0.7, pick.random() < 0.6, cell in ("lstm", "cifg")
+        bias, state, has_c = pick.random() < 0.7, pick.random() < 0.6, CELLS[cell].cell_state
         if self.unbatched:
             B = 1
 
@@ -61,7 +44,7 @@ class Case:
             return tuple(sizes[a] for a in axes if not (a == "E" and not sets) and not (a == "B" and self.unbatched))
 
         self.x = self.draw(*lie("TEBI", E * pick.choice([0, 1])))  # shared by all sets, or one for each
-        weights = parameters.init(cell.removesuffix("_reset_before"), I, H, L, D == 2, bias, self.dtype, seed)
+        weights = parameters.init(cell, I, H, L, D == 2, bias, self.dtype, seed)
         self.params = {
             name: np.stack([w * (1 - 0.2 * e) for e in range(E)]).astype(w.dtype) if E else w
             for name, w in weights.items()
@@ -125,7 +108,7 @@ def compare(label: str, got: Any, expected: Any, budget: float) -> None:
         close.check(f"{label}: {n}", host(a).astype(np.float64), b, budget)
 
 
-@pytest.mark.parametrize("cell, dtype, route", kinds())
+@pytest.mark.parametrize("cell, dtype, route", kinds(BUDGETS))
 def test_front_door(twin: Any, twin_extension: Any, cell: str, dtype: str, route: str) -> None:
     twin.set_route(route)
     twin.set_float32(dtype if "tf32" in dtype else "strict")

@@ -13,15 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cuda_twin import Chip
+from cuda_twin import ROUTES, Chip, kinds
 from fusedrnn.arrays import DeviceArray, device_array
 from fusedrnn.backends import Arguments, Problem, Results, reference
+from fusedrnn.cells import CELLS
 
-ROUTES = ("single", "cluster", "grid", "stepwise")
-CELLS = ("rnn_tanh", "rnn_relu", "lstm", "gru", "gru_reset_before", "cifg", "mingru", "minlstm")
-STEPWISE = ("gru_reset_before", "cifg", "mingru", "minlstm")  # and no other route
 FLOAT32 = {"float32": 0, "tf32": 1, "3xtf32": 2}  # how it is multiplied
-DTYPES = (*FLOAT32, "float64", "bfloat16", "float16")
 BUDGETS = {"float64": 1e-12, "float32": 2e-5, "3xtf32": 2e-5, "tf32": 2e-2, "float16": 2e-2, "bfloat16": 1e-1}
 
 
@@ -115,11 +112,11 @@ class Case:
         """cut: two directions, rows of several lengths, and resets."""
         pick, numbers = random.Random(seed), np.random.default_rng(seed)
         self.types, exact = Types(dtype), BUDGETS[dtype] < 1e-3
-        G = {"lstm": 4, "mingru": 2, "rnn_tanh": 1, "rnn_relu": 1}.get(cell, 3)
+        G, has_c = CELLS[cell].gates, CELLS[cell].cell_state
         T, E, B = pick.choice(steps), pick.choice([1, 1, 2]), pick.choice([3, 8] if cut else [1, 3, 8, 17])
         I, H = pick.choice([1, 5, 8, 16]), pick.choice([1, 7, 8, 16, 21, 24])  # noqa: E741
         L, D = pick.choice([1, 1, 2]), 2 if cut else pick.choice([1, 1, 2])
-        has_c, odd, shared = cell in ("lstm", "cifg"), pick.random() < 0.3, E > 1 and pick.random() < 0.5
+        odd, shared = pick.random() < 0.3, E > 1 and pick.random() < 0.5
 
         def maybe(value: Any, often: float, otherwise: Any = None) -> Any:
             return value if pick.random() < often else otherwise
@@ -286,14 +283,7 @@ class Case:
         return f"seed {self.seed}: T={q.T} E={q.E} B={q.B} I={q.I} H={q.H} L={q.L} D={q.D} {' '.join(options)}"
 
 
-def kinds() -> list[tuple[str, str, str]]:
-    every = [(c, d, r) for c in CELLS for d in DTYPES for r in ROUTES]
-    # relu's slope jumps: where rounding moves a sum over 0, the gradient is another one
-    every = [k for k in every if k[0] != "rnn_relu" or BUDGETS[k[1]] < 1e-3]
-    return [k for k in every if k[2] == "stepwise" or (k[0] not in STEPWISE and k[1] != "float64")]
-
-
-@pytest.mark.parametrize("cell, dtype, route", kinds())
+@pytest.mark.parametrize("cell, dtype, route", kinds(BUDGETS))
 def test_call(twin_extension: Any, cell: str, dtype: str, route: str) -> None:
     for seed in range(int(os.environ.get("FUSEDRNN_CASES", "12"))):
         case = Case(cell, dtype, route, seed)
@@ -305,7 +295,7 @@ def test_call(twin_extension: Any, cell: str, dtype: str, route: str) -> None:
 STEPS = (1, 37, 63, 64, 65, 131)
 
 
-@pytest.mark.parametrize("cell, dtype, route", kinds())
+@pytest.mark.parametrize("cell, dtype, route", kinds(BUDGETS))
 def test_recompute(twin_extension: Any, cell: str, dtype: str, route: str) -> None:
     """As the ordinary tape of the same call: results in every bit, gradients but for the order of sums; and float64."""
     for seed in range(int(os.environ.get("FUSEDRNN_CASES", "4"))):
@@ -313,7 +303,7 @@ def test_recompute(twin_extension: Any, cell: str, dtype: str, route: str) -> No
         cut, steps = seed < 2, STEPS if seed > 1 else (131,)
         one, other = (Case(cell, dtype, route, seed, steps, recompute, cut) for recompute in (True, False))
         tape, whole = one.run(twin_extension), other.run(twin_extension)
-        assert tape <= whole / 2 + 256 * one.problem.L * (cell in ("lstm", "cifg")), (
+        assert tape <= whole / 2 + 256 * one.problem.L * CELLS[cell].cell_state, (
             f"{one}: tape of {tape} bytes, {whole} without"
         )
         one.same(other)
@@ -325,13 +315,13 @@ def test_recompute(twin_extension: Any, cell: str, dtype: str, route: str) -> No
 @pytest.mark.parametrize("T, B", [(256, 16), (1000, 64), (100, 300), (37, 1), (64, 4)])
 def test_recompute_keeps_half_the_tape(twin_extension: Any, cell: str, T: int, B: int) -> None:
     def bytes_of(recompute: bool, L: int) -> int:  # noqa: N803
-        G, H, I = {"lstm": 4, "mingru": 2, "rnn_tanh": 1, "rnn_relu": 1}.get(cell, 3), 24, 8  # noqa: E741
+        G, H, I = CELLS[cell].gates, 24, 8  # noqa: E741
         some = Memory(64)
 
         def array(*shape: int) -> Any:
             return DeviceArray(some, some.pointer, shape, np.empty(shape, np.uint16).strides, "float16", 2, 0)
 
-        R = None if cell.startswith("min") else array(1, G * H, H)
+        R = array(1, G * H, H) if CELLS[cell].state_product else None
         weights = [(array(1, G * H, H if n else I), R, None, None) for n in range(L)]
         problem, p = (
             Problem(cell, T, 1, B, I, H, L, recompute=recompute),
@@ -343,4 +333,4 @@ def test_recompute_keeps_half_the_tape(twin_extension: Any, cell: str, T: int, B
         elements = T * B * 24 * 2 * L
         less, whole = bytes_of(True, L), bytes_of(False, L)
         assert less <= whole / 2
-        assert elements <= less <= elements * (1.25 if cell in ("lstm", "cifg") else 1) + 512 * L
+        assert elements <= less <= elements * (1.25 if CELLS[cell].cell_state else 1) + 512 * L

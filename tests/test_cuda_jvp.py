@@ -13,7 +13,8 @@ import fusedrnn
 from cuda_twin import chip, host
 from fusedrnn import ops
 from fusedrnn import params as parameters
-from test_cuda import OPS, Case, flat
+from shapes import OPS
+from test_cuda import Case, flat
 from test_cuda_inputs import Case as InputsCase
 
 

@@ -12,7 +12,7 @@ import close
 import fusedrnn
 from fusedrnn.backends import Arguments, Results, reference
 from fusedrnn.cells import CELLS
-from shapes import ALL_CELLS, CASES, Case, build, empty_arguments, empty_results, expected, named
+from shapes import ALL_CELLS, CASES, OPS, Case, build, empty_arguments, empty_results, expected, named
 
 DTYPES = ["float32", "float64"]
 
@@ -134,12 +134,8 @@ def test_missing_tangents_are_zero(route, cell):
 
 def door(cell: str, **options: Any) -> tuple[Any, Any, dict[str, np.ndarray], np.ndarray]:
     rng = np.random.default_rng(0)
-    name = {"cifg": "lstm"}.get(cell, cell.partition("_")[0])
+    name, extra = OPS[cell]
     op = getattr(fusedrnn, name)
-    options_of = {
-        "gru_reset_before": {"reset_after": False}, "rnn_relu": {"nonlinearity": "relu"}, "cifg": {"coupled": True}
-    }  # fmt: skip
-    extra = options_of.get(cell, {})
     params = fusedrnn.params.init(cell, 3, 4, 2, True, seed=1, dtype=np.float64)
     x = rng.standard_normal((5, 2, 3))
 

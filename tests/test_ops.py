@@ -17,18 +17,9 @@ import fusedrnn
 from fusedrnn import ops
 from fusedrnn import params as parameters
 from fusedrnn.cells import CELLS
+from shapes import OPS
 
 T, B, I, H = 5, 3, 4, 6
-OPS: dict[str, tuple[str, dict[str, Any]]] = {
-    "rnn_tanh": ("rnn", {}),
-    "rnn_relu": ("rnn", {"nonlinearity": "relu"}),
-    "lstm": ("lstm", {}),
-    "gru": ("gru", {}),
-    "gru_reset_before": ("gru", {"reset_after": False}),
-    "cifg": ("lstm", {"coupled": True}),
-    "mingru": ("mingru", {}),
-    "minlstm": ("minlstm", {}),
-}
 
 
 def rng(seed: int = 0) -> np.random.Generator:

@@ -85,7 +85,6 @@ def test_coupled_against_onnx(backend, lengths):
 
 ODD = (("Elu", 0.5, 0.0), ("Softsign", 0.0, 0.0), ("ScaledTanh", 1.3, 0.7))
 GENTLE = (("HardSigmoid", 0.3, 0.4), ("Softsign", 0.0, 0.0), ("ScaledTanh", 0.9, 0.7))  # bounded: errors stay small
-USUAL = (("Sigmoid", 0.0, 0.0), ("Tanh", 0.0, 0.0), ("Tanh", 0.0, 0.0))
 DRAWN = {"zoneout_h": 0.2, "zoneout_c": 0.3, "recurrent_dropout": 0.4, "training": True}
 LSTM_VARIANTS: list[dict[str, Any]] = [
     {},
@@ -118,11 +117,10 @@ SHAPES = [
 def variant_data(case: Case, cell: str, options: dict[str, Any], dtype: Any) -> Any:
     """The arrays of a case with a variant: problem, p, g, and empty results and gradients."""
     options = dict(options)
-    lstm = cell in ("lstm", "cifg")
-    count = 3 if lstm else 2 if cell.startswith("gru") else 1
-    usual = USUAL if cell != "rnn_relu" else (("Relu", 0.0, 0.0),)
+    usual = tuple((name, 0.0, 0.0) for name in CELLS[cell].activations)
+    count, has_c = len(usual), CELLS[cell].cell_state
     variant = Variant(tuple(options.pop("activations", usual))[-count if count == 1 else 0 :][:count], **options)
-    clip_cell = 0.8 if case.clip_grad and lstm else 0.0
+    clip_cell = 0.8 if case.clip_grad and has_c else 0.0
     data = build(replace(case, cell=cell, clip_cell=clip_cell), dtype)
     problem, p, g = data.problem, data.p, data.g
     problem.variant = variant
@@ -140,9 +138,9 @@ def variant_data(case: Case, cell: str, options: dict[str, Any], dtype: Any) -> 
     ]
     if p.h0 is not None:
         p.h0 = new(S, E, problem.B, P, share=False)
-    second = lstm or variant.proj_size > 0
+    second = has_c or variant.proj_size > 0
     p.c0 = new(S, E, problem.B, H, share=False) if second and p.h0 is not None else None
-    norm, norm_c = variant.layer_norm, variant.layer_norm and lstm
+    norm, norm_c = variant.layer_norm, variant.layer_norm and has_c
     p.extras = [
         (
             new(E, P, H) if variant.proj_size else None,

@@ -42,7 +42,7 @@ def used(cell: str, variant: Variant) -> set[str]:
         "layer_norm": variant.layer_norm,
         "zoneout": variant.zoneout_h > 0 or variant.zoneout_c > 0,
         "recurrent_dropout": variant.recurrent_dropout > 0,
-        "activations": variant.activations != _activations("", None, _usual(cell)),
+        "activations": variant.activations != _activations("", None, CELLS[cell].activations),
         "clip_gates": variant.clip_gates > 0,
     }
     return {name for name, there in found.items() if there}
@@ -63,7 +63,7 @@ def variant(op: str, cell: str, options: Settings) -> Variant | None:
     if len(pair) != 2:
         fail(op, "zoneout", f"is {zoneout!r}", "a probability, or a pair of them for h and c")
     zones = [probability(op, "zoneout", p) for p in pair]
-    usual = _usual(cell)
+    usual = CELLS[cell].activations
     result = Variant(
         _activations(op, options.activations, usual),
         P,
@@ -81,18 +81,11 @@ def variant(op: str, cell: str, options: Settings) -> Variant | None:
     return result if used(cell, result) else None
 
 
-def _usual(cell: str) -> list[str]:
-    """The activations of the plain cell."""
-    if cell.startswith("rnn"):
-        return ["Tanh"] if cell == "rnn_tanh" else ["Relu"]
-    return ["Sigmoid", "Tanh", "Tanh"] if CELLS[cell].cell_state else ["Sigmoid", "Tanh"]
-
-
-def _activations(op: str, given: Any, usual: list[str]) -> tuple[tuple[str, float, float], ...]:
+def _activations(op: str, given: Any, usual: tuple[str, ...]) -> tuple[tuple[str, float, float], ...]:
     """Each activation as (name, alpha, beta); given as a name or with its numbers."""
     listed = usual if given is None else given
     if isinstance(listed, str) or not isinstance(listed, Sequence) or len(listed) != len(usual):
-        fail(op, "activations", f"is {given!r}", f"{len(usual)} of them, as in {usual!r}")
+        fail(op, "activations", f"is {given!r}", f"{len(usual)} of them, as in {list(usual)!r}")
     result = []
     by_name = {name.lower(): name for name in ACTIVATIONS}
     for one in listed:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -20,6 +20,7 @@ class Cell:
     """
 
     name: str
+    op: str  # the public function that runs it
     gates: int  # row blocks of W and R
     sums: int  # pre-activations, per unit
     kept: int  # values on the tape beside c and h
@@ -30,7 +31,10 @@ class Cell:
     backward: Callable[..., Any]
     gate: Callable[..., Any] | None = None
     backward_gate: Callable[..., Any] | None = None
+    options: dict[str, Any] = field(default_factory=dict, hash=False)  # of that function, which choose this cell
     state_product: bool = True  # has R; without it h_sum is empty
+    activations: tuple[str, ...] = ()  # its usual ones, where options may put others in their places
+    smooth: bool = True  # no gradient jumps: where rounding moves a sum over 0, relu's is another one
 
     @property
     def two_products(self) -> bool:

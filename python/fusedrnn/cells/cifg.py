@@ -39,6 +39,7 @@ def backward(
 
 CIFG = Cell(
     name="cifg",
+    op="lstm",
     gates=3,
     sums=3,
     kept=3,
@@ -47,4 +48,6 @@ CIFG = Cell(
     h_sum=(0, 1, 2),
     forward=forward,
     backward=backward,
+    options={"coupled": True},
+    activations=("Sigmoid", "Tanh", "Tanh"),
 )

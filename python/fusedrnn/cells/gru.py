@@ -35,6 +35,7 @@ def backward(
 
 GRU = Cell(
     name="gru",
+    op="gru",
     gates=3,
     sums=4,
     kept=4,
@@ -43,6 +44,7 @@ GRU = Cell(
     h_sum=(0, 1, 3),
     forward=forward,
     backward=backward,
+    activations=("Sigmoid", "Tanh"),
 )
 
 
@@ -74,6 +76,7 @@ def backward_gate(r: Any, h_seen: Any, drh: Any, f: Functions = PLAIN) -> Any:
 
 GRU_RESET_BEFORE = Cell(
     name="gru_reset_before",
+    op="gru",
     gates=3,
     sums=3,
     kept=3,
@@ -84,4 +87,6 @@ GRU_RESET_BEFORE = Cell(
     backward=reset_before_backward,
     gate=gate,
     backward_gate=backward_gate,
+    options={"reset_after": False},
+    activations=("Sigmoid", "Tanh"),
 )

@@ -41,6 +41,7 @@ def backward(
 
 LSTM = Cell(
     name="lstm",
+    op="lstm",
     gates=4,
     sums=4,
     kept=4,
@@ -49,4 +50,5 @@ LSTM = Cell(
     h_sum=(0, 1, 2, 3),
     forward=forward,
     backward=backward,
+    activations=("Sigmoid", "Tanh", "Tanh"),
 )

@@ -26,6 +26,7 @@ def backward(kept: Any, h_prev: Any, h: Any, c_prev: Any, c: Any, clip: Any, dh:
 
 MINGRU = Cell(
     name="mingru",
+    op="mingru",
     gates=2,
     sums=2,
     kept=2,

@@ -28,6 +28,7 @@ def backward(kept: Any, h_prev: Any, h: Any, c_prev: Any, c: Any, clip: Any, dh:
 
 MINLSTM = Cell(
     name="minlstm",
+    op="minlstm",
     gates=3,
     sums=3,
     kept=4,

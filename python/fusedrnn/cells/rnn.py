@@ -12,7 +12,7 @@ from .cell import Cell
 from .functions import Functions, ReluUnit, TanhUnit
 
 
-def _cell(name: str, plain: Functions) -> Cell:
+def _cell(name: str, plain: Functions, **facts: Any) -> Cell:
     def forward(a: Any, h_prev: Any, c_prev: Any, clip: Any, f: Functions = plain) -> Any:
         """One step; h itself tells the slope, so nothing else is kept."""
         return (), f.gate(a[0]), c_prev
@@ -25,6 +25,7 @@ def _cell(name: str, plain: Functions) -> Cell:
 
     return Cell(
         name=name,
+        op="rnn",
         gates=1,
         sums=1,
         kept=0,
@@ -33,7 +34,9 @@ def _cell(name: str, plain: Functions) -> Cell:
         h_sum=(0,),
         forward=forward,
         backward=backward,
+        **facts,
     )
 
 
-RNN_TANH, RNN_RELU = _cell("rnn_tanh", TanhUnit()), _cell("rnn_relu", ReluUnit())
+RNN_TANH = _cell("rnn_tanh", TanhUnit(), activations=("Tanh",))
+RNN_RELU = _cell("rnn_relu", ReluUnit(), activations=("Relu",), options={"nonlinearity": "relu"}, smooth=False)
