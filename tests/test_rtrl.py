@@ -15,19 +15,12 @@ import pytest
 
 import fusedrnn
 from close import BUDGETS, check
-from fusedrnn import rtrl, tbptt
+from fusedrnn import layers, rtrl, tbptt
+from fusedrnn.cells import CELLS
 
-KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "rnn_tanh": (fusedrnn.RNN, {}),
-    "rnn_relu": (fusedrnn.RNN, {"nonlinearity": "relu"}),
-    "lstm": (fusedrnn.LSTM, {}),
-    "lstm_clipped": (fusedrnn.LSTM, {"clip_cell": 0.3}),
-    "gru": (fusedrnn.GRU, {}),
-    "gru_reset_before": (fusedrnn.GRU, {"reset_after": False}),
-    "lstm_coupled": (fusedrnn.LSTM, {"coupled": True}),
-    "mingru": (fusedrnn.MinGRU, {}),
-    "minlstm": (fusedrnn.MinLSTM, {}),
-}
+LAYERS = {layer._op: layer for layer in layers._Layer.__subclasses__()}
+KINDS = {name: (LAYERS[cell.op], cell.options) for name, cell in CELLS.items()}
+KINDS["lstm_clipped"] = fusedrnn.LSTM, {"clip_cell": 0.3}
 I, H, B, T = 3, 5, 4, 20
 BUDGET = BUDGETS["float64", "backward"]
 
@@ -41,13 +34,17 @@ def make(kind: str, L: int = 1, I: int = I, H: int = H, dtype: Any = np.float64,
     return layer
 
 
+def cell_of(kind: str) -> Any:
+    return CELLS[kind.removesuffix("_clipped")]
+
+
 def numbers(*shape: int, seed: int = 0, dtype: Any = np.float64) -> Any:
     return np.random.default_rng([seed, *shape]).uniform(-1.7, 1.7, shape).astype(dtype)
 
 
 def states(kind: str, *shape: int, seed: int, dtype: Any = np.float64) -> Any:
     h, c = numbers(2, *shape, seed=seed, dtype=dtype)
-    return (h, c) if kind.startswith("lstm") else h
+    return (h, c) if cell_of(kind).cell_state else h
 
 
 def flat(grads: dict[str, Any]) -> dict[str, Any]:
@@ -209,7 +206,8 @@ def test_weights_may_change_at_any_time():
 @pytest.mark.parametrize("approximation", [None, "diagonal"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_memory_does_not_grow_with_the_sequence(kind, approximation):
-    L, states_, G = 2, 2 if kind.startswith("lstm") else 1, make(kind).parameters["bias_ih_l0"].size // H
+    cell, L = cell_of(kind), 2
+    states_, G = 1 + cell.cell_state, cell.gates
     layer = make(kind, L)
     for weight in layer.parameters.values():
         weight *= 0.3  # numbers that stay of an ordinary size
@@ -228,8 +226,8 @@ def test_memory_does_not_grow_with_the_sequence(kind, approximation):
     tracemalloc.stop()
     assert last < first + 80 * x.nbytes  # not even x is kept
     # the weights of each layer, a column of biases once; the GRU's n has the biases of both its sums
-    recurrent = 0 if kind.startswith("min") else H
-    P = [G * H * (below + recurrent + 1) + (H if kind == "gru" else 0) for below in (I, H)]
+    recurrent = H if cell.state_product else 0
+    P = [G * H * (below + recurrent + 1) + (cell.sums - G) * H for below in (I, H)]
     if approximation:
         expected = sum(states_ * B * (p + states_ * H) for p in P)
     else:
@@ -302,7 +300,7 @@ def test_diagonal_keeps_what_it_says(kind):
     layer = make(kind)
     names = list(layer.parameters)
     x, dy = numbers(8, 1, I), numbers(8, 1, H, seed=1)
-    count = 2 if kind.startswith("lstm") else 1
+    count = 1 + cell_of(kind).cell_state
 
     state = np.zeros(count * H)
 
@@ -431,7 +429,7 @@ def test_the_next_block_is_taken_after_the_update():
 @pytest.mark.parametrize(
     ("layer", "options", "match"),
     [
-        (object(), {}, "layer is a object; expected a fusedrnn RNN, LSTM, GRU"),
+        (object(), {}, "layer is a object; expected a layer of fusedrnn, such as LSTM"),
         (fusedrnn.GRU(I, H, bidirectional=True), {}, "layer is bidirectional; expected one direction"),
         (fusedrnn.GRU(I, H, clip_grad=1.0), {}, "layer has clip_grad=1.0; expected clip_grad=None"),
         (fusedrnn.GRU(I, H, context_size=2), {}, "layer has weight_ch_l0; expected only weight_ih_l0, .*features of x"),

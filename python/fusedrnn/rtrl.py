@@ -40,18 +40,16 @@ from typing import Any
 
 import numpy as np
 
-from . import check, tbptt
+from . import check, layers, tbptt
 from . import params as parameters
+from .arrays import kind as kind_of
 from .cells import CELLS, dropout
 from .cells.cell import Cell
-from .layers import GRU, LSTM, RNN, MinGRU, MinLSTM
 
 __all__ = ["RTRL", "Chunk", "chunks"]
 
 _Array = np.ndarray
 
-LAYERS = (RNN, LSTM, GRU, MinGRU, MinLSTM)
-OPTIONS = ("nonlinearity", "clip_cell", "coupled", "reset_after")  # of layers, beside those that all have
 BLOCK = 1 << 17  # bytes of sensitivities that one product takes at a time: they stay in the second-level cache
 
 
@@ -89,13 +87,11 @@ class RTRL:
     """
 
     def __init__(self, layer: Any, state: Any = None, *, approximation: str | None = None) -> None:
-        if not isinstance(layer, LAYERS):
-            expected = f"a fusedrnn {', '.join(one.__name__ for one in LAYERS)}"
-            fix = "For a PyTorch module, make one of these and call its load_state_dict."
-            check.fail("RTRL", "layer", f"is a {type(layer).__name__}", expected, fix, TypeError)
-        options = {**layer._options(), **getattr(layer, "variants", {})}  # variants of cells: what changes a formula
-        for name, value in options.items():
-            if value and name not in OPTIONS:
+        if not isinstance(layer, layers._Layer):
+            fix = "For a torch module: layer.load_state_dict(module.state_dict())."
+            check.fail("RTRL", "layer", f"is {kind_of(layer)}", "a layer of fusedrnn, such as LSTM", fix, TypeError)
+        for name, value in layer.variants.items():
+            if value:
                 check.fail("RTRL", "layer", f"has {name}={value!r}", f"no {name}", "RTRL does not know that option.")
         if layer.bidirectional:
             why = "The other begins at the end of the sequence, which an online method never sees."
