@@ -9,10 +9,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fusedrnn import layers
 from fusedrnn.backends import Arguments, Problem, Results, reference
 from fusedrnn.cells import CELLS
 
 ALL_CELLS = list(CELLS)
+LAYERS = {layer._op: layer for layer in layers._Layer.__subclasses__()}
 OPS = {name: (cell.op, cell.options) for name, cell in CELLS.items()}  # the public function, and what chooses the cell
 
 

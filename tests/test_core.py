@@ -12,10 +12,12 @@ import pytest
 
 import fusedrnn
 from fusedrnn.backends import Arguments, Problem, Results
+from fusedrnn.cells import CELLS
+from shapes import LAYERS
 
 core = pytest.importorskip("fusedrnn._core", exc_type=ImportError)
 
-GATES = {"rnn_tanh": 1, "rnn_relu": 1, "lstm": 4, "gru": 3, "gru_reset_before": 3}
+LANES = [name for name, cell in CELLS.items() if cell.state_product]
 T, E, B, I, H, L, D = 3, 2, 4, 5, 6, 2, 2
 
 
@@ -24,20 +26,26 @@ class Case:
 
     def __init__(self, cell: str = "lstm", dtype: type = np.float32) -> None:
         rng = np.random.default_rng(0)
-        rows = GATES[cell] * H
+        spec = CELLS[cell]
+        rows = spec.gates * H
 
         def new(*shape: int) -> np.ndarray:
             return rng.standard_normal(shape).astype(dtype)
 
         def arguments() -> Arguments:
+            of_h = spec.state_product
             params = [
-                (new(E, rows, I if k < D else D * H), new(E, rows, H), new(E, rows), new(E, rows)) for k in range(L * D)
-            ]
-            c0 = new(L * D, E, B, H) if cell == "lstm" else None
+                (
+                    new(E, rows, I if k < D else D * H), new(E, rows, H) if of_h else None,
+                    new(E, rows), new(E, rows) if of_h else None,
+                )
+                for k in range(L * D)
+            ]  # fmt: skip
+            c0 = new(L * D, E, B, H) if spec.cell_state else None
             return Arguments(new(T, E, B, I), new(L * D, E, B, H), c0, params)
 
         def results() -> Results:
-            cn = new(L * D, E, B, H) if cell == "lstm" else None
+            cn = new(L * D, E, B, H) if spec.cell_state else None
             return Results(new(T, E, B, D * H), new(L * D, E, B, H), cn, new(L, T, E, B, D * H))
 
         self.problem = Problem(cell, T, E, B, I, H, L, D)
@@ -75,7 +83,7 @@ class Case:
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("cell", GATES)
+@pytest.mark.parametrize("cell", CELLS)
 def test_a_right_call_works(cell, dtype):
     case = Case(cell, dtype)
     for array in case.written():
@@ -334,11 +342,7 @@ def test_any_strides_are_read():
 
 
 def layer_of(cell, **options):
-    if cell == "lstm":
-        return fusedrnn.LSTM(I, H, **options)
-    if cell.startswith("gru"):
-        return fusedrnn.GRU(I, H, reset_after=cell == "gru", **options)
-    return fusedrnn.RNN(I, H, nonlinearity=cell[4:], **options)
+    return LAYERS[CELLS[cell].op](I, H, **CELLS[cell].options, **options)
 
 
 def flat(result):
@@ -364,7 +368,7 @@ def same(got, expected):
     ],
     ids=str,
 )
-@pytest.mark.parametrize("cell", GATES)
+@pytest.mark.parametrize("cell", LANES)
 def test_lane_forward_is_the_long_way(cell, options, batched):
     layer = layer_of(cell, seed=1, backend="native", **options).eval()
     rng = np.random.default_rng(2)
@@ -372,7 +376,7 @@ def test_lane_forward_is_the_long_way(cell, options, batched):
     rows = 4 if not layer.batch_first else 7
     states = (1 + layer.bidirectional) * layer.num_layers
     state = rng.standard_normal((states, rows, H) if batched else (states, H)).astype(layer.dtype)
-    if cell == "lstm":
+    if CELLS[cell].cell_state:
         state = (state, state[::-1] * 0.5)
     lane = core.Lane(cell, layer.num_layers, 1 + layer.bidirectional, layer.batch_first)
     for given in (None, state):
@@ -403,7 +407,7 @@ def test_lane_sees_weights_change():
     np.testing.assert_array_equal(lane.forward(x, None, layer.parameters)[0], first)
 
 
-@pytest.mark.parametrize("cell", GATES)
+@pytest.mark.parametrize("cell", LANES)
 @pytest.mark.parametrize("batched", [True, False])
 def test_lane_step_is_the_long_way(cell, batched):
     layer = layer_of(cell, num_layers=2, seed=1, backend="native").eval()
