@@ -14,23 +14,20 @@ import numpy as np
 import pytest
 
 import fusedrnn
+import shapes
 from fusedrnn import layers, ops, options, support, variants
 from fusedrnn.backends import Variant
 from fusedrnn.cells import CELLS
 
-OPS = {
+OPS = {cell.op: options.Options for cell in CELLS.values()} | {
     "lstm": options.LSTMOptions,
     "gru": options.GRUOptions,
     "rnn": options.RNNOptions,
-    "mingru": options.Options,
-    "minlstm": options.Options,
 }
-LAYERS = {
+LAYERS = {layer.__name__: layers.LayerOptions for layer in shapes.LAYERS.values()} | {
     "LSTM": layers.LSTMLayerOptions,
     "GRU": layers.GRULayerOptions,
     "RNN": layers.RNNLayerOptions,
-    "MinGRU": layers.LayerOptions,
-    "MinLSTM": layers.LayerOptions,
 }
 
 
@@ -71,7 +68,7 @@ def test_functions_take_what_their_signature_says(name):
     assert {one.name: one.default for one in rest if one.default}.items() <= usual.items()  # all others are off
     own = {*(function.__kwdefaults__ or ())}
     assert {one.name for one in rest} == own | OPS[name].__optional_keys__
-    cell = {"rnn": "rnn_tanh"}.get(name, name)
+    cell = next(cell.name for cell in CELLS.values() if cell.op == name and not cell.options)
     data = np.ones((3, 2, 4)), None, fusedrnn.params.init(cell, 4, 5, dtype=np.float64, seed=0)
     same, plain = (function(*data, **given)[0] for given in ({one.name: one.default for one in rest}, {}))
     np.testing.assert_array_equal(same, plain)

@@ -56,8 +56,8 @@ BLOCK = 1 << 17  # bytes of sensitivities that one product takes at a time: they
 class RTRL:
     """A layer that learns while it runs: `step` goes one step on, `gradient` tells the gradient of that step's loss.
 
-    layer          an RNN, LSTM, GRU (both forms), MinGRU or MinLSTM of one direction, any number of layers. Its
-                   `parameters` are read anew at every step; change them in place whenever you like
+    layer          any of fusedrnn's of one direction, with any number of layers. Its `parameters` are read anew at
+                   every step; change them in place whenever you like
     state          the state before the first step, as the layer takes it: h (L,B,H), or (h, c); None: zeros
     approximation  None: exact. "diagonal": keep only what a unit's own weights do to that unit's own state (SnAp-1 of
                    Menick et al. 2021); layers beneath learn from what reaches them within the step. Exact for one layer
