@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A CUDA device without a GPU: the bindings of the CUDA backend, compiled over the CPU twin of the device, and arrays
-whose 'device memory' is NumPy's. Built once per run of pytest (see `twin` in conftest.py). Where there is a GPU, the
+whose 'device memory' is NumPy's. Linked once per run of pytest (see `twin` in conftest.py). Where there is a GPU, the
 same tests run on it too: `memory` is then the GPU's."""
 
 from __future__ import annotations
@@ -8,31 +8,25 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import os
-import shutil
-import subprocess
 import sys
 import sysconfig
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from compiled import COMPILER, CSRC, TESTS, linked, objects
 from fusedrnn import arrays, dlpack
 from fusedrnn.cells import CELLS
-
-ROOT = Path(__file__).parents[1]
-TESTS = ROOT / "tests" / "csrc"
-COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++") or ""
 
 # sources, the slowest first
 SOURCES = [
     *(TESTS / f"cuda_twin_{cell}.cpp" for cell in ("rnn", "gru", "lstm")),
-    ROOT / "csrc" / "bindings" / "cuda.cpp",
+    CSRC / "bindings" / "cuda.cpp",
     TESTS / "cuda_twin.cpp",
     *(TESTS / f"{name}.cpp" for name in ("device_cpu", "device_fiber")),
-    ROOT / "csrc" / "cpu" / "fiber.cpp",
-    ROOT / "csrc" / "cuda" / "entry.cpp",
+    CSRC / "cpu" / "fiber.cpp",
+    CSRC / "cuda" / "entry.cpp",
 ]
 
 
@@ -68,19 +62,9 @@ def build(folder: Path) -> Any:
     """The extension module's submodule `cuda`."""
     import pybind11
 
-    flags = ["-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror", "-DFUSEDRNN_HAVE_CUDA"]
-    folders = [ROOT / "csrc", TESTS, pybind11.get_include(), sysconfig.get_path("include")]
-    flags += [f"-isystem{f}" if n > 1 else f"-I{f}" for n, f in enumerate(folders)]
-
-    def run(*command: Any) -> None:
-        done = subprocess.run([COMPILER, *map(str, command)], capture_output=True, text=True, timeout=900)
-        assert done.returncode == 0, done.stderr[-6000:]
-
-    objects = [folder / f"{source.stem}.o" for source in SOURCES]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(lambda pair: run(*flags, "-c", pair[0], "-o", pair[1]), zip(SOURCES, objects, strict=True)))
-    path = folder / "fusedrnn_cuda_twin.so"
-    run("-shared", *objects, "-o", path)
+    flags = ["-O1", "-fPIC", "-fvisibility=hidden", "-DFUSEDRNN_HAVE_CUDA"]
+    parts = objects(SOURCES, flags, system=[pybind11.get_include(), sysconfig.get_path("include")])
+    path = linked(parts, folder / "fusedrnn_cuda_twin.so", ["-shared"])
     spec = importlib.util.spec_from_file_location("fusedrnn_cuda_twin", path)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)

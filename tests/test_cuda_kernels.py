@@ -1,22 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """The CUDA kernels without a GPU: their source runs on the CPU twin of the device (tests/csrc/device_cpu.h)."""
 
+import functools
 import importlib.util
 import os
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
-CSRC, TESTS = ROOT / "csrc", ROOT / "tests" / "csrc"
-COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++") or ""
+from compiled import COMPILER, CSRC, ROOT, TESTS, call, linked, objects
+
 SANITIZED = "libasan" in os.environ.get("LD_PRELOAD", "")
 DEVICE = ["device_cpu", "device_fiber", "cuda_primitives", "cuda_kernels"]
 CELLS = ["cuda_lstm", "cuda_gru", "cuda_rnn", "cuda_ctc", "cuda_inputs"]
@@ -28,67 +26,44 @@ pytestmark = [
 ]
 
 
-def call(command: list[str], seconds: int, ok: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        command,
-        text=True,
-        capture_output=True,
-        timeout=seconds,
-        stdin=subprocess.DEVNULL,
-        env={**os.environ, **environment},
-    )
-    assert done.returncode == 0 or not ok, f"{' '.join(command)}\n{done.stdout[-6000:]}\n{done.stderr[-6000:]}"
-    return done
+FLAGS = ["-O1", "-g1"]
 
 
-def compiled(source: Path, folder: Path, flags: list[str], csrc: Path = CSRC) -> Path:
-    out = folder / (source.stem + ".o")
-    warnings = ["-Wall", "-Wextra", "-Werror"]
-    call([COMPILER, "-std=c++20", *flags, *warnings, f"-I{csrc}", f"-I{TESTS}", "-c", str(source), "-o", str(out)], 600)
-    return out
-
-
-def linked(objects: list[Path], folder: Path, flags: list[str]) -> Path:
-    program = folder / "cuda_kernels"
-    call([COMPILER, *flags, *map(str, objects), "-o", str(program)], 120)
-    return program
+@functools.cache
+def parts(*flags: str) -> list[Path]:
+    """The program's objects: first those with kernels, then those that any kernels run in."""
+    sources = [TESTS / f"{name}.cpp" for name in [*CELLS, *DEVICE]] + [CSRC / "cpu" / "fiber.cpp"]
+    return objects(sources, [*FLAGS, *flags])
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Builds the program once for every set of flags."""
-    done: dict[tuple[str, ...], Path] = {}
+    """Links the program once for every set of flags."""
 
+    @functools.cache
     def build(*flags: str) -> Path:
-        if flags not in done:
-            folder = tmp_path_factory.mktemp("cuda")
-            all_flags = ["-O1", "-g1", *flags]
-            with ThreadPoolExecutor(os.cpu_count()) as pool:
-                sources = [TESTS / f"{name}.cpp" for name in [*CELLS, *DEVICE]] + [CSRC / "cpu" / "fiber.cpp"]
-                objects = list(pool.map(lambda source: compiled(source, folder, all_flags), sources))
-            done[flags] = linked(objects, folder, all_flags)
-        return done[flags]
+        return linked(parts(*flags), tmp_path_factory.mktemp("cuda") / "cuda_kernels", flags)
 
     return build
 
 
 def test_products_follow_from_their_operands(tmp_path):
     flags = ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
-    call([str(linked([compiled(TESTS / "cuda_matrix.cpp", tmp_path, flags)], tmp_path, flags))], 60)
+    call([linked(objects([TESTS / "cuda_matrix.cpp"], flags), tmp_path / "cuda_matrix", flags)], 60)
 
 
 def test_primitives(built):
-    call([str(built()), "--primitives"], 120)
+    call([built(), "--primitives"], 120)
 
 
 def test_kernels_agree_with_float64(built):
-    call([str(built()), "--quiet"], 400)
+    call([built(), "--quiet"], 400)
 
 
 @pytest.mark.parametrize("only,calls", [("lstm/f", 28), ("gru/f16", 25), ("ctc/", 5), ("inputs/", 2)])
 def test_every_barrier_and_wait_is_needed(built, only, calls):
     """Each call of a primitive that orders anything is broken on its own; some case, schedule or seed must go wrong."""
-    out = call([str(built()), "--break", "--only", only], 400, ok=False).stdout
+    out = call([built(), "--break", "--only", only], 400, ok=False).stdout
     assert out.count("noticed ") >= calls, out
     missed = re.findall(r"^MISSED .*", out, re.M)
     assert not missed, "\n".join(missed)
@@ -96,14 +71,14 @@ def test_every_barrier_and_wait_is_needed(built, only, calls):
 
 def test_address_sanitizer(built):
     program = built("-fsanitize=address", "-DFUSEDRNN_FEW")
-    call([str(program), "--quiet", "--policy", "random"], 400, ASAN_OPTIONS="detect_leaks=0")
+    call([program, "--quiet", "--policy", "random"], 400, ASAN_OPTIONS="detect_leaks=0")
 
 
 def test_thread_sanitizer(built):
     """Every access of a kernel to memory, against the order that its barriers give; the schedule does not matter."""
     program = built("-fsanitize=thread", "-DFUSEDRNN_FEW")
     for only, case in (("/f16/", "3"), ("/f32/", "3"), ("ctc/", "1"), ("inputs/", "3")):
-        call([str(program), "--quiet", "--policy", "random", "--case", case, "--only", only], 400)
+        call([program, "--quiet", "--policy", "random", "--case", case, "--only", only], 400)
 
 
 NVCC = shutil.which("nvcc") or ""
@@ -164,8 +139,7 @@ def test_nvcc_compiles_without_spills(tmp_path, arch):
 
 def test_the_cost_model_is_told():
     """bench/gpu_predicted.cpp, which no build of ours holds, against today's cuts."""
-    source = str(CSRC.parent / "bench" / "gpu_predicted.cpp")
-    call([COMPILER, "-std=c++20", "-fsyntax-only", f"-I{CSRC}", f"-I{TESTS}", source], 300)
+    objects([ROOT / "bench" / "gpu_predicted.cpp"], [])
 
 
 def test_the_report_is_read():
@@ -303,7 +277,7 @@ FAULTS = [
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault.name} ({fault.route}, {fault.file})")
-def test_planted_fault_is_noticed(built, tmp_path, fault):
+def test_planted_fault_is_noticed(tmp_path, fault):
     text = (CSRC / "cuda" / fault.file).read_text()
     assert text.count(fault.old) == 1, f"{fault.file} has changed: adapt this fault, which looks for {fault.old!r}"
     shutil.copytree(CSRC / "cuda", tmp_path / "csrc" / "cuda")
@@ -318,8 +292,7 @@ def test_planted_fault_is_noticed(built, tmp_path, fault):
         + "".join(f"void add_{other}(std::vector<Run>&) {{}}\n" for other in ("gru", "rnn", "ctc", "inputs"))
         + "}\n"
     )
-    objects = [built().parent / f"{name}.o" for name in [*DEVICE, "fiber"]]
-    faulty = compiled(source, tmp_path, ["-O1", "-g1"], tmp_path / "csrc")
-    program = linked([faulty, *objects], tmp_path, ["-O1"])
-    done = call([str(program), "--quiet", "--seeds", "6"], 300, ok=False)
+    faulty = objects([source], FLAGS, [tmp_path / "csrc"])
+    program = linked([*faulty, *parts()[len(CELLS) :]], tmp_path / "faulty", [])
+    done = call([program, "--quiet", "--seeds", "6"], 300, ok=False)
     assert done.returncode != 0, f"nothing noticed:\n{done.stdout}"
