@@ -80,7 +80,7 @@ def test_functions_take_what_their_signature_says(name):
             function(*data, **{wrong: 1})
 
 
-@pytest.mark.parametrize("known", {*OPS.values()}, ids=lambda known: known.__name__)
+@pytest.mark.parametrize("known", dict.fromkeys(OPS.values()), ids=lambda known: known.__name__)
 def test_mypy_sees_the_types_of_the_settings(known):
     names = {"Tape": ops.Tape}
     wanted = typing.get_type_hints(options.Settings, localns=names)
