@@ -45,7 +45,7 @@ build() {
 case ${1:-} in
 1)
   build
-  run 200 tests.log "$python" -m pytest tests/test_cuda*.py -q -k gpu
+  run 200 tests.log "$python" -m pytest tests/test_cuda*.py -q -m "" -k gpu
   run 250 random.log "$python" bench/gpu_check.py random --count 1000 --seconds 230
   ;;
 2)

@@ -26,7 +26,7 @@ TINY = [
 ]
 
 
-@pytest.mark.parametrize("title", RIVALS)
+@pytest.mark.parametrize("title", [t if t == OURS else pytest.param(t, marks=pytest.mark.slow) for t in RIVALS])
 def test_answers(title: str) -> None:
     if RIVALS[title].version() is None:
         pytest.skip(f"{title} is not installed")
@@ -73,6 +73,7 @@ def test_a_process_that_ends_is_reported_and_started_anew() -> None:
         assert len(found["rounds"]) == 2
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path: Path, capsys: Any) -> None:
     """One small size, everything that is installed, then the page and the picture from the file it leaves."""
     arguments = ["--size", "2,5,8,6", "--threads", "1", "--seconds", "0.01", "--rounds", "2", "--machine", "here"]
@@ -331,6 +332,7 @@ def test_bandwidth_is_that_of_the_size_each_thread_reads() -> None:
     assert machine.limit_seconds(w, "infer", 2, measured) == pytest.approx(65536 / 15e9, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_measured_limits_are_plausible() -> None:
     measured = machine.measure(1)
     assert 1e8 < measured["flops"] < 1e13

@@ -58,7 +58,7 @@ def test_the_readme_says_what_ci_runs():
     readme, ci = (ROOT / "README.md").read_text(), (ROOT / ".ci" / "run").read_text()
     assert 'pip install ".[demo]" && python -m fusedrnn demo' in readme
     command = re.search(
-        r'^ *(pip install torch==\S+) && (pip install "\.\[test\]") && (python -m pytest)$', readme, re.M
+        r'^ *(pip install torch==\S+) && (pip install "\.\[test\]") && (python -m pytest -m "")$', readme, re.M
     )
     assert command
     for part in command.groups():
@@ -89,6 +89,7 @@ def test_size():
         assert Path(core.__file__).stat().st_size < 20e6
 
 
+@pytest.mark.slow
 def test_stub_is_true(tmp_path):
     if not importlib.util.find_spec("mypy") or SANITIZED:
         pytest.skip("needs mypy, without sanitizers")
@@ -119,6 +120,7 @@ def test_cuda_option(tmp_path):
         assert "fusedrnn: CUDA OFF" in auto.stdout
 
 
+@pytest.mark.slow
 @needs_cmake
 def test_cuda_auto(tmp_path, monkeypatch):
     """What a GPU, or what tells of one, makes of FUSEDRNN_CUDA=AUTO; nothing is compiled but CMake's own questions."""

@@ -295,6 +295,7 @@ def test_call(twin_extension: Any, cell: str, dtype: str, route: str) -> None:
 STEPS = (1, 37, 63, 64, 65, 131)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cell, dtype, route", kinds(BUDGETS))
 def test_recompute(twin_extension: Any, cell: str, dtype: str, route: str) -> None:
     """As the ordinary tape of the same call: results in every bit, gradients but for the order of sums; and float64."""

@@ -52,14 +52,17 @@ def test_products_follow_from_their_operands(tmp_path):
     call([linked(objects([TESTS / "cuda_matrix.cpp"], flags), tmp_path / "cuda_matrix", flags)], 60)
 
 
+@pytest.mark.slow
 def test_primitives(built):
     call([built(), "--primitives"], 120)
 
 
+@pytest.mark.slow
 def test_kernels_agree_with_float64(built):
     call([built(), "--quiet"], 400)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("only,calls", [("lstm/f", 28), ("gru/f16", 25), ("ctc/", 5), ("inputs/", 2)])
 def test_every_barrier_and_wait_is_needed(built, only, calls):
     """Each call of a primitive that orders anything is broken on its own; some case, schedule or seed must go wrong."""
@@ -69,11 +72,13 @@ def test_every_barrier_and_wait_is_needed(built, only, calls):
     assert not missed, "\n".join(missed)
 
 
+@pytest.mark.slow
 def test_address_sanitizer(built):
     program = built("-fsanitize=address", "-DFUSEDRNN_FEW")
     call([program, "--quiet", "--policy", "random"], 400, ASAN_OPTIONS="detect_leaks=0")
 
 
+@pytest.mark.slow
 def test_thread_sanitizer(built):
     """Every access of a kernel to memory, against the order that its barriers give; the schedule does not matter."""
     program = built("-fsanitize=thread", "-DFUSEDRNN_FEW")
@@ -101,6 +106,7 @@ LISTS}
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not NVCC, reason="no nvcc")
 @pytest.mark.parametrize("arch", ["sm_75", "sm_80", "sm_90a"])
 def test_nvcc_compiles_without_spills(tmp_path, arch):
@@ -276,6 +282,7 @@ FAULTS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault.name} ({fault.route}, {fault.file})")
 def test_planted_fault_is_noticed(tmp_path, fault):
     text = (CSRC / "cuda" / fault.file).read_text()

@@ -95,6 +95,7 @@ def test_loss_and_all_gradients_equal_torch(cell):
         np.testing.assert_allclose(grads[name], reference, rtol=1e-4, atol=1e-5 * np.abs(reference).max(), err_msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
 def test_torchs_loss_curve_is_followed_over_200_updates(cell, text):
     bench = bench_module()
@@ -210,6 +211,7 @@ def test_the_curve_is_drawn(tmp_path):
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_seconds_set_the_number_of_updates(tmp_path):
     begun = time.monotonic()
     assert main(["demo", *SIZES, "--seconds", "3", "--out", str(tmp_path)]) == 0

@@ -24,6 +24,7 @@ def one_thread():
         yield
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(SANITIZED, reason="minutes, and nothing that the other tests do not run")
 @pytest.mark.parametrize("name", examples.NAMES)
 def test_it_learns_says_so_and_draws(name, tmp_path, capsys):

@@ -32,6 +32,7 @@ def sparse(tmp_path):
     return make
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axis", [0, -1], ids=["first axis", "last axis"])
 @pytest.mark.parametrize("cell", ["lstm", "gru_reset_before"])
 def test_strides_past_2_31_elements(kernels, sparse, cell, axis):

@@ -332,6 +332,7 @@ def crowd():
     core.ignore_crowd(True)
 
 
+@pytest.mark.slow
 @pytest.mark.timing
 @pytest.mark.usefixtures("crowd")
 @pytest.mark.parametrize("spinning", [1, 2, 4])
@@ -397,7 +398,7 @@ CALLS = {
 
 
 @pytest.mark.skipif(SANITIZED, reason="the calls are too short for the sanitizers' pace, or take too long")
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("threads", [pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize("call", ["forward", "torch"])
 def test_ctrl_c_is_heard_inside_a_call(call, threads):
     """A call that would take many seconds ends within half of one; the next ones are right."""
@@ -427,7 +428,7 @@ LONG = {
 
 
 @pytest.mark.skipif(SANITIZED, reason="the calls are too short for the sanitizers' pace, or take too long")
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("threads", [pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize("call", LONG)
 def test_ctrl_c_is_heard_in_other_long_calls(call, threads):
     setup = LONG[call] + "short = lambda: run(few)\nlong = lambda: run(many)\n"

@@ -155,6 +155,7 @@ def test_samples_that_torch_ships(kind):
                 module(*given.args, **given.kwargs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [*LAYERS, *CELLS])
 def test_gradients_of_samples_that_torch_ships(kind):
     modules = pytest.importorskip("torch.testing._internal.common_modules", reason="needs expecttest")

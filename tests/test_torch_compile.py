@@ -126,6 +126,7 @@ INSIDE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", INSIDE)
 def test_transforms_inside(name):
     function = INSIDE[name]
@@ -179,6 +180,7 @@ def script(code, tmp_path, **environment):
     assert result.returncode == 0 and "fine" in result.stdout, result.stderr
 
 
+@pytest.mark.slow
 def test_distributed_data_parallel_is_one_process_with_the_joined_batch(tmp_path):
     script(
         """
@@ -219,6 +221,7 @@ def test_distributed_data_parallel_is_one_process_with_the_joined_batch(tmp_path
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["fork", "spawn"])
 def test_data_loader_workers(way, tmp_path):
     script(

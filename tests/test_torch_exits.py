@@ -141,7 +141,9 @@ MODELS = [  # covers: kind, layers, directions, bias, batch_first, inputs, opset
 ]
 
 
-@pytest.mark.parametrize("dynamo", [False, True], ids=["traced", "dynamo"])
+@pytest.mark.parametrize(
+    "dynamo", [pytest.param(False, id="traced"), pytest.param(True, id="dynamo", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("kind, options, names, opset", MODELS)
 def test_onnx_models_are_right_at_every_size(kind, options, names, opset, dynamo):
     theirs, ours = pair(kind, I, H, **options)

@@ -313,7 +313,9 @@ def test_every_public_name_is_a_door_that_is_tried_here():
     assert set(public_names()) == {name.partition(",")[0] for name in DOORS} | NO_TENSORS
 
 
-@pytest.mark.parametrize("open_", [True, False], ids=["", "without the short way"])
+@pytest.mark.parametrize(
+    "open_", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["", "without the short way"]
+)
 @pytest.mark.parametrize("name", DOORS)
 def test_the_same_numbers_whatever_memory_holds(name, open_, monkeypatch):
     monkeypatch.setattr(gate, "is_open", open_ and gate.is_open)
@@ -474,6 +476,7 @@ def test_a_storage_that_is_too_short_is_an_error_that_names_the_tensor():
     run(["no memory"])
 
 
+@pytest.mark.slow
 def test_foreign_tensors_are_computed_as_torch_computes_them_or_refused():
     run(["foreign"])
 

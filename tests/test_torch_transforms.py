@@ -78,6 +78,7 @@ TRANSFORMS = (rev, fwd, many, columns, rows)
 SEQUENCES = [s for n in (1, 2, 3) for s in itertools.product(TRANSFORMS, repeat=n)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cell", CELLS)
 def test_every_sequence_of_transforms(cell):
     # the LSTM through all of them; the others through those without the two that are made of rev, fwd and many
