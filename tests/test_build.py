@@ -58,7 +58,7 @@ def test_the_readme_says_what_ci_runs():
     readme, ci = (ROOT / "README.md").read_text(), (ROOT / ".ci" / "run").read_text()
     assert 'pip install ".[demo]" && python -m fusedrnn demo' in readme
     command = re.search(
-        r'^ *(pip install torch==\S+) && (pip install "\.\[test\]") && (python -m pytest -m "")$', readme, re.M
+        r'^ *(pip install torch==\S+) && (pip install "\.\[test\]") && (python -m pytest -n 2 -m "")$', readme, re.M
     )
     assert command
     for part in command.groups():
