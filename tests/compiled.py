@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -43,6 +44,7 @@ def objects(
     flags = ["-std=c++20", "-Wall", "-Wextra", "-Werror", *flags]
     where = [f"-ffile-prefix-map={folder}{os.sep}=" for folder in (ROOT, *system)]  # else __FILE__ differs by checkout
     where += [f"-I{folder}" for folder in (*folders, TESTS)] + [f"-isystem{folder}" for folder in system]
+    _folder()  # before there are threads
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(lambda source: _object(source, flags, where), sources))
 
@@ -62,9 +64,9 @@ def _object(source: Path, flags: list[str], where: list[str]) -> Path:
     kept = _folder() / f"{key}.o"
     with (_folder() / f"{key[:2]}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # who wants the same object waits for it
-        if kept.exists():
-            kept.touch()
-        else:
+        try:
+            os.utime(kept)
+        except FileNotFoundError:
             new = kept.with_suffix(".new")  # whoever is killed leaves no half of an object
             call([*command, "-x", "c++-cpp-output", "-c", "-", "-o", new], 900, text=text)
             new.replace(kept)
@@ -86,7 +88,8 @@ def _folder() -> Path:
     except OSError:  # no right to write there
         folder = Path(tempfile.mkdtemp())
         atexit.register(shutil.rmtree, folder)
-    for path in folder.glob("*.o"):
-        if path.stat().st_mtime < time.time() - DAYS * 86400:
-            path.unlink(missing_ok=True)
+    for path in folder.iterdir():
+        with suppress(FileNotFoundError):  # another process was faster
+            if path.stat().st_mtime < time.time() - DAYS * 86400:
+                path.unlink()
     return folder
