@@ -19,17 +19,32 @@
 
 namespace fusedrnn {
 
-// The cells: X(name, gates, kept, cell_state, state_product), as CellFacts explains. Every list of cells in C++ is made
-// from this one, so a new cell is one line here.
-#define FUSEDRNN_CELLS(X)                \
-  X(rnn_tanh, 1, 0, false, true)         \
-  X(rnn_relu, 1, 0, false, true)         \
-  X(lstm, 4, 4, true, true)              \
-  X(gru, 3, 4, false, true)              \
-  X(gru_reset_before, 3, 3, false, true) \
-  X(cifg, 3, 3, true, true)              \
-  X(mingru, 2, 2, false, false)          \
-  X(minlstm, 3, 4, false, false)
+enum class ActivationKind : int32_t {
+  sigmoid,
+  tanh,
+  relu,
+  affine,
+  leaky_relu,
+  thresholded_relu,
+  scaled_tanh,
+  hard_sigmoid,
+  elu,
+  softsign,
+  softplus
+};
+
+// The cells: X(name, gates, kept, cell_state, state_product, gate, candidate), as CellFacts explains. Every list of
+// cells in C++ is made from this one, so a new cell is one line here.
+#define FUSEDRNN_CELLS(X)                               \
+  X(rnn_tanh, 1, 0, false, true, tanh, tanh)            \
+  X(rnn_relu, 1, 0, false, true, relu, relu)            \
+  X(lstm, 4, 4, true, true, sigmoid, tanh)              \
+  X(gru, 3, 4, false, true, sigmoid, tanh)              \
+  X(gru_reset_before, 3, 3, false, true, sigmoid, tanh) \
+  X(cifg, 3, 3, true, true, sigmoid, tanh)              \
+  X(ligru, 2, 2, false, true, sigmoid, relu)            \
+  X(mingru, 2, 2, false, false, sigmoid, affine)        \
+  X(minlstm, 3, 4, false, false, sigmoid, affine)
 
 #define FUSEDRNN_KIND(name, ...) name,
 enum class CellKind : int32_t { FUSEDRNN_CELLS(FUSEDRNN_KIND) };
@@ -38,12 +53,14 @@ enum class CellKind : int32_t { FUSEDRNN_CELLS(FUSEDRNN_KIND) };
 // What everyone outside the engines may ask about a cell; csrc/cells says the same to the engines.
 struct CellFacts {
   const char* name;
-  int gates;           // row blocks of W and R
-  int kept;            // values on the tape beside h and c, per unit
-  bool cell_state;     // has c
-  bool state_product;  // has R
+  int gates;                       // row blocks of W and R
+  int kept;                        // values on the tape beside h and c, per unit
+  bool cell_state;                 // has c
+  bool state_product;              // has R
+  ActivationKind gate, candidate;  // the usual ones; an RNN's unit is its gate
 };
-#define FUSEDRNN_FACTS(name, ...) {#name, __VA_ARGS__},
+#define FUSEDRNN_FACTS(name, gates, kept, cell_state, state_product, gate, candidate) \
+  {#name, gates, kept, cell_state, state_product, ActivationKind::gate, ActivationKind::candidate},
 constexpr CellFacts cell_facts[] = {FUSEDRNN_CELLS(FUSEDRNN_FACTS)};
 #undef FUSEDRNN_FACTS
 constexpr const CellFacts& facts_of(CellKind kind) { return cell_facts[static_cast<int>(kind)]; }
@@ -64,19 +81,6 @@ struct Sizes {
 
 // ONNX's list; alpha and beta where it has them. A slope is taken from the value, so alpha >= 0 for leaky_relu,
 // thresholded_relu and elu, alpha != 0 for scaled_tanh.
-enum class ActivationKind : int32_t {
-  sigmoid,
-  tanh,
-  relu,
-  affine,
-  leaky_relu,
-  thresholded_relu,
-  scaled_tanh,
-  hard_sigmoid,
-  elu,
-  softsign,
-  softplus
-};
 constexpr const char* activation_names[] = {"Sigmoid",         "Tanh",       "Relu",        "Affine", "LeakyRelu",
                                             "ThresholdedRelu", "ScaledTanh", "HardSigmoid", "Elu",    "Softsign",
                                             "Softplus"};

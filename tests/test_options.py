@@ -19,16 +19,14 @@ from fusedrnn import layers, ops, options, support, variants
 from fusedrnn.backends import Variant
 from fusedrnn.cells import CELLS
 
-OPS = {cell.op: options.Options for cell in CELLS.values()} | {
+OPS = {cell.op: options.RNNOptions if cell.state_product else options.Options for cell in CELLS.values()} | {
     "lstm": options.LSTMOptions,
     "gru": options.GRUOptions,
-    "rnn": options.RNNOptions,
 }
-LAYERS = {layer.__name__: layers.LayerOptions for layer in shapes.LAYERS.values()} | {
-    "LSTM": layers.LSTMLayerOptions,
-    "GRU": layers.GRULayerOptions,
-    "RNN": layers.RNNLayerOptions,
-}
+LAYERS = {
+    shapes.LAYERS[cell.op].__name__: layers.RNNLayerOptions if cell.state_product else layers.LayerOptions
+    for cell in CELLS.values()
+} | {"LSTM": layers.LSTMLayerOptions, "GRU": layers.GRULayerOptions}
 
 
 def public() -> dict[str, Callable[..., Any]]:
@@ -100,7 +98,7 @@ def test_layers_take_what_their_signature_says(name):
     shown = inspect.signature(layer).parameters
     sizes = ["input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout", "bidirectional"]
     assert [one.name for one in shown.values() if one.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD] == sizes
-    own = {*layer.__init__.__kwdefaults__}
+    own = {*(layer.__init__.__kwdefaults__ or ())}
     assert set(shown) == {"input_size", "hidden_size"} | own | LAYERS[name].__optional_keys__
     given = {one.name: one.default for one in shown.values() if one.name not in sizes[:2]} | {"seed": 0}
     y, plain = (layer(4, 5, **each)(np.ones((3, 2, 4), np.float32))[0] for each in (given, {"seed": 0}))

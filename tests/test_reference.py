@@ -91,6 +91,8 @@ def test_one_step_is_the_formula_in_the_docstring(cell):
     elif cell == "cifg":
         i, g, o = sigmoid(a[:H]), np.tanh(a[H : 2 * H]), sigmoid(a[2 * H :])
         want = o * np.tanh((1 - i) * data.p.c0[0, 0, 0] + i * g)
+    elif cell == "ligru":
+        want = (1 - sigmoid(a[:H])) * np.maximum(a[H:], 0) + sigmoid(a[:H]) * h
     elif cell == "mingru":
         want = (1 - sigmoid(a[:H])) * h + sigmoid(a[:H]) * a[H:]
     elif cell == "minlstm":

@@ -218,12 +218,15 @@ def test_memory_does_not_grow_with_the_sequence(kind, approximation):
 
     arrays = [tracemalloc.DomainFilter(True, np.lib.tracemalloc_domain)]  # Python itself keeps what it may need again
 
-    def kept(steps: int) -> int:
+    def walk(steps: int) -> None:
         for _ in range(steps):
             learner.gradient(learner.step(x.copy()))
+
+    def kept(steps: int) -> int:
+        walk(steps)
         return sum(trace.size for trace in tracemalloc.take_snapshot().filter_traces(arrays).traces)
 
-    kept(150)  # NumPy keeps small arrays for the next ones, more and more of them at first
+    walk(150)  # NumPy keeps small arrays for the next ones, more and more of them at first
     tracemalloc.start()
     first, last = kept(5), kept(20)
     tracemalloc.stop()

@@ -183,13 +183,13 @@ class CheckedCall {
     v.recurrent_dropout = real<"recurrent_dropout">(given);
     v.training = boolean<"training">(given);
     const CellFacts& cell = facts_of(problem.cell);
-    const bool before = problem.cell == CellKind::gru_reset_before, rnn = cell.gates == 1;
+    const bool whole = cell.gates >= 3 && problem.cell != CellKind::gru_reset_before;  // takes a projection or norms
     if (v.zoneout_h > 1 || v.zoneout_c > 1 || v.recurrent_dropout > 1)
       checked_.value_error("variant has a probability over 1; expected 0..1");
-    if (!cell.state_product || (v.peepholes && !cell.cell_state) || ((v.proj || v.layer_norm) && (before || rnn)))
+    if (!cell.state_product || (v.peepholes && !cell.cell_state) || ((v.proj || v.layer_norm) && !whole))
       checked_.value_error("variant asks " + std::string(cell.name) + " for what it does not have");
     const py::object list = get<"activations">(given);
-    const size_t count = cell.cell_state ? 3 : rnn ? 1 : 2;
+    const size_t count = cell.cell_state ? 3 : cell.gates == 1 ? 1 : 2;
     if (!py::isinstance<py::tuple>(list) || py::len(list) != count)
       checked_.value_error("variant.activations is no tuple of " + std::to_string(count));
     for (size_t k = 0; k < count; ++k) {

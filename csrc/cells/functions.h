@@ -62,4 +62,15 @@ struct RnnFunctions : Functions {
   }
 };
 
+struct LiGruFunctions : Functions {
+  template <class V>
+  FUSEDRNN_INLINE V candidate(const V& a) {
+    return relu(a);
+  }
+  template <class V>
+  FUSEDRNN_INLINE V candidate_back(const V& d, const V& y) {
+    return positive(d, y);
+  }
+};
+
 }  // namespace fusedrnn::cells

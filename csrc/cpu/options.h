@@ -15,11 +15,9 @@ namespace fusedrnn::cpu::FUSEDRNN_ISA {
 // Whether an option asks for more than the plain tile functions.
 inline bool usual_activations(const Problem& problem) {
   const Activation* a = problem.variant.activations;
-  const auto is = [](const Activation& of, ActivationKind kind) { return of.kind == kind; };
-  if (problem.cell == CellKind::rnn_relu) return is(a[0], ActivationKind::relu);
-  if (problem.cell == CellKind::rnn_tanh) return is(a[0], ActivationKind::tanh);
-  return is(a[0], ActivationKind::sigmoid) && is(a[1], ActivationKind::tanh) &&
-         (!facts_of(problem.cell).cell_state || is(a[2], ActivationKind::tanh));
+  const CellFacts& cell = facts_of(problem.cell);
+  return a[0].kind == cell.gate && (cell.gates == 1 || a[1].kind == cell.candidate) &&
+         (!cell.cell_state || a[2].kind == ActivationKind::tanh);
 }
 
 template <class S, int P>

@@ -18,10 +18,12 @@ if TYPE_CHECKING:
     from .backends import get_num_threads, set_backend, set_num_threads
     from .ctc import ctc_align, ctc_beam, ctc_greedy, ctc_loss, ctc_loss_backward
     from .generation import generate
-    from .layers import GRU, LSTM, RNN, MinGRU, MinLSTM
+    from .layers import GRU, LSTM, RNN, LiGRU, MinGRU, MinLSTM
     from .ops import (
         gru,
         gru_backward,
+        ligru,
+        ligru_backward,
         lstm,
         lstm_backward,
         mingru,
@@ -36,9 +38,11 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "ops": tuple(f"{op}{end}" for end in ("", "_backward") for op in ("lstm", "gru", "rnn", "mingru", "minlstm")),
+    "ops": tuple(
+        f"{op}{end}" for end in ("", "_backward") for op in ("lstm", "gru", "rnn", "ligru", "mingru", "minlstm")
+    ),
     "ctc": ("ctc_align", "ctc_beam", "ctc_greedy", "ctc_loss", "ctc_loss_backward"),
-    "layers": ("LSTM", "GRU", "RNN", "MinGRU", "MinLSTM"),
+    "layers": ("LSTM", "GRU", "RNN", "LiGRU", "MinGRU", "MinLSTM"),
     "generation": ("generate",),
     "backends": ("set_backend", "set_num_threads", "get_num_threads"),
     "report": ("info",),
@@ -50,6 +54,7 @@ __all__ = [
     "GRU",
     "LSTM",
     "RNN",
+    "LiGRU",
     "MinGRU",
     "MinLSTM",
     "backends",
@@ -66,6 +71,8 @@ __all__ = [
     "gru_backward",
     "hmm",
     "info",
+    "ligru",
+    "ligru_backward",
     "lstm",
     "lstm_backward",
     "mingru",

@@ -34,10 +34,10 @@ def generate(
 ) -> Any:
     """Write `steps` tokens after a prompt, each drawn from softmax((h head_weight^T + head_bias) / temperature).
 
-    layer: an LSTM, GRU, RNN, MinGRU or MinLSTM of one direction that takes tokens (input_size V), or, with `embedding`
-    (V,I), their vectors. head_weight (V,H), or (V,P) with proj_size; head_bias (V,) or None: a torch.nn.Linear's.
-    prompt: integers (T0,B), or (T0,) for one row, T0 >= 1, also with batch_first. state: before the prompt, as the
-    layer takes it.
+    layer: an LSTM, GRU, RNN, LiGRU, MinGRU or MinLSTM of one direction that takes tokens (input_size V), or, with
+    `embedding` (V,I), their vectors. head_weight (V,H), or (V,P) with proj_size; head_bias (V,) or None: a
+    torch.nn.Linear's. prompt: integers (T0,B), or (T0,) for one row, T0 >= 1, also with batch_first. state: before the
+    prompt, as the layer takes it.
 
     How a token is drawn, in this order (sources and details: fusedrnn.sampling). repetition_penalty: logits of tokens
     that the row has seen, in this call's prompt or drawn, are divided by it where > 0 and multiplied by it elsewhere.

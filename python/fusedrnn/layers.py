@@ -480,6 +480,23 @@ class RNN(_Layer):
         return {"nonlinearity": self.nonlinearity}
 
 
+class LiGRU(_Layer):
+    """A stack of Li-GRU layers (Ravanelli et al. 2018): no reset gate, and relu for tanh, see `fusedrnn.ligru`.
+
+    >>> y, h = fusedrnn.LiGRU(3, 4, bidirectional=True)(np.ones((5, 2, 3), np.float32))
+    >>> y.shape, h.shape
+    ((5, 2, 8), (2, 2, 4))
+    """
+
+    _op = "ligru"
+    _cell = "ligru"
+    _variants = RNNVariants.__optional_keys__
+
+    @signed(RNNVariants, before=_Layer.__init__)
+    def __init__(self, *sizes: Any, **options: Unpack[RNNLayerOptions]) -> None:
+        super().__init__(*sizes, **options)
+
+
 class MinGRU(_Layer):
     """A stack of minGRU layers (Feng et al. 2024): gates from x alone, see `fusedrnn.mingru`.
 

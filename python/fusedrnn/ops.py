@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The front door: `lstm`, `gru`, `rnn`, `mingru`, `minlstm`, their backward, and the tangents of both.
+"""The front door: `lstm`, `gru`, `rnn`, `ligru`, `mingru`, `minlstm`, their backward, and the tangents of both.
 
 Arrays (float32 or float64, all of one dtype, any strides; nothing large is copied):
 
@@ -150,6 +150,21 @@ def rnn(
     return _forward("rnn", cell, x, state, params, settings=settings)
 
 
+@spelled_out(RNNOptions, ending=_CALL)
+def ligru(x: _Array, state: _Array | None = None, params: Any = None, **options: Unpack[RNNOptions]) -> Any:
+    """Run a Li-GRU (Ravanelli et al. 2018, without batch norm): a GRU with no reset gate, and relu for tanh.
+
+    z = sigmoid(x Wz^T + bz + h' Rz^T), n = relu(x Wn^T + bn + h' Rn^T), h = (1 - z) n + z h'. The rows of weights are
+    in the order z, n. (SpeechBrain has n first.) The state is one array h.
+
+    >>> params = fusedrnn.params.init("ligru", 3, 4, seed=0)
+    >>> y, h, tape = fusedrnn.ligru(np.ones((5, 2, 3), np.float32), None, params, training=True)
+    >>> y.shape, fusedrnn.ligru_backward(tape, np.ones_like(y))["weight_hh_l0"].shape
+    ((5, 2, 4), (8, 4))
+    """
+    return _forward("ligru", "ligru", x, state, params, settings=settle("ligru", RNNOptions, options))
+
+
 @spelled_out(Options, ending=_CALL)
 def mingru(x: _Array, state: _Array | None = None, params: Any = None, **options: Unpack[Options]) -> Any:
     """Run a minGRU (Feng et al. 2024): z = sigmoid(x Wz^T + bz), n = x Wn^T + bn, h = (1 - z) h' + z n.
@@ -203,6 +218,12 @@ def gru_backward(tape: Tape, dy: _Array | None = None, dstate: Any = None, dcell
 def rnn_backward(tape: Tape, dy: _Array | None = None, dstate: Any = None, dcells: _Array | None = None) -> Any:
     """Gradients from those of the results of `rnn`."""
     return _backward("rnn", tape, dy, dstate, dcells)
+
+
+@spelled_out(ending=_BACKWARD)
+def ligru_backward(tape: Tape, dy: _Array | None = None, dstate: Any = None, dcells: _Array | None = None) -> Any:
+    """Gradients from those of the results of `ligru`."""
+    return _backward("ligru", tape, dy, dstate, dcells)
 
 
 @spelled_out(ending=_BACKWARD)

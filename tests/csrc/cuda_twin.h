@@ -9,6 +9,7 @@
 #include "cuda/gates.h"
 #include "cells/cifg.h"
 #include "cells/gru.h"
+#include "cells/ligru.h"
 #include "cells/lstm.h"
 #include "cells/mingru.h"
 #include "cells/minlstm.h"

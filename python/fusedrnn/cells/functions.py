@@ -62,4 +62,14 @@ class ReluUnit(Functions):
         return positive(d, y)
 
 
-PLAIN = Functions()
+class ReluCandidate(Functions):
+    """The Li-GRU's."""
+
+    def candidate(self, a: Any) -> Any:
+        return relu(a)
+
+    def candidate_back(self, d: Any, y: Any) -> Any:
+        return positive(d, y)
+
+
+PLAIN, RELU_CANDIDATE = Functions(), ReluCandidate()

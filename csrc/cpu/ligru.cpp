@@ -1,0 +1,11 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "vec.h"
+// The formulas need FUSEDRNN_INLINE from vec.h.
+#include "../cells/ligru.h"
+#include "cell.h"
+
+namespace fusedrnn::cpu::FUSEDRNN_ISA {
+
+FUSEDRNN_TABLE(ligru_table, cells::LiGru)
+
+}  // namespace fusedrnn::cpu::FUSEDRNN_ISA
