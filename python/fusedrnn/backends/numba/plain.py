@@ -11,25 +11,34 @@ from numba import njit, types
 from numba.extending import overload
 
 from ...cells import CELLS
+from ...cells.cell import Cell
 from .blocks import BLOCK, add, cached, limit, load, save, stamp
 from .functions import OPTIONS
 
 if TYPE_CHECKING:
     from .walk import Moment, Walk
 
-# Slots: forward reads sums 0-3, h' 4, c' 5 and writes kept 6-9, h 10, c 11;
-# backward reads kept 0-3, h' 4, h 5, c' 6, c 7, dh 8, dc 9 and writes da 10-13, dh' 14, dc' 15.
 # A slot that a cell has no use for holds anything; nobody saves it.
+
+
+def _forward_slots(cell: Cell) -> tuple[int, int, int]:
+    """Forward reads the sums from slot 0 on, h' and c', and writes kept, h and c: the slots of h', kept and h."""
+    return cell.sums, cell.sums + 2, cell.sums + cell.kept + 2
+
+
+def _backward_slots(cell: Cell) -> tuple[int, int, int]:
+    """Backward reads kept from slot 0 on, h', h, c', c, dh, dc, and writes da, dh' and dc': those of h', da and dh'."""
+    return cell.kept, cell.kept + 6, cell.kept + cell.sums + 6
 
 
 # Tuples are taken apart one element at a time: their elements may differ in type, which a loop over them could not.
 
 
-def _take(count: int) -> Any:
-    """The function (w, j) that gives element j of slots 0 to count - 1 as a tuple."""
+def _take(slot: int, count: int) -> Any:
+    """The function (w, j) that gives element j of so many slots, from `slot` on, as a tuple."""
     if count == 0:
         return njit(lambda w, j: (), **OPTIONS)
-    rest, last = _take(count - 1), (count - 1) * BLOCK
+    rest, last = _take(slot, count - 1), (slot + count - 1) * BLOCK
     return njit(lambda w, j: rest(w, j) + (w[last + j],), **OPTIONS)
 
 
@@ -61,14 +70,15 @@ def _forward_block(name: Any, w: Any, clip: Any) -> Any:
     if not isinstance(name, types.StringLiteral):  # Numba's second try, where the cell did not compile
         return None
     cell, n = CELLS[name.literal_value], BLOCK
-    step, sums, keep = njit(cell.forward, **OPTIONS), _take(cell.sums), _put(6, cell.kept)
+    state, kept_at, new = _forward_slots(cell)
+    step, sums, keep = njit(cell.forward, **OPTIONS), _take(0, cell.sums), _put(kept_at, cell.kept)
 
     def block(name: Any, w: Any, clip: Any) -> None:
         for j in range(n):
-            kept, h, c = step(sums(w, j), w[4 * n + j], w[5 * n + j], clip)
+            kept, h, c = step(sums(w, j), w[state * n + j], w[(state + 1) * n + j], clip)
             keep(w, j, kept)
-            w[10 * n + j] = h
-            w[11 * n + j] = c
+            w[new * n + j] = h
+            w[(new + 1) * n + j] = c
 
     return block
 
@@ -78,16 +88,21 @@ def _backward_block(name: Any, w: Any, clip: Any) -> Any:
     if not isinstance(name, types.StringLiteral):
         return None
     cell, n = CELLS[name.literal_value], BLOCK
-    back, kept, give = njit(cell.backward, **OPTIONS), _take(cell.kept), _put(10, cell.sums)
+    state, da_at, new = _backward_slots(cell)
+    back, kept, read, give = (
+        njit(cell.backward, **OPTIONS),
+        _take(0, cell.kept),
+        _take(state, 6),
+        _put(da_at, cell.sums),
+    )
 
     def block(name: Any, w: Any, clip: Any) -> None:
         for j in range(n):
-            da, dh, dc = back(
-                kept(w, j), w[4 * n + j], w[5 * n + j], w[6 * n + j], w[7 * n + j], clip, w[8 * n + j], w[9 * n + j]
-            )
+            h_prev, h, c_prev, c, dh, dc = read(w, j)
+            da, dh, dc = back(kept(w, j), h_prev, h, c_prev, c, clip, dh, dc)
             give(w, j, da)
-            w[14 * n + j] = dh
-            w[15 * n + j] = dc
+            w[new * n + j] = dh
+            w[(new + 1) * n + j] = dc
 
     return block
 
@@ -96,7 +111,8 @@ def _backward_block(name: Any, w: Any, clip: Any) -> Any:
 def _compiled(name: str) -> tuple[Any, Any]:
     """A cell's forward and backward for all rows (N, ...) of one time step, every array C-contiguous."""
     cell, sources = CELLS[name], stamp()
-    sums, kept_count, has_c = cell.sums, cell.kept, cell.cell_state
+    sums, kept_count, has_c, slots = cell.sums, cell.kept, cell.cell_state, cell.sums + cell.kept + 8
+    (state, kept_at, new), (state_back, da_at, new_back) = _forward_slots(cell), _backward_slots(cell)
 
     @cached(name)
     def forward(
@@ -107,7 +123,7 @@ def _compiled(name: str) -> tuple[Any, Any]:
         _ = sources
         N, H = h.shape
         gates = len(x_sum)
-        w = np.zeros(16 * BLOCK, h.dtype)
+        w = np.zeros(slots * BLOCK, h.dtype)
         ax, hr, b, kept = ax.ravel(), hr.ravel(), b.ravel(), kept.ravel()
         h, c, h_prev, c_prev = h.ravel(), c.ravel(), h_prev.ravel(), c_prev.ravel()
         for row in range(N):
@@ -125,15 +141,15 @@ def _compiled(name: str) -> tuple[Any, Any]:
                     add(w, x_sum[g], ax, (row * gates + g) * H + j, n)
                 for g in range(len(h_sum)):
                     add(w, h_sum[g], hr, (row * gates + g) * H + j, n)
-                load(w, 4, h_prev, at + j, n)
+                load(w, state, h_prev, at + j, n)
                 if has_c:
-                    load(w, 5, c_prev, at + j, n)
+                    load(w, state + 1, c_prev, at + j, n)
                 forward_block(name, w, clip)
                 for k in range(kept_count):
-                    save(w, 6 + k, kept, (row * kept_count + k) * H + j, n)
-                save(w, 10, h, at + j, n)
+                    save(w, kept_at + k, kept, (row * kept_count + k) * H + j, n)
+                save(w, new, h, at + j, n)
                 if has_c:
-                    save(w, 11, c, at + j, n)
+                    save(w, new + 1, c, at + j, n)
 
     @cached(name)
     def backward(
@@ -145,7 +161,7 @@ def _compiled(name: str) -> tuple[Any, Any]:
         _ = sources
         N, H = h.shape
         gates = len(x_sum)
-        w = np.zeros(16 * BLOCK, h.dtype)
+        w = np.zeros(slots * BLOCK, h.dtype)
         kept, da_x, da_h, dy, dcells = kept.ravel(), da_x.ravel(), da_h.ravel(), dy.ravel(), dcells.ravel()
         h, c, h_prev, c_prev, dh, dc = h.ravel(), c.ravel(), h_prev.ravel(), c_prev.ravel(), dh.ravel(), dc.ravel()
         for row in range(N):
@@ -158,27 +174,27 @@ def _compiled(name: str) -> tuple[Any, Any]:
                 n = min(BLOCK, H - j)
                 for k in range(kept_count):
                     load(w, k, kept, (row * kept_count + k) * H + j, n)
-                load(w, 4, h_prev, at + j, n)
-                load(w, 5, h, at + j, n)
-                load(w, 8, dh, at + j, n)
-                add(w, 8, dy, at + j, n)
+                load(w, state_back, h_prev, at + j, n)
+                load(w, state_back + 1, h, at + j, n)
+                load(w, state_back + 4, dh, at + j, n)
+                add(w, state_back + 4, dy, at + j, n)
                 if has_c:
-                    load(w, 6, c_prev, at + j, n)
-                    load(w, 7, c, at + j, n)
-                    load(w, 9, dc, at + j, n)
+                    load(w, state_back + 2, c_prev, at + j, n)
+                    load(w, state_back + 3, c, at + j, n)
+                    load(w, state_back + 5, dc, at + j, n)
                 if has_dcells:
-                    add(w, 9 if has_c else 8, dcells, at + j, n)
+                    add(w, state_back + (5 if has_c else 4), dcells, at + j, n)
                 if clip_grad > 0:
-                    limit(w, 8, clip_grad)
-                    limit(w, 9, clip_grad)
+                    limit(w, state_back + 4, clip_grad)
+                    limit(w, state_back + 5, clip_grad)
                 backward_block(name, w, clip_cell)
                 for g in range(gates):
-                    save(w, 10 + x_sum[g], da_x, (row * gates + g) * H + j, n)
+                    save(w, da_at + x_sum[g], da_x, (row * gates + g) * H + j, n)
                 for g in range(len(h_sum)):
-                    save(w, 10 + h_sum[g], da_h, (row * gates + g) * H + j, n)
-                save(w, 14, dh, at + j, n)
+                    save(w, da_at + h_sum[g], da_h, (row * gates + g) * H + j, n)
+                save(w, new_back, dh, at + j, n)
                 if has_c:
-                    save(w, 15, dc, at + j, n)
+                    save(w, new_back + 1, dc, at + j, n)
 
     return forward, backward
 
