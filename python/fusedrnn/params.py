@@ -5,9 +5,9 @@ Per layer k and direction (suffix "" or "_reverse"), with G gates (LSTM 4: i, f,
 `weight_ih_l{k}` (G*H, I_k), `weight_hh_l{k}` (G*H, H), `bias_ih_l{k}` (G*H), `bias_hh_l{k}` (G*H), where I_0 is the
 input size and I_k = directions * H above. A dict under these names is what torch.nn's state_dict holds, so PyTorch
 needs no conversion. `cell` is "rnn_tanh", "rnn_relu", "lstm", "gru", "gru_reset_before" (Keras's reset_after=False,
-ONNX's linear_before_reset=0), "cifg" (the coupled LSTM, 3: i, g, o), "ligru" (2: z, n), "mingru" (2: z, n) or "minlstm" (3:
-i, f, g). The last two have no weight_hh and no bias_hh. With a context of K numbers (see fusedrnn.ops) layer 0 also has
-`weight_ch_l0` (G*H, K), and `weight_ch_l0_reverse`, behind all others.
+ONNX's linear_before_reset=0), "cifg" (the coupled LSTM, 3: i, g, o), "ligru" (2: z, n), "mingru" (2: z, n) or "minlstm"
+(3: i, f, g). The last two have no weight_hh and no bias_hh. With a context of K numbers (see fusedrnn.ops) layer 0 also
+has `weight_ch_l0` (G*H, K), and `weight_ch_l0_reverse`, behind all others.
 
 What options add, in this order: `weight_hr_l{k}` (P, H) for proj_size P (weight_hh is then (G*H, P), and layers above
 the first take in directions * P); `weight_ph_l{k}` (3*H) for peepholes of i, f, o ((2*H) for i, o where the gates are
