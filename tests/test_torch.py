@@ -437,6 +437,18 @@ def test_errors_of_what_is_new(options, error, match):
         fusedrnn.torch.LSTM(3, 4)(torch.randn(5, 3, 3), **options)
 
 
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_recompute_on_numba(kind):
+    """Numba keeps every c, where the others set marks."""
+    ours, x = getattr(fusedrnn.torch, kind)(3, 4, 2, dtype=torch.float64), torch.randn(11, 2, 3, dtype=torch.float64)
+    want = gradients(ours, ours(x))
+    fusedrnn.set_backend("numba")
+    try:
+        same(gradients(ours, ours(x, recompute=True)), want)
+    finally:
+        fusedrnn.set_backend(None)
+
+
 def test_recompute_and_clips():
     ours = fusedrnn.torch.LSTM(3, 4, dtype=torch.float64)
     x = torch.randn(20, 2, 3, dtype=torch.float64) * 4
