@@ -25,7 +25,7 @@ SOURCES = [
     CSRC / "bindings" / "cuda.cpp",
     TESTS / "cuda_twin.cpp",
     *(TESTS / f"{name}.cpp" for name in ("device_cpu", "device_fiber")),
-    CSRC / "cpu" / "fiber.cpp",
+    CSRC / "cpu" / "threads" / "fiber.cpp",
     CSRC / "cuda" / "entry.cpp",
 ]
 

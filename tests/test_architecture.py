@@ -68,6 +68,12 @@ def test_first_line_of_every_file_is_the_licence():
         ("api.h", r"$^"),
         ("cells", r"cells/functions\.h"),
         ("cpu", r"api\.h|cells/.*|cpu/.*"),
+        ("cpu/threads", r"cpu/cpu\.h|cpu/threads/.*"),
+        ("cpu/arithmetic", r"cpu/(threads|arithmetic)/.*"),
+        ("cpu/recurrence", r"api\.h|cpu/isa\.h|cpu/(threads|arithmetic|recurrence)/.*"),
+        ("cpu/cells", r"cells/.*|cpu/arithmetic/vec\.h|cpu/recurrence/cell\.h"),
+        ("cpu/generation", r"api\.h|cpu/(arithmetic|recurrence|generation)/.*"),
+        ("cpu/alignment", r"cpu/(cpu|isa)\.h|cpu/(threads|arithmetic)/.*"),
         ("cuda", r"api\.h|cells/.*|cuda/.*"),
         ("bindings", r"api\.h|cpu/cpu\.h|cuda/cuda\.h|bindings/.*"),
     ],
@@ -95,7 +101,7 @@ def test_one_file_for_each_kind_of_array():
 
 
 def test_only_bindings_know_python():
-    for path in sources("csrc/cells/*", "csrc/cpu/*", "csrc/cuda/*"):
+    for path in sources("csrc/cells/*", "csrc/cpu/**/*.*", "csrc/cuda/*"):
         assert not re.search(r"\bPy[A-Z_]\w+|pybind11|\bpy::", text_without_comments(path)), path
 
 
@@ -103,7 +109,7 @@ def test_code_compiled_per_instruction_set_uses_no_library_templates():
     """One weak symbol from an AVX-512 object can be chosen for the whole library and crash older machines."""
     cmake = (ROOT / "CMakeLists.txt").read_text()
     cells = re.search(r"set\(CELLS ([^)]*)\)", cmake)[1].split()
-    names = [*re.search(r"set\(per_isa ([^)]*)\)", cmake)[1].split(), *(f"{cell}.cpp" for cell in cells)]
+    names = [*re.search(r"set\(per_isa ([^)]*)\)", cmake)[1].split(), *(f"cells/{cell}.cpp" for cell in cells)]
     seen, todo = set(), [ROOT / "csrc" / "cpu" / name for name in names]
     while todo:
         path = todo.pop()

@@ -32,7 +32,7 @@ FLAGS = ["-O1", "-g1"]
 @functools.cache
 def parts(*flags: str) -> list[Path]:
     """The program's objects: first those with kernels, then those that any kernels run in."""
-    sources = [TESTS / f"{name}.cpp" for name in [*CELLS, *DEVICE]] + [CSRC / "cpu" / "fiber.cpp"]
+    sources = [TESTS / f"{name}.cpp" for name in [*CELLS, *DEVICE]] + [CSRC / "cpu" / "threads" / "fiber.cpp"]
     return objects(sources, [*FLAGS, *flags])
 
 

@@ -5,7 +5,7 @@
 //   size alone.
 // Route: one thread; the arrays are as large as the weights, so memory is the limit for most.
 // Limit: conversion to float64 in cache, memory bandwidth past it.
-#include "gemm.h"
+#include "cpu/arithmetic/gemm.h"
 #include "isa.h"
 
 namespace fusedrnn::cpu::FUSEDRNN_ISA {

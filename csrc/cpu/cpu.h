@@ -7,8 +7,8 @@
 #include <cstdint>
 #include <vector>
 
-#include "../api.h"
-#include "generate.h"
+#include "api.h"
+#include "cpu/generation/generate.h"
 
 namespace fusedrnn::cpu {
 

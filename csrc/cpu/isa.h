@@ -2,7 +2,7 @@
 // What one instruction set's objects offer to dispatch.cpp.
 #pragma once
 
-#include "../api.h"
+#include "api.h"
 
 namespace fusedrnn::cpu {
 

@@ -40,7 +40,8 @@ def forward(problem: Problem, p: Arguments, out: Results, tape: _Array | None = 
 def backward(problem: Problem, p: Arguments, tape: _Array, g: Results, dp: Arguments) -> None: ...
 def jvp(problem: Problem, p: Arguments, v: Arguments, tout: Results) -> None: ...
 
-# Draws g.drawn.shape[0] tokens for each row: csrc/cpu/generate.h. T = E = D = 1, p.x (1,1,B) integers, out.hn (and cn).
+# Draws g.drawn.shape[0] tokens for each row: csrc/cpu/generation/generate.h. T = E = D = 1, p.x (1,1,B) integers,
+# out.hn (and cn).
 # None, or the first (step, row, what is wrong with its logits), and then nothing that was written is of use.
 def generate(problem: Problem, p: Arguments, out: Results, g: Generation) -> tuple[int, int, str] | None: ...
 def hvp(

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How `generate` draws a token from logits: the options, checked, and the draw in NumPy, which csrc/cpu/draw.cpp
-repeats.
+"""How `generate` draws a token from logits: the options, checked, and the draw in NumPy.
+
+csrc/cpu/generation/draw.cpp repeats it.
 
 In this order, as in Hugging Face's transformers:
 

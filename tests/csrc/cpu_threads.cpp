@@ -8,8 +8,8 @@
 #include <vector>
 
 #include "cpu/cpu.h"
-#include "cpu/machine.h"
-#include "cpu/threads.h"
+#include "cpu/threads/machine.h"
+#include "cpu/threads/threads.h"
 
 using namespace fusedrnn::cpu;
 

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// The simulator's fibers (csrc/cpu/fiber.h), and what ThreadSanitizer is told about them.
+// The simulator's fibers (csrc/cpu/threads/fiber.h), and what ThreadSanitizer is told about them.
 #pragma once
 
-#include "cpu/fiber.h"
+#include "cpu/threads/fiber.h"
 
 namespace fusedrnn::dev::sim {
 

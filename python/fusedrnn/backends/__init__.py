@@ -110,7 +110,7 @@ class Results:
 
 @dataclass(slots=True)
 class Generation:
-    """What is drawn, and how: see csrc/cpu/generate.h."""
+    """What is drawn, and how: see csrc/cpu/generation/generate.h."""
 
     head: Any  # (I,H)
     head_bias: Any  # (I,)

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "vec.h"
+#include "cpu/arithmetic/vec.h"
 // The formulas need FUSEDRNN_INLINE from vec.h.
-#include "../cells/minlstm.h"
-#include "cell.h"
+#include "cells/ligru.h"
+#include "cpu/recurrence/cell.h"
 
 namespace fusedrnn::cpu::FUSEDRNN_ISA {
 
-FUSEDRNN_TABLE(minlstm_table, cells::MinLstm)
+FUSEDRNN_TABLE(ligru_table, cells::LiGru)
 
 }  // namespace fusedrnn::cpu::FUSEDRNN_ISA

@@ -5,8 +5,8 @@
 #include <cmath>
 #include <numeric>
 
+#include "cpu/arithmetic/philox.h"
 #include "generate.h"
-#include "philox.h"
 
 namespace fusedrnn::cpu {
 namespace {

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "vec.h"
+#include "cpu/arithmetic/vec.h"
 // The formulas need FUSEDRNN_INLINE from vec.h.
-#include "../cells/mingru.h"
-#include "cell.h"
+#include "cells/minlstm.h"
+#include "cpu/recurrence/cell.h"
 
 namespace fusedrnn::cpu::FUSEDRNN_ISA {
 
-FUSEDRNN_TABLE(mingru_table, cells::MinGru)
+FUSEDRNN_TABLE(minlstm_table, cells::MinLstm)
 
 }  // namespace fusedrnn::cpu::FUSEDRNN_ISA

@@ -1,12 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "vec.h"
+#include "cpu/arithmetic/vec.h"
 // The formulas need FUSEDRNN_INLINE from vec.h.
-#include "../cells/gru.h"
-#include "cell.h"
+#include "cells/lstm.h"
+#include "cpu/recurrence/cell.h"
 
 namespace fusedrnn::cpu::FUSEDRNN_ISA {
 
-FUSEDRNN_TABLE(gru_table, cells::Gru)
-FUSEDRNN_TABLE(gru_reset_before_table, cells::GruResetBefore)
+FUSEDRNN_TABLE(lstm_table, cells::Lstm)
 
 }  // namespace fusedrnn::cpu::FUSEDRNN_ISA

@@ -10,8 +10,8 @@
 // Route: rows b, b + kGroups, ... form a group, which one thread walks in order; the groups are added in order at the
 //   end: the same bits for any number of threads.
 // Limit: about ten operations for each pair of states and step, twenty backward.
-#include "isa.h"
-#include "wide.h"
+#include "cpu/arithmetic/wide.h"
+#include "cpu/isa.h"
 
 namespace fusedrnn::cpu::FUSEDRNN_ISA {
 namespace {

@@ -8,8 +8,8 @@
 //   label of one place came from takes three bits a step, and a word holds kSteps of them: 1.5 bits a state.
 // Limit: about twenty operations a register and step, independent of each other; the words of one step stay in the
 //   nearest caches.
-#include "isa.h"
-#include "wide.h"
+#include "cpu/arithmetic/wide.h"
+#include "cpu/isa.h"
 
 namespace fusedrnn::cpu::FUSEDRNN_ISA {
 namespace {

@@ -9,8 +9,8 @@
 // Route: a thread owns whole rows, so nothing is added across threads. A step's registers are independent of each
 //   other; the chain through the steps is what limits short targets, exp of all classes (memory, in the end) many
 //   classes.
-#include "isa.h"
-#include "wide.h"
+#include "cpu/arithmetic/wide.h"
+#include "cpu/isa.h"
 
 namespace fusedrnn::cpu::FUSEDRNN_ISA {
 namespace {

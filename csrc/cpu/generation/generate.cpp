@@ -9,7 +9,7 @@
 // Limit: one row reads all weights every step, from the cache that holds them.
 #include "generate.h"
 
-#include "norm.h"
+#include "cpu/recurrence/norm.h"
 
 namespace fusedrnn::cpu::FUSEDRNN_ISA {
 namespace {

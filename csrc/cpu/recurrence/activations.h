@@ -5,8 +5,8 @@
 // Limit: exp, one or two a unit; the others are bound by L1.
 #pragma once
 
-#include "../api.h"
-#include "vec.h"
+#include "api.h"
+#include "cpu/arithmetic/vec.h"
 
 namespace fusedrnn::cpu::FUSEDRNN_ISA {
 

@@ -11,9 +11,9 @@
 #include <tuple>
 #include <utility>
 
-#include "cpu.h"
-#include "machine.h"
-#include "threads.h"
+#include "cpu/cpu.h"
+#include "cpu/threads/machine.h"
+#include "cpu/threads/threads.h"
 
 namespace fusedrnn::cpu {
 namespace {

@@ -6,9 +6,9 @@
 // S = float or double. P planes: 1 for values, 2 for values and tangents (dual numbers): every array then is a pair.
 #pragma once
 
-#include "gemm.h"
-#include "isa.h"
-#include "philox.h"
+#include "cpu/arithmetic/gemm.h"
+#include "cpu/arithmetic/philox.h"
+#include "cpu/isa.h"
 #include "rows.h"
 
 namespace fusedrnn::cpu::FUSEDRNN_ISA {

@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "../api.h"
+#include "api.h"
 
 namespace fusedrnn::cpu {
 

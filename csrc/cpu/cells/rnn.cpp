@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "vec.h"
+#include "cpu/arithmetic/vec.h"
 // The formulas need FUSEDRNN_INLINE from vec.h.
-#include "../cells/rnn.h"
-#include "cell.h"
+#include "cells/rnn.h"
+#include "cpu/recurrence/cell.h"
 
 namespace fusedrnn::cpu::FUSEDRNN_ISA {
 

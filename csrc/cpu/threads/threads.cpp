@@ -11,7 +11,7 @@
 #include <memory>
 #include <new>
 
-#include "cpu.h"
+#include "cpu/cpu.h"
 #include "fiber.h"
 #include "machine.h"
 

@@ -6,8 +6,8 @@
 
 #include <cstdint>
 
-#include "../api.h"
-#include "threads.h"
+#include "api.h"
+#include "cpu/threads/threads.h"
 
 namespace fusedrnn::cpu {
 

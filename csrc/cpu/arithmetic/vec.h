@@ -14,7 +14,7 @@
 #error "compiled once per instruction set, with -DFUSEDRNN_ISA=<name>; see dispatch.cpp"
 #endif
 
-#include "threads.h"
+#include "cpu/threads/threads.h"
 
 #define FUSEDRNN_INLINE static FUSEDRNN_FORCE  // for csrc/cells
 

@@ -2,7 +2,7 @@
 // Philox4x32-10 (Salmon et al., SC 2011): random numbers that a key and a counter name, so that nothing is stored.
 #pragma once
 
-#include "threads.h"
+#include "cpu/threads/threads.h"
 
 namespace fusedrnn::cpu {
 
