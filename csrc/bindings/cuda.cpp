@@ -3,7 +3,7 @@
 //
 // An array is any object with `pointer` (int), `shape` and `strides` (tuples; bytes) and `kind` (its dtype's name). Its
 // shape, type and strides are checked here; whose memory the pointer is, nobody can check. Streams are integers. No
-// memory is taken: `Forward` and `Backward` say how much a call needs, and `run` gets it.
+// memory is taken: a call says how much it needs, and `run` gets it.
 #include "bindings/bindings.h"
 
 #ifdef FUSEDRNN_HAVE_CUDA
@@ -17,6 +17,7 @@
 #include <utility>
 #include <vector>
 
+#include "bindings/signature.h"
 #include "cuda/cuda.h"
 #endif
 
@@ -50,12 +51,6 @@ Dtype dtype_of(const std::string& kind, const std::string& name) {
 
 bool is_integer(const std::string& kind) { return kind.starts_with("int") || kind.starts_with("uint"); }
 
-std::string shape_text(const int64_t* shape, int rank) {
-  std::string text = "(";
-  for (int i = 0; i < rank; ++i) text += (i ? ", " : "") + std::to_string(shape[i]);
-  return text + (rank == 1 ? ",)" : ")");
-}
-
 void* pointer_of(py::handle object) { return reinterpret_cast<void*>(object.attr("pointer").cast<uintptr_t>()); }
 
 // Null for None.
@@ -72,8 +67,8 @@ Array<Rank> array(py::handle object, const std::string& name, const int64_t (&sh
   int64_t elements = 1;
   for (int i = 0; fits && i < Rank; ++i) fits = got[static_cast<size_t>(i)] == shape[i], elements *= shape[i];
   if (!fits)
-    fail(name + " has shape " + shape_text(got.data(), static_cast<int>(got.size())) + "; expected " +
-         shape_text(shape, Rank));
+    fail(name + " has shape " + shape_text(static_cast<int>(got.size()), got.data()) + "; expected " +
+         shape_text(Rank, shape));
   for (int i = 0; i < Rank; ++i) {
     const int64_t stride = strides[static_cast<size_t>(i)];
     if (stride % size != 0 && shape[i] > 1) fail(name + " has strides that are no whole elements");
@@ -86,9 +81,9 @@ Array<Rank> array(py::handle object, const std::string& name, const int64_t (&sh
 }
 
 // One call: what goes in and out, kept as pointers. Python keeps the arrays.
-class Call {
+class DeviceCall {
  public:
-  Call(py::handle given, py::handle p, int route, int float32) {
+  DeviceCall(py::handle given, py::handle p, int route, int float32) {
     settings_.route = route;
     settings_.f32 = static_cast<cuda::Precision>(float32);
     if (route < -1 || route > 3) fail("route is " + std::to_string(route) + "; expected -1..3");
@@ -126,8 +121,8 @@ class Call {
     }
     problem_.dtype = dtype_of(kind_, token_kind_.empty() ? "x" : "params[0].W");
     if (!context.is_none()) s.K = py::sequence(context.attr("shape"))[2].cast<int64_t>();
-    problem_.lengths = array<2>(given.attr("lengths"), "lengths", {s.E, s.B}, "int64", 8);
-    problem_.reset = array<3>(given.attr("reset"), "reset", {s.T, s.E, s.B}, "uint8", 1);
+    fill(given.attr("lengths"), lengths_slot(problem_));
+    fill(given.attr("reset"), reset_slot(problem_));
     p_ = arguments(p, "", p_params_);
     for (const Params& w : p_params_)
       if (!w.W.data || !w.R.data == facts_of(problem_.cell).state_product) fail("params lack W or R");
@@ -154,54 +149,60 @@ class Call {
     return n;
   }
 
+  // An array into its slot. True, as each_* wants it: raises where something is wrong.
   template <int Rank>
-  Array<Rank> read(py::handle object, const std::string& name, const int64_t (&shape)[Rank]) const {
-    return array<Rank>(object, name, shape, kind_, kSizes[static_cast<int>(problem_.dtype)]);
+  bool fill(py::handle object, const Slot<Rank>& slot, const char* role = "") const {
+    const std::string name = ArrayName{role, slot.name, slot.index}.text();
+    switch (slot.stored) {
+      case Stored::lengths:
+        slot.array = array<Rank>(object, name, slot.shape, "int64", 8);
+        break;
+      case Stored::flags:
+        slot.array = array<Rank>(object, name, slot.shape, "uint8", 1);
+        break;
+      case Stored::tokens:
+        slot.array = array<Rank>(object, name, slot.shape, token_kind_, settings_.token_bytes);
+        break;
+      default:
+        slot.array = array<Rank>(object, name, slot.shape, kind_, kSizes[static_cast<int>(problem_.dtype)]);
+    }
+    if (slot.family == Family::state && !slot.has && slot.array.data)
+      fail(name + " is given; only cells with c have it");
+    return true;
   }
 
-  Arguments arguments(py::handle given, const std::string& role, std::vector<Params>& params) const {
+  Arguments arguments(py::handle given, const char* role, std::vector<Params>& params) const {
     const Sizes& s = problem_.sizes;
     Arguments out;
-    const int64_t state[4] = {s.L * s.D, s.E, s.B, s.H};
     const py::object x = given.attr("x");
-    if (role.empty() && !token_kind_.empty())
-      out.tokens = array<3>(x, "x", {s.T, s.E, s.B}, token_kind_, settings_.token_bytes);
+    if (!*role && !token_kind_.empty())
+      fill(x, tokens_slot(problem_, out), role);
     else
-      out.x = read<4>(x, role + "x", {s.T, s.E, s.B, s.I});
-    out.h0 = read<4>(given.attr("h0"), role + "h0", state);
-    out.c0 = read<4>(given.attr("c0"), role + "c0", state);
-    if (!facts_of(problem_.cell).cell_state && out.c0.data) fail(role + "c0 is given; only lstm and cifg have it");
-    const int64_t rows = facts_of(problem_.cell).gates * s.H;
-    for (const py::handle entry : given.attr("params")) {
-      const int64_t index = static_cast<int64_t>(params.size());
-      const std::string name = role + "params[" + std::to_string(index) + "].";
-      const auto tuple = py::reinterpret_borrow<py::sequence>(entry);
-      Params w;
-      w.W = read<3>(py::object(tuple[0]), name + "W", {s.E, rows, index < s.D ? s.I : s.D * s.H});
-      w.R = read<3>(py::object(tuple[1]), name + "R", {s.E, rows, s.H});
-      w.bW = read<2>(py::object(tuple[2]), name + "bW", {s.E, rows});
-      w.bR = read<2>(py::object(tuple[3]), name + "bR", {s.E, rows});
-      params.push_back(w);
+      fill(x, x_slot(problem_, out), role);
+    each_start(problem_, out, [&](const auto& slot) { return fill(given.attr(slot.name), slot, role); });
+    const auto entries = py::reinterpret_borrow<py::sequence>(given.attr("params"));
+    const int count = static_cast<int>(py::len(entries));
+    if (count != 0 && count != s.L * s.D)
+      fail(role + ("params has " + std::to_string(count)) + " entries; expected " + std::to_string(s.L * s.D));
+    params.resize(static_cast<size_t>(count));
+    for (int k = 0; k < count; ++k) {
+      const auto entry = py::reinterpret_borrow<py::sequence>(entries[static_cast<size_t>(k)]);
+      each_weight(problem_, k, params[static_cast<size_t>(k)], [&](const auto& slot) {
+        return fill(py::object(entry[static_cast<size_t>(slot.part)]), slot, role);
+      });
     }
-    if (!params.empty() && static_cast<int64_t>(params.size()) != s.L * s.D)
-      fail(role + "params has " + std::to_string(params.size()) + " entries; expected " + std::to_string(s.L * s.D));
     out.params = params.empty() ? nullptr : params.data();
-    out.context = read<3>(given.attr("context"), role + "context", {s.E, s.B, s.K});
+    fill(given.attr("context"), context_slot(problem_, out), role);
     if (const py::object weights = given.attr("context_weights"); !weights.is_none())
-      for (size_t d = 0; d < static_cast<size_t>(s.D); ++d)
-        out.context_weights[d] = read<3>(py::sequence(weights)[d], role + "context_weights", {s.E, rows, s.K});
+      for (int d = 0; d < s.D; ++d)
+        fill(py::object(py::sequence(weights)[static_cast<size_t>(d)]), context_weights_slot(problem_, out, d), role);
     return out;
   }
 
-  Results results(py::handle given, const std::string& role) const {
-    const Sizes& s = problem_.sizes;
+  Results results(py::handle given, const char* role) const {
     Results out;
-    const int64_t state[4] = {s.L * s.D, s.E, s.B, s.H};
-    out.y = read<4>(given.attr("y"), role + "y", {s.T, s.E, s.B, s.D * s.H});
-    out.hn = read<4>(given.attr("hn"), role + "hn", state);
-    out.cn = read<4>(given.attr("cn"), role + "cn", state);
-    if (!facts_of(problem_.cell).cell_state && out.cn.data) fail(role + "cn is given; only lstm and cifg have it");
-    out.cells = read<5>(given.attr("cells"), role + "cells", {s.L, s.T, s.E, s.B, s.D * s.H});
+    each_result(problem_, out, [&](const auto& slot) { return fill(given.attr(slot.name), slot, role); });
+    fill(given.attr("cells"), cells_slot(problem_, out), role);
     return out;
   }
 
@@ -214,10 +215,10 @@ class Call {
   const char* route_ = "";
 };
 
-class Forward : public Call {
+class DeviceForward : public DeviceCall {
  public:
-  Forward(py::handle problem, py::handle p, py::handle out, bool keep, int route, int float32)
-      : Call(problem, p, route, float32), keep_(keep), out_(results(out, "out.")) {
+  DeviceForward(py::handle problem, py::handle p, py::handle out, bool keep, int route, int float32)
+      : DeviceCall(problem, p, route, float32), keep_(keep), out_(results(out, "out.")) {
     cuda::Status status;
     const cuda::OnDevice device(p_.params[0].W.data, &status);
     raise(status);
@@ -242,10 +243,10 @@ class Forward : public Call {
   Results out_;
 };
 
-class Backward : public Call {
+class DeviceBackward : public DeviceCall {
  public:
-  Backward(py::handle problem, py::handle p, py::handle g, py::handle dp, int route, int float32)
-      : Call(problem, p, route, float32), g_(results(g, "g.")) {
+  DeviceBackward(py::handle problem, py::handle p, py::handle g, py::handle dp, int route, int float32)
+      : DeviceCall(problem, p, route, float32), g_(results(g, "g.")) {
     dp_ = arguments(dp, "dp.", dp_params_);
     cuda::Status status;
     const cuda::OnDevice device(p_.params[0].W.data, &status);
@@ -270,9 +271,9 @@ class Backward : public Call {
   Results g_;
 };
 
-class Jvp : public Call {
+class DeviceJvp : public DeviceCall {
  public:
-  Jvp(py::handle problem, py::handle p, py::handle v, py::handle tout) : Call(problem, p, -1, 0) {
+  DeviceJvp(py::handle problem, py::handle p, py::handle v, py::handle tout) : DeviceCall(problem, p, -1, 0) {
     v_ = arguments(v, "v.", v_params_);
     tout_ = results(tout, "tout.");
     cuda::Status status;
@@ -298,10 +299,10 @@ class Jvp : public Call {
   Results tout_;
 };
 
-class Hvp : public Call {
+class DeviceHvp : public DeviceCall {
  public:
-  Hvp(py::handle problem, py::handle p, py::handle v, py::handle g, py::handle t, py::handle tdp, py::handle tout)
-      : Call(problem, p, -1, 0), g_(results(g, "g.")), t_(results(t, "t.")) {
+  DeviceHvp(py::handle problem, py::handle p, py::handle v, py::handle g, py::handle t, py::handle tdp, py::handle tout)
+      : DeviceCall(problem, p, -1, 0), g_(results(g, "g.")), t_(results(t, "t.")) {
     v_ = arguments(v, "v.", v_params_);
     dp_ = arguments(tdp, "tdp.", dp_params_);
     if (!tout.is_none()) tout_ = results(tout, "tout.");
@@ -477,30 +478,30 @@ void register_cuda(py::module_& module) {
   py::module_ m = module.def_submodule("cuda");
   m.attr("architectures") = std::string(cuda::built_for());
   m.def("devices", &devices);
-  py::class_<Forward>(m, "Forward")
+  py::class_<DeviceForward>(m, "Forward")
       .def(py::init<py::handle, py::handle, py::handle, bool, int, int>(), py::arg("problem"), py::arg("p"),
            py::arg("out"), py::arg("keep"), py::arg("route"), py::arg("float32"))
-      .def_property_readonly("route", &Forward::route)
-      .def_property_readonly("tape_bytes", &Forward::tape_bytes)
-      .def_property_readonly("workspace_bytes", &Forward::workspace_bytes)
-      .def("run", &Forward::run, py::arg("tape"), py::arg("workspace"), py::arg("stream"));
-  py::class_<Backward>(m, "Backward")
+      .def_property_readonly("route", &DeviceForward::route)
+      .def_property_readonly("tape_bytes", &DeviceForward::tape_bytes)
+      .def_property_readonly("workspace_bytes", &DeviceForward::workspace_bytes)
+      .def("run", &DeviceForward::run, py::arg("tape"), py::arg("workspace"), py::arg("stream"));
+  py::class_<DeviceBackward>(m, "Backward")
       .def(py::init<py::handle, py::handle, py::handle, py::handle, int, int>(), py::arg("problem"), py::arg("p"),
            py::arg("g"), py::arg("dp"), py::arg("route"), py::arg("float32"))
-      .def_property_readonly("route", &Backward::route)
-      .def_property_readonly("tape_bytes", &Backward::tape_bytes)
-      .def_property_readonly("workspace_bytes", &Backward::workspace_bytes)
-      .def("run", &Backward::run, py::arg("tape"), py::arg("workspace"), py::arg("stream"));
-  py::class_<Jvp>(m, "Jvp")
+      .def_property_readonly("route", &DeviceBackward::route)
+      .def_property_readonly("tape_bytes", &DeviceBackward::tape_bytes)
+      .def_property_readonly("workspace_bytes", &DeviceBackward::workspace_bytes)
+      .def("run", &DeviceBackward::run, py::arg("tape"), py::arg("workspace"), py::arg("stream"));
+  py::class_<DeviceJvp>(m, "Jvp")
       .def(py::init<py::handle, py::handle, py::handle, py::handle>(), py::arg("problem"), py::arg("p"), py::arg("v"),
            py::arg("tout"))
-      .def_property_readonly("workspace_bytes", &Jvp::workspace_bytes)
-      .def("run", &Jvp::run, py::arg("workspace"), py::arg("stream"));
-  py::class_<Hvp>(m, "Hvp")
+      .def_property_readonly("workspace_bytes", &DeviceJvp::workspace_bytes)
+      .def("run", &DeviceJvp::run, py::arg("workspace"), py::arg("stream"));
+  py::class_<DeviceHvp>(m, "Hvp")
       .def(py::init<py::handle, py::handle, py::handle, py::handle, py::handle, py::handle, py::handle>(),
            py::arg("problem"), py::arg("p"), py::arg("v"), py::arg("g"), py::arg("t"), py::arg("tdp"), py::arg("tout"))
-      .def_property_readonly("workspace_bytes", &Hvp::workspace_bytes)
-      .def("run", &Hvp::run, py::arg("workspace"), py::arg("stream"));
+      .def_property_readonly("workspace_bytes", &DeviceHvp::workspace_bytes)
+      .def("run", &DeviceHvp::run, py::arg("workspace"), py::arg("stream"));
   m.def("clip_workspace_bytes", &clip_workspace_bytes, py::arg("arrays"));
   m.def("clip_norm", &clip_norm, py::arg("arrays"), py::arg("norm_type"), py::arg("max_norm"), py::arg("norm"),
         py::arg("workspace"), py::arg("stream"));
