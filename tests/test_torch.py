@@ -861,9 +861,9 @@ def test_bfloat16_weights_are_read_as_they_lie(kind, monkeypatch):
     wider = tuple(t.double() for t in hx) if isinstance(hx, tuple) else hx.double()
     expected = wide(x.double(), wider)
     made = []
-    call = fusedrnn.torch.kernels.Call.__init__
+    call = fusedrnn.torch.kernels.TensorCall.__init__
     monkeypatch.setattr(
-        fusedrnn.torch.kernels.Call, "__init__", lambda self, *a: (call(self, *a), made.append(self.problem))[0]
+        fusedrnn.torch.kernels.TensorCall, "__init__", lambda self, *a: (call(self, *a), made.append(self.problem))[0]
     )
     with torch.no_grad():
         for way in (True, False):  # the short way, and the general one

@@ -249,7 +249,7 @@ def ctc_align(
     return Alignment(path, starts, stops, scores, log_probability)
 
 
-def _places(call: Call, states: np.ndarray, log_probability: np.ndarray) -> tuple[np.ndarray, ...]:
+def _places(call: CtcCall, states: np.ndarray, log_probability: np.ndarray) -> tuple[np.ndarray, ...]:
     """An alignment's path, starts, stops and scores, from the state at each step."""
     B, S = len(call.lengths), call.most
     rows = states.T.copy()
@@ -282,7 +282,7 @@ def _decoded(op: str, log_probs: Any, input_lengths: Any, blank: Any) -> tuple[n
 
 
 @dataclass(slots=True)
-class Call:
+class CtcCall:
     """Checked arguments, as backends take them."""
 
     log_probs: np.ndarray  # (T,B,C)
@@ -381,7 +381,7 @@ def checked(
     zero_infinity: Any,
     *,
     whole: bool = False,
-) -> Call:
+) -> CtcCall:
     """The arguments of a function that knows a row's labels. `whole`: None as lengths means all steps, all labels."""
     log_probs, single = scores_of(op, "log_probs", log_probs, "(T, B, C)")
     if log_probs.dtype == np.float16:  # only on a device
@@ -402,7 +402,7 @@ def checked(
         expected = f"a class in [0, {C}) = [0, C) that is not blank = {blank}"
         fix = "Entries past target_lengths are not read."
         check.fail(op, "targets", f"has {used[n]} as label {places[n]} of row {rows[n]}", expected, fix)
-    return Call(log_probs, labels, first, counts, lengths, most, blank, zero_infinity, single)
+    return CtcCall(log_probs, labels, first, counts, lengths, most, blank, zero_infinity, single)
 
 
 def _labels(

@@ -115,7 +115,7 @@ def _numpy(door: str, name: str, value: Any) -> Any:
 
 class _Loss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, log_probs: Tensor, call: ctc.Call) -> Tensor:
+    def forward(ctx: Any, log_probs: Tensor, call: ctc.CtcCall) -> Tensor:
         ctx.call = call
         ctx.save_for_backward(log_probs)  # this notices changes in place
         loss = torch.empty(call.log_probs.shape[1], dtype=log_probs.dtype)
@@ -130,7 +130,7 @@ class _Loss(torch.autograd.Function):
 
 class _Gradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, dloss: Tensor, log_probs: Tensor, call: ctc.Call) -> Tensor:
+    def forward(ctx: Any, dloss: Tensor, log_probs: Tensor, call: ctc.CtcCall) -> Tensor:
         shape, dtype = call.log_probs.shape, log_probs.dtype
         dlog_probs, loss = torch.empty(shape, dtype=dtype), torch.empty(shape[1], dtype=dtype)
         scores = gate.array("backward of ctc_loss", "log_probs", log_probs).reshape(shape)  # it may lie elsewhere now

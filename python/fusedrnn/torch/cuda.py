@@ -75,7 +75,7 @@ def seen(tensor: Tensor, kind: str = "") -> TensorArray:
     )
 
 
-class Call(kernels.Call):
+class DeviceCall(kernels.TensorCall):
     """The same call with its tensors where they are, in the type that they have."""
 
     def __init__(self, how: How, p: Tensors, extra: Tensors, axes: Sequence[int], lengths: Any, reset: Any) -> None:
@@ -124,19 +124,19 @@ def _tf32() -> bool:
     return bool(cudnn.allow_tf32 if rnn is None else rnn.fp32_precision == "tf32")
 
 
-def _new_tape(call: Call) -> Tensor:
+def _new_tape(call: DeviceCall) -> Tensor:
     problem: Problem = call.problem
     length = cuda_length(call.how, problem.T, problem.B, problem.H, call.dtype)
     return torch.empty((call.E, length), dtype=call.kind, device=call.p.x.owner.device)
 
 
-def _forward(call: Call, out: Results, tape: Tensor) -> None:
+def _forward(call: DeviceCall, out: Results, tape: Tensor) -> None:
     backend: Any = backends.choose(on_cuda=True)
     backend.forward(call.problem, call.p, out, seen(tape) if tape.numel() else None, tf32=_tf32())
 
 
 def forward(how: How, lengths: Any, reset: Any, p: Tensors) -> tuple[Tensor, ...]:
-    call = Call(how, p, (), (), lengths, reset)
+    call = DeviceCall(how, p, (), (), lengths, reset)
     tensors, out = call.new_results()
     tape = _new_tape(call)
     _forward(call, out, tape)
@@ -144,7 +144,7 @@ def forward(how: How, lengths: Any, reset: Any, p: Tensors) -> tuple[Tensor, ...
 
 
 def backward(how: How, lengths: Any, reset: Any, p: Tensors, tape: Tensor | None, g: Tensors) -> tuple[Tensor, ...]:
-    call = Call(how, p, g, how.result_axes, lengths, reset)
+    call = DeviceCall(how, p, g, how.result_axes, lengths, reset)
     tensors, out = call.new_arguments(p)
     if tape is None or tape.shape[0] != call.E or not tape.numel():
         call.how = call.how.but(tape=True)
@@ -156,7 +156,7 @@ def backward(how: How, lengths: Any, reset: Any, p: Tensors, tape: Tensor | None
 
 
 def jvp(how: How, lengths: Any, reset: Any, p: Tensors, v: Tensors) -> tuple[Tensor, ...]:
-    call = Call(how, p, v, how.argument_axes, lengths, reset)
+    call = DeviceCall(how, p, v, how.argument_axes, lengths, reset)
     tensors, out = call.new_results()
     backend: Any = backends.choose(on_cuda=True)
     backend.jvp(call.problem, call.p, call.arguments(v, "tangent of "), out)
@@ -164,7 +164,7 @@ def jvp(how: How, lengths: Any, reset: Any, p: Tensors, v: Tensors) -> tuple[Ten
 
 
 def hvp(how: How, lengths: Any, reset: Any, p: Tensors, v: Tensors, g: Tensors, t: Tensors) -> tuple[Tensor, ...]:
-    call = Call(how, p, (*v, *g, *t), (*how.argument_axes, *how.result_axes, *how.result_axes), lengths, reset)
+    call = DeviceCall(how, p, (*v, *g, *t), (*how.argument_axes, *how.result_axes, *how.result_axes), lengths, reset)
     tensors, out = call.new_arguments(p)
     backend: Any = backends.choose(on_cuda=True)
     backend.hvp(call.problem, call.p, call.arguments(v, "tangent of "), call.given(g), call.given(t), out)

@@ -50,7 +50,7 @@ class Sizes(NamedTuple):
     H: Any
 
 
-class Call:
+class TensorCall:
     """One call: the problem, and how its tensors become arrays."""
 
     def __init__(
@@ -192,12 +192,12 @@ def argument_shapes(how: How, problem: Any) -> list[tuple[Any, ...]]:
     return shapes
 
 
-def _new_tape(call: Call) -> Tensor:
+def _new_tape(call: TensorCall) -> Tensor:
     problem = call.problem
     return torch.empty((call.E, length(call.how, problem.T, problem.B, problem.H)), dtype=call.kind)
 
 
-def _run_forward(call: Call, out: Results, tape: Tensor) -> None:
+def _run_forward(call: TensorCall, out: Results, tape: Tensor) -> None:
     backend: Any = backends.choose()
     flat = None
     if tape.numel():
@@ -214,7 +214,7 @@ def forward(how: How, lengths: Any, reset: Any, p: Tensors) -> tuple[Tensor, ...
     assert p[0] is not None
     plain = not (how.tape or how.proj_size)
     half = p[0].dtype == torch.bfloat16 and plain and backends.choose() is backends.load("native")
-    call = Call(how, p, (), (), lengths, reset, half)
+    call = TensorCall(how, p, (), (), lengths, reset, half)
     tensors, out = call.new_results()
     tape = _new_tape(call)
     _run_forward(call, out, tape)
@@ -223,7 +223,7 @@ def forward(how: How, lengths: Any, reset: Any, p: Tensors) -> tuple[Tensor, ...
 
 def backward(how: How, lengths: Any, reset: Any, p: Tensors, tape: Tensor | None, g: Tensors) -> tuple[Tensor, ...]:
     """The wanted gradients. Without a tape that fits, forward runs again."""
-    call = Call(how, p, g, how.result_axes, lengths, reset)
+    call = TensorCall(how, p, g, how.result_axes, lengths, reset)
     tensors, out = call.new_arguments(p)
     if tape is None or tape.shape[0] != call.E or not tape.numel():
         call.how = how.but(tape=True)
@@ -246,7 +246,7 @@ def _tangents(how: How) -> Any:
 
 def jvp(how: How, lengths: Any, reset: Any, p: Tensors, v: Tensors) -> tuple[Tensor, ...]:
     """Tangents of the results along v."""
-    call = Call(how, p, v, how.argument_axes, lengths, reset)
+    call = TensorCall(how, p, v, how.argument_axes, lengths, reset)
     tensors, out = call.new_results()
     backend = _tangents(how)
     backend.jvp(call.problem, call.p, call.arguments(v, "tangent of "), out)
@@ -258,7 +258,7 @@ def hvp(
 ) -> tuple[Tensor, ...]:
     """Tangents of the wanted gradients, along v of p and t of g; with tout then what jvp returns, in the same pass."""
     axes = (*how.argument_axes, *how.result_axes, *how.result_axes)
-    call = Call(how, p, (*v, *g, *t), axes, lengths, reset)
+    call = TensorCall(how, p, (*v, *g, *t), axes, lengths, reset)
     tensors, out = call.new_arguments(p)
     more, results = call.new_results() if tout else ([], None)
     backend = _tangents(how)
