@@ -73,11 +73,15 @@ def generate(
     >>> tokens.shape, lengths.shape
     ((6, 3), (3,))
     """
-    op, given = "generate", locals()
+    op = "generate"
     steps = check.integer(op, "steps", steps, 0)
-    flags = {name: check.flag(op, name, given[name]) for name in ("return_lengths", "return_state")}
+    return_lengths = check.flag(op, "return_lengths", return_lengths)
+    return_state = check.flag(op, "return_state", return_state)
     model = _model(op, layer, head_weight, head_bias, embedding)
-    how = sampling.checked(op, model.V, given)
+    how = sampling.checked(
+        op, model.V, temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty,
+        seed=seed, stop=stop, return_log_probs=return_log_probs,
+    )  # fmt: skip
     prompt = _prompt(op, prompt, model)
     state = model.run(prompt[:-1], state)  # also checks everything; without a step it gives the state back
     texts = model.texts(prompt, state, steps, how)
@@ -87,11 +91,11 @@ def generate(
     axes = (slice(None) if model.E else 0, 0 if prompt.ndim == 1 else slice(None))  # of E and B
     drawn = np.stack([text.drawn for text in texts], 1)
     results: list[Any] = [drawn[:, *axes]]
-    if flags["return_lengths"]:
+    if return_lengths:
         results.append(_lengths(drawn, how)[axes])
     if how.log_probs:
         results.append(np.stack([text.kept for text in texts], 1)[:, *axes])
-    if flags["return_state"]:
+    if return_state:
         parts = [np.stack(part, 1)[:, *axes] for part in zip(*(text.state for text in texts), strict=True)]
         results.append(tuple(parts) if isinstance(state, tuple) else parts[0])
     return results[0] if len(results) == 1 else tuple(results)

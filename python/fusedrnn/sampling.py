@@ -41,23 +41,25 @@ class Sampling:
     log_probs: str | None = None  # "model", "drawn"
 
 
-def checked(op: str, V: int, given: dict[str, Any]) -> Sampling:
-    """Sampling's fields from what users pass, by name; V tokens."""
-    temperature = check.number(op, "temperature", given["temperature"])
+def checked(
+    op: str, V: int, *,
+    temperature: Any, top_k: Any, top_p: Any, repetition_penalty: Any, seed: Any, stop: Any, return_log_probs: Any,
+) -> Sampling:  # fmt: skip
+    """Sampling's fields from what users pass; V tokens."""
+    temperature = check.number(op, "temperature", temperature)
     if not 0 <= temperature < np.inf:
         check.fail(op, "temperature", f"is {temperature}", "a finite number >= 0", "0 takes the largest logit.")
-    top_k = 0 if given["top_k"] is None else min(check.integer(op, "top_k", given["top_k"], 1, 2**63 - 1), V)
-    top_p = check.number(op, "top_p", given["top_p"])
+    top_k = 0 if top_k is None else min(check.integer(op, "top_k", top_k, 1, 2**63 - 1), V)
+    top_p = check.number(op, "top_p", top_p)
     if not 0 < top_p <= 1:
         check.fail(op, "top_p", f"is {top_p}", "0 < top_p <= 1", "1 leaves all tokens; temperature=0 the largest.")
-    penalty = check.number(op, "repetition_penalty", given["repetition_penalty"])
+    penalty = check.number(op, "repetition_penalty", repetition_penalty)
     if not 0 < penalty < np.inf:
         check.fail(op, "repetition_penalty", f"is {penalty}", "a finite number > 0", "1 is no penalty.")
-    log_probs = given["return_log_probs"]
-    if log_probs is not None:
-        check.word(op, "return_log_probs", log_probs, "model", "drawn")
-    seed = check.integer(op, "seed", given["seed"], 0, 2**64 - 1)
-    return Sampling(temperature, top_k, top_p, penalty, seed, _stop(op, given["stop"], V), log_probs)
+    if return_log_probs is not None:
+        check.word(op, "return_log_probs", return_log_probs, "model", "drawn")
+    seed = check.integer(op, "seed", seed, 0, 2**64 - 1)
+    return Sampling(temperature, top_k, top_p, penalty, seed, _stop(op, stop, V), return_log_probs)
 
 
 def _stop(op: str, stop: Any, V: int) -> tuple[int, ...]:
