@@ -437,6 +437,14 @@ def test_errors_of_what_is_new(options, error, match):
         fusedrnn.torch.LSTM(3, 4)(torch.randn(5, 3, 3), **options)
 
 
+def test_more_than_sixty_weights():
+    """As many as a set of 64 bits could not tell apart."""
+    theirs, ours = nn.LSTM(3, 4, 17), fusedrnn.torch.LSTM(3, 4, 17)
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(3, 2, 3)
+    same(gradients(theirs, theirs(x)), gradients(ours, ours(x)))
+
+
 @pytest.mark.parametrize("kind", ["LSTM", "GRU"])
 def test_recompute_on_numba(kind):
     """Numba keeps every c, where the others set marks."""

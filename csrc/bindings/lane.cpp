@@ -34,7 +34,6 @@ struct Lane {
   PyObject_HEAD;
   CellKind cell;
   int32_t layers, directions;
-  int gates;
   bool batch_first;
   double clip_cell;
   PyObject** keys;  // [layers*directions*kParts], interned names
@@ -206,13 +205,18 @@ class NumpyCall {
   // may empty the dict meanwhile.
   template <class Kernels>
   bool run(double flops, const Kernels& kernels) const {
-    std::vector<py::object> kept;
-    const auto keep = [&](PyObject* object) { kept.push_back(py::reinterpret_borrow<py::object>(object)); };
-    if (flops >= flops_worth_a_release) {
-      for (int k = 0; k < lane_.stacks() * kParts; ++k) keep(sources_[k]);
-      for (const State* state : {&states_, &dstates_}) keep((*state)[0]), keep((*state)[1]);
+    try {
+      std::vector<py::object> kept;
+      const auto keep = [&](PyObject* object) { kept.push_back(py::reinterpret_borrow<py::object>(object)); };
+      if (flops >= flops_worth_a_release) {
+        for (int k = 0; k < lane_.stacks() * kParts; ++k) keep(sources_[k]);
+        for (const State* state : {&states_, &dstates_}) keep((*state)[0]), keep((*state)[1]);
+      }
+      return run_kernels(flops, kernels);
+    } catch (const std::bad_alloc&) {
+      PyErr_NoMemory();
+      return false;
     }
-    return run_kernels(flops, kernels);
   }
 
   bool batched() const { return state_.rank == 3; }
@@ -449,7 +453,6 @@ PyObject* make(PyTypeObject* type, PyObject* positional, PyObject* named) {
   if (!object) return nullptr;
   Lane& lane = *reinterpret_cast<Lane*>(object);
   lane.cell = kind;
-  lane.gates = facts_of(kind).gates;
   lane.layers = layers;
   lane.directions = directions;
   lane.batch_first = batch_first != 0;

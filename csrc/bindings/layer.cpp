@@ -123,7 +123,8 @@ class CheckedCall {
   cpu::Generation generation(py::handle given, std::vector<int64_t>& stop) {
     const Sizes& s = problem.sizes;
     cpu::Generation g;
-    g.head = checked_.array<2>(get<"head">(given), {"", "head"}, "(I, H)", {s.I, outputs_of(problem)}, Access::read);
+    g.head = checked_.array<2>(get<"head">(given), {"", "head"}, problem.variant.proj ? "(I, P)" : "(I, H)",
+                               {s.I, outputs_of(problem)}, Access::read);
     g.head_bias = checked_.array<1>(get<"head_bias">(given), {"", "head_bias"}, "(I,)", {s.I}, Access::read);
     if (!g.head.data) checked_.type_error("head is None");
     const py::object drawn = get<"drawn">(given);

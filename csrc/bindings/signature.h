@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The arrays of a call: which there are, what messages call them, which axes they have. Every door (NumPy's two, torch's
-// and the device's) asks here, so that a reader knows no more than how to look at one object.
+// The arrays of a call: which there are, what messages call them, which axes they have. Every door (NumPy's two,
+// torch's and the device's) asks here, so that a reader knows no more than how to look at one object.
 //
 // The each_* functions call f(slot) for one array after the other, and end with false where f answers false.
 #pragma once

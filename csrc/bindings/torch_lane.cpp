@@ -43,7 +43,7 @@ struct TorchSettings {
            clip_grad >= 0 && models >= 0 && (models > 0 || each == 0) && !(packed && (is_cell || models > 0)) &&
            !PyErr_Occurred();
   }
-  bool has_models(int n) const { return (each >> n & 1) != 0; }
+  bool has_models(int n) const { return each != 0 && (each >> n & 1) != 0; }  // n may be past 63 without models
 };
 
 // One call's tensors, numbered x, h0, c0, weights. Borrowed.
@@ -238,7 +238,10 @@ class TorchOutputs {
 
   // False where there is none, with an exception set.
   bool add(PyObject* object) {
-    if (!tuple_ || !object) return false;
+    if (!tuple_ || !object) {
+      Py_XDECREF(object);
+      return false;
+    }
     PyTuple_SET_ITEM(tuple_.ptr(), next_++, object);
     return true;
   }

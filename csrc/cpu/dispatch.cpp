@@ -148,10 +148,8 @@ int useful_threads(const Problem& problem, const Arguments& p, bool back, int th
   const double rate = table().bits * (n.B < 4 ? kFlopsOfRow : kFlopsOfRows) * 4 / element;
   StepCost step;
   step.alone = flops / rate / static_cast<double>(std::max<int64_t>(n.T, 1) * n.L * n.E * n.D);
-  step.meetings = apart ? 0
-                  : problem.variant.layer_norm || problem.variant.proj > 0 || problem.cell == CellKind::gru_reset_before
-                      ? 2
-                      : 1;
+  const bool norm = problem.variant.layer_norm, proj = problem.variant.proj > 0;
+  step.meetings = apart ? 0 : norm && proj ? 4 : norm || proj || problem.cell == CellKind::gru_reset_before ? 2 : 1;
   step.fetched = kFetched * element * static_cast<double>(n.B * n.H);
   // The products over all steps read what others have made, too.
   if (back) step.alone *= 2, step.fetched *= (1 + 0.57 * cell.gates) * (apart ? 0.72 : 1);

@@ -115,7 +115,7 @@ class _Text:
     head_weight: np.ndarray
     head_bias: np.ndarray | None
     tokens: np.ndarray  # int64 (1,B): what is read next
-    state: list[np.ndarray]  # h, and c of the LSTM: (L,B,H)
+    state: list[np.ndarray]  # h (L,B,H or P), and what else is carried (L,B,H): c, or a projected GRU's m
     drawn: np.ndarray  # int64 (steps,B)
     kept: np.ndarray  # float64: log-probabilities (steps,B), or (0,B) where they are not wanted
     seen: np.ndarray | None  # bool (B,V)
@@ -230,7 +230,7 @@ def _head(op: str, weight: Any, bias: Any, layer: Any, E: int | None) -> int:
         expected = f"(V, {units}) = (V, {'P' if projected else 'H'}), V >= 1"
         if E:
             expected += f", or with E = {E} in front"
-        check.fail(op, "head_weight", f"has shape {weight.shape}", expected, "As torch.nn.Linear(H, V).weight.")
+        check.fail(op, "head_weight", f"has shape {weight.shape}", expected, f"As torch.nn.Linear({units}, V).weight.")
     V = int(weight.shape[-2])
     if bias is not None:
         check.is_float(op, "head_bias", bias, layer.dtype, "the layer")

@@ -3,8 +3,8 @@
 // Read: tokens, h0, c0, weights, head.
 // Written: the tokens drawn, hn, cn. Overwrites.
 // Route: all weights are packed once a call, so a call should have some steps; a thread owns blocks of units, and meets
-//   the others once a layer, once for the logits and once for the draw. Layer norm lies between products by blocks:
-//   there a thread owns rows. Rows that have ended leave: those that go on lie together in the first places, in their
+//   the others once a layer, once for the logits and once for the draw. A projection asks for one meeting more, and so
+//   does layer norm, where a thread owns rows. Rows that have ended leave: those that go on lie together in the first places, in their
 //   order, so that a step costs what they cost.
 // Limit: one row reads all weights every step, from the cache that holds them.
 #include "generate.h"

@@ -13,7 +13,7 @@ namespace fusedrnn::cpu {
 struct Generation {
   int64_t steps = 0;
   int64_t first_row = 0;  // row b is number first_row + b: random numbers depend on it, and on the step
-  Array<2> head;          // (I,H): logits = h head^T + head_bias
+  Array<2> head;          // (I,H), or (I,P) with a projection: logits = h head^T + head_bias
   Array<1> head_bias;     // (I); null: 0
   // In this order:
   double repetition_penalty = 1;  // logits of tokens seen are divided by it where they are > 0, else multiplied

@@ -3,8 +3,7 @@
 //   da = cell'(dh, dc),   dh = da R;   then for a chunk of steps at once   dW = da^T x,   dR = da^T h',   dx = da W
 // Read: what forward read, its tape, dy, dhn, dcn, dcells.
 // Written: dx, dh0, dc0, dW, dR, dbW, dbR, those of the options; overwrites. With P = 2 every number is a value with
-// its
-//   tangent, and the tangents are what is written.
+//   its tangent, and the tangents are what is written.
 // Route: as forward; da of a chunk stays in cache between the recurrence and the products.
 // Limit: FMA for 16 rows and more; for one row reading R, and writing dW and dR.
 #pragma once

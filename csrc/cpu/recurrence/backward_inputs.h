@@ -127,6 +127,7 @@ class BackwardInputs : protected BackwardProducts<S, P> {
     first.fresh = true;
     if (norm_) {
       matrix_gradient(first, dp.W, cell_.gates * n_.H, dz, n_.K, ctx, w.x_panels, sets_.N);
+      a.team.wait();  // dz is everyone's
     } else if (dp.W.data && sets_.count == 1 && n_.E > 1 && dp.W.stride[0]) {
       for (int64_t e = 0; e < n_.E; ++e) {
         int64_t count = 0;

@@ -3,7 +3,7 @@
 // Read: context (E,B,K), its weights (E,G*H,K).
 // Written: sums of z's shape, one row of them for each row, and added to z. With P = 2 every number is a value with its
 //   tangent.
-// Route: the product is made once a call; a step adds a row. Backward (backward.h) sums da over the steps first.
+// Route: the product is made once a call; a step adds a row. Backward (backward_inputs.h) sums da over the steps first.
 // Limit: packing and reading Wc, which few rows share.
 #pragma once
 

@@ -7,8 +7,6 @@
 // Limit: two passes over a row that lies in L1.
 #pragma once
 
-#include <initializer_list>
-
 #include "options.h"
 
 namespace fusedrnn::cpu::FUSEDRNN_ISA {
@@ -26,9 +24,10 @@ class Norms {
 
   void allocate(const Problem& problem, int sums, Workspace& workspace) {
     H_ = problem.sizes.H, gates_ = facts_of(problem.cell).gates, sums_ = sums;
-    for (int q = 0; q < P; ++q)
-      for (S** vector : {&gain[0][q], &gain[1][q], &bias[0][q], &bias[1][q], &gain_c[q], &bias_c[q]})
-        *vector = take<S>(workspace, gates_ * H_ + L);
+    for (int q = 0; q < P; ++q) {
+      S** const vectors[] = {&gain[0][q], &gain[1][q], &bias[0][q], &bias[1][q], &gain_c[q], &bias_c[q]};
+      for (S** vector : vectors) *vector = take<S>(workspace, gates_ * H_ + L);
+    }
   }
   // p[q]: values, tangents.
   void begin(const Arguments* const* p, int64_t layer_and_direction, int64_t e) {

@@ -112,7 +112,7 @@ class Results:
 class Generation:
     """What is drawn, and how: see csrc/cpu/generation/generate.h."""
 
-    head: Any  # (I,H)
+    head: Any  # (I,H), or (I,P) with a projection
     head_bias: Any  # (I,)
     drawn: Any  # int64 (steps,B), written
     ended: Any  # bool (E,B), read and written: rows that have drawn a token of `stop`, which they repeat
