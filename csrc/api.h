@@ -19,6 +19,8 @@
 
 namespace fusedrnn {
 
+// ONNX's list; alpha and beta where it has them. A slope is taken from the value, so alpha >= 0 for leaky_relu,
+// thresholded_relu and elu, alpha != 0 for scaled_tanh.
 enum class ActivationKind : int32_t {
   sigmoid,
   tanh,
@@ -57,7 +59,7 @@ struct CellFacts {
   int kept;                        // values on the tape beside h and c, per unit
   bool cell_state;                 // has c
   bool state_product;              // has R
-  ActivationKind gate, candidate;  // the usual ones; an RNN's unit is its gate
+  ActivationKind gate, candidate;  // the usual ones; an RNN's unit is its gate, and no other is asked for without R
 };
 #define FUSEDRNN_FACTS(name, gates, kept, cell_state, state_product, gate, candidate) \
   {#name, gates, kept, cell_state, state_product, ActivationKind::gate, ActivationKind::candidate},
@@ -79,8 +81,6 @@ struct Sizes {
   int64_t K = 0;  // of the context
 };
 
-// ONNX's list; alpha and beta where it has them. A slope is taken from the value, so alpha >= 0 for leaky_relu,
-// thresholded_relu and elu, alpha != 0 for scaled_tanh.
 constexpr const char* activation_names[] = {"Sigmoid",         "Tanh",       "Relu",        "Affine", "LeakyRelu",
                                             "ThresholdedRelu", "ScaledTanh", "HardSigmoid", "Elu",    "Softsign",
                                             "Softplus"};

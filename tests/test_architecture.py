@@ -62,6 +62,13 @@ def test_first_line_of_every_file_is_the_licence():
 # ---- C++ -----------------------------------------------------------------------------------------------------------
 
 
+def test_comments_end_at_column_120():
+    """The formatter leaves prose alone."""
+    files = [p for p in sources("csrc/**/*", "tests/csrc/**/*") if p.suffix in (".h", ".cpp", ".cu")]
+    wide = [f"{p}:{n}" for p in files for n, line in enumerate(p.read_text().splitlines(), 1) if len(line) > 120]
+    assert wide == []
+
+
 @pytest.mark.parametrize(
     ("folder", "ours"),
     [

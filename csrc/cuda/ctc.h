@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Formula: csrc/cpu/alignment/ctc.cpp's. Reads log_probs (T,B,C) any strides; labels, first, label_counts and lengths
-// lie on the device too. Overwrites loss (B) and, if wanted, dlog_probs (T,B,C). No routes: CtcFill writes dloss * exp(log_probs)
-// with the whole device; then CtcRows walks a row with one block and takes the paths' shares off. Each thread has its
-// states; a state is a number m * 2^e as in csrc/cpu/arithmetic/wide.h. The order of every sum depends on the sizes
-// alone.
+// lie on the device too. Overwrites loss (B) and, if wanted, dlog_probs (T,B,C). No routes: CtcFill writes dloss *
+// exp(log_probs) with the whole device; then CtcRows walks a row with one block and takes the paths' shares off. Each
+// thread has its states; a state is a number m * 2^e as in csrc/cpu/arithmetic/wide.h. The order of every sum depends
+// on the sizes alone.
 // Limit: CtcFill bytes; CtcRows latency, two barriers a step forward and about ten backward.
 #pragma once
 

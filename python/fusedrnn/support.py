@@ -17,8 +17,9 @@ _HEAD = """# What runs where
 - **reference**: NumPy computes it, and the log says so.
 - **no**: an error says so, before anything is written.
 
-Tokens, contexts, recompute, lengths, resets, both directions, layers, ensembles, dropout,
-gradient clipping, bfloat16 weights and generation work with every cell and every option.
+On the CPU everything else works with every cell and every option: tokens, contexts, recompute,
+lengths, resets, both directions, layers, ensembles. So do dropout, gradient clipping, bfloat16
+weights and generation.
 """
 
 

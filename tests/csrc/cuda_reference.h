@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The recurrence in float64, one row at a time, straight from docs/semantics.md; shares no code with what it judges. The
-// kernels round what enters a product (weights, h) to their type; the reference is told how, so that budgets can be
-// narrow.
+// The recurrence in float64, one row at a time, straight from docs/semantics.md; shares no code with what it judges.
+// The kernels round what enters a product (weights, h) to their type; the reference is told how, so that budgets can
+// be narrow.
 #pragma once
 
 #include <cmath>

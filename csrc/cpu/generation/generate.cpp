@@ -4,8 +4,8 @@
 // Written: the tokens drawn, hn, cn. Overwrites.
 // Route: all weights are packed once a call, so a call should have some steps; a thread owns blocks of units, and meets
 //   the others once a layer, once for the logits and once for the draw. A projection asks for one meeting more, and so
-//   does layer norm, where a thread owns rows. Rows that have ended leave: those that go on lie together in the first places, in their
-//   order, so that a step costs what they cost.
+//   does layer norm, where a thread owns rows. Rows that have ended leave: those that go on lie together in the first
+//   places, in their order, so that a step costs what they cost.
 // Limit: one row reads all weights every step, from the cache that holds them.
 #include "generate.h"
 
@@ -78,8 +78,8 @@ class Generate {
     }
     z_ = take<S>(workspace, B * ld_ * cell_.sums);
     zh_ = take<S>(workspace, norm_ ? B * ld_ * cell_.sums : 0);
-    take_rows(workspace, B, ld_, rh_, rh_rows_), zero_row(rh_, 1, B * ld_);
-    take_rows(workspace, B, ld_, m_, m_rows_), zero_row(m_, 1, B * ld_);
+    if (cell_.two_products) take_rows(workspace, B, ld_, rh_, rh_rows_), zero_row(rh_, 1, B * ld_);
+    if (proj_) take_rows(workspace, B, ld_, m_, m_rows_), zero_row(m_, 1, B * ld_);
     head_.K = Q_;
     head_.units = n_.I;
     head_.block = block_tiles(1, head_.tiles(), threads);
@@ -233,10 +233,7 @@ class Generate {
     gate ? tile_.gate(t) : tile_.forward(t);
     for (int64_t i = r0; i < r1 && carried_ && !cell_.cell_state; ++i) {
       S *fresh[1] = {m_ + i * ld_}, *c[1] = {layer.c + i * ld_};
-      if (problem_.variant.zoneout_c > 0)
-        zone_row(layer.options, 1, s, i, u0, u1, fresh, c);
-      else
-        copy_row(fresh[0] + u0, 1, c[0] + u0, 1, u1 - u0);
+      zone_row(layer.options, 1, s, i, u0, u1, fresh, c);
     }
   }
 
@@ -248,7 +245,7 @@ class Generate {
     const int64_t q0 = smaller(first * layer.hr.block * L, Q_), q1 = smaller(end * layer.hr.block * L, Q_);
     for (int64_t b = first; b < end; ++b)
       multiply(layer.hr, b, m_rows_, live_, static_cast<S*>(nullptr), 0, layer.h[!now], ldq_);
-    for (int64_t i = 0; i < live_ && problem_.variant.zoneout_h > 0; ++i) {
+    for (int64_t i = 0; i < live_ && layer.options.zones(0); ++i) {
       S *fresh[1] = {layer.h[!now] + i * ldq_}, *old[1] = {layer.h[now] + i * ldq_};
       zone_row(layer.options, 0, s, i, q0, q1, fresh, old);
       copy_row(old[0] + q0, 1, fresh[0] + q0, 1, q1 - q0);
@@ -329,8 +326,8 @@ class Generate {
   int64_t Q_, ld_, ldq_, ld_logits_;  // Q: units of h
   bool carried_, proj_, norm_;        // carried: there is a c, or what a projected GRU carries on
   Layer* layers_;
-  S *z_, *zh_, *rh_, *m_, *head_bias_, *logits_;  // zh: h R^T where layer norm keeps the products apart
-  const S **rh_rows_, **m_rows_;
+  S *z_, *zh_, *rh_ = nullptr, *m_ = nullptr, *head_bias_, *logits_;  // zh: h R^T where layer norm keeps it apart
+  const S **rh_rows_ = nullptr, **m_rows_ = nullptr;
   Panels<S> head_;
   int64_t live_;   // rows that go on: in the first places of all that follows, and of h, c, z
   int64_t* rows_;  // [place]: which one

@@ -278,10 +278,8 @@ class Backward : BackwardStep<S, P> {
     for (int64_t i = mine.r0; i < mine.r1; ++i) {
       S *fresh[P], *c[P];
       for (int q = 0; q < P; ++q) fresh[q] = w.state[0][q] + i * ld_, c[q] = w.state[1][q] + i * ld_;
-      if (problem_.variant.zoneout_c > 0) zone_row(w.options, 1, s, i, u0, u1, fresh, c);
-      for (int q = 0; q < P; ++q)
-        copy_row((problem_.variant.zoneout_c > 0 ? c[q] : fresh[q]) + u0, 1,
-                 w.c_kept[q] + (pair + i - mine.r0) * n_.H + u0, 1, u1 - u0);
+      zone_row(w.options, 1, s, i, u0, u1, fresh, c);
+      for (int q = 0; q < P; ++q) copy_row(c[q] + u0, 1, w.c_kept[q] + (pair + i - mine.r0) * n_.H + u0, 1, u1 - u0);
     }
   }
 

@@ -134,14 +134,7 @@ class BackwardStep : protected BackwardInputs<S, P> {
     for (int64_t i = mine.r0; i < mine.r1; ++i) {
       S *dh[P], *fresh[P];
       for (int q = 0; q < P; ++q) dh[q] = w.d[0][q] + i * ldq_, fresh[q] = w.dnew[q] + (first + i) * ldq_;
-      if (problem_.variant.zoneout_h > 0) {
-        zone_row_back(w.options, 0, s, i, mine.q0, mine.q1, dh, fresh);
-        continue;
-      }
-      for (int q = 0; q < P; ++q) {
-        copy_row(dh[q] + mine.q0, 1, fresh[q] + mine.q0, 1, mine.q1 - mine.q0);
-        zero_row(dh[q] + mine.q0, 1, mine.q1 - mine.q0);
-      }
+      zone_row_back(w.options, 0, s, i, mine.q0, mine.q1, dh, fresh);
     }
   }
 
@@ -170,12 +163,8 @@ class BackwardStep : protected BackwardInputs<S, P> {
     for (int64_t i = mine.r0; i < mine.r1; ++i) {
       S *dc[P], *fresh[P];
       for (int q = 0; q < P; ++q) dc[q] = w.d[1][q] + i * ld_, fresh[q] = w.state[0][q] + i * ld_;
-      if (problem_.variant.zoneout_c > 0) zone_row_back(w.options, 1, s, i, mine.u0, mine.u1, dc, fresh);
-      for (int q = 0; q < P; ++q) {
-        const bool zoned = problem_.variant.zoneout_c > 0;
-        add_row((zoned ? fresh[q] : dc[q]) + mine.u0, 1, w.dm[q] + i * ld_ + mine.u0, 1, mine.u1 - mine.u0);
-        if (!zoned) zero_row(dc[q] + mine.u0, 1, mine.u1 - mine.u0);
-      }
+      zone_row_back(w.options, 1, s, i, mine.u0, mine.u1, dc, fresh);
+      for (int q = 0; q < P; ++q) add_row(fresh[q] + mine.u0, 1, w.dm[q] + i * ld_ + mine.u0, 1, mine.u1 - mine.u0);
     }
   }
 

@@ -244,8 +244,7 @@ class Forward : ForwardPass<S, P> {
         if (w.has_hr[1]) multiply(w.hr[1], b, w.m_rows[0] + mine.r0, n, to[1], ldq_, to[1], ldq_, part);
       }
     }
-    if (problem_.variant.zoneout_h == 0) return;
-    for (int64_t i = mine.r0; i < mine.r1; ++i) {
+    for (int64_t i = mine.r0; i < mine.r1 && w.options.zones(0); ++i) {
       S *fresh[P], *old[P];
       for (int q = 0; q < P; ++q) fresh[q] = w.h[!now][q] + i * ldq_, old[q] = w.h[now][q] + i * ldq_;
       zone_row(w.options, 0, s, i, mine.q0, mine.q1, fresh, old);
@@ -259,14 +258,12 @@ class Forward : ForwardPass<S, P> {
     const Tape& layout = layers_.layout();
     for (int64_t i = mine.r0; i < mine.r1; ++i) {
       keep_before(a, s, i, mine.u0, mine.u1);
-      const int64_t at = layout.c_offset(sets_.N) + (a.rows.off[s] + i) * n_.H + mine.u0, n = mine.u1 - mine.u0;
+      const int64_t at = layout.c_offset(sets_.N) + (a.rows.off[s] + i) * n_.H + mine.u0;
       S *fresh[P], *c[P];
       for (int q = 0; q < P; ++q) fresh[q] = w.m[q] + i * ld_, c[q] = w.c[q] + i * ld_;
-      if (problem_.variant.zoneout_c > 0) zone_row(w.options, 1, s, i, mine.u0, mine.u1, fresh, c);
-      for (int q = 0; q < P; ++q) {
-        if (problem_.variant.zoneout_c == 0) copy_row(fresh[q] + mine.u0, 1, c[q] + mine.u0, 1, n);
-        if (layers_.taped() && !layout.every) copy_row(c[q] + mine.u0, 1, layers_.plane(q, a.l, a.d, a.set) + at, 1, n);
-      }
+      zone_row(w.options, 1, s, i, mine.u0, mine.u1, fresh, c);
+      for (int q = 0; q < P && layers_.taped() && !layout.every; ++q)
+        copy_row(c[q] + mine.u0, 1, layers_.plane(q, a.l, a.d, a.set) + at, 1, mine.u1 - mine.u0);
     }
   }
 

@@ -66,6 +66,7 @@ class Options {
   const Variant& variant() const { return problem_->variant; }
   bool masks() const { return variant().training && variant().recurrent_dropout > 0; }
   bool peepholes() const { return variant().peepholes; }
+  bool zones(int which) const { return (which ? variant().zoneout_c : variant().zoneout_h) > 0; }
   const S* const* peep(int k) const { return peep_[k]; }
   // Where peephole k stands in weight_ph; -1: a coupled LSTM has none for f.
   int64_t peep_place(int k) const { return problem_->cell == CellKind::cifg ? (k == 1 ? -1 : k / 2) : k; }
@@ -151,7 +152,7 @@ struct Zones {
 
   template <int P>
   explicit Zones(const Options<S, P>& options)
-      : used{options.variant().zoneout_h > 0 && options.variant().proj == 0, options.variant().zoneout_c > 0} {}
+      : used{options.zones(0) && options.variant().proj == 0, options.zones(1)} {}
   template <int P>
   void draw(const Options<S, P>& options, int64_t s, int64_t i, int64_t u, int64_t n) {
     for (int which = 0; which < 2; ++which)
@@ -159,11 +160,15 @@ struct Zones {
   }
 };
 
-// Units [u0, u1) of a row: to = k to + (1 - k) fresh.
+// Units [u0, u1) of a row: to = k to + (1 - k) fresh. Without zoneout k = 0, and `to` gets a copy.
 template <class S, int P>
 void zone_row(const Options<S, P>& options, int which, int64_t s, int64_t i, int64_t u0, int64_t u1,
               const S* const* fresh, S* const* to) {
   using Pl = Planes<S, P>;
+  if (!options.zones(which)) {
+    for (int q = 0; q < P; ++q) copy_row(fresh[q] + u0, 1, to[q] + u0, 1, u1 - u0);
+    return;
+  }
   alignas(64) S keep[Zones<S>::kUnits];
   for (int64_t run = u0; run < u1; run += Zones<S>::kUnits) {
     const int64_t end = smaller(run + Zones<S>::kUnits, u1);
@@ -178,6 +183,13 @@ template <class S, int P>
 void zone_row_back(const Options<S, P>& options, int which, int64_t s, int64_t i, int64_t u0, int64_t u1, S* const* d,
                    S* const* on) {
   using Pl = Planes<S, P>;
+  if (!options.zones(which)) {
+    for (int q = 0; q < P; ++q) {
+      copy_row(d[q] + u0, 1, on[q] + u0, 1, u1 - u0);
+      zero_row(d[q] + u0, 1, u1 - u0);
+    }
+    return;
+  }
   alignas(64) S keep[Zones<S>::kUnits];
   for (int64_t run = u0; run < u1; run += Zones<S>::kUnits) {
     const int64_t end = smaller(run + Zones<S>::kUnits, u1);

@@ -2,7 +2,7 @@
 // The elementwise part of a cell with options, on a tile of rows and units: the cell's own formulas, with other
 // functions in them (`Chosen`), and zoneout around them.
 // Read, written: as in cell.h, and the Options of the tile.
-// Route: for problems with a Variant; an LSTM with layer norm takes normed.h's. `Usual`: activations as in the plain cell.
+// Route: for problems with a Variant, but LSTMs with layer norm take normed.h's. `Usual`: the plain cell's activations.
 // Limit: as in cell.h; other activations are a call each, zoneout draws.
 #pragma once
 

@@ -146,6 +146,7 @@ class Backend(Protocol):
     """What `choose` returns."""
 
     __name__: str
+    C_STEPS: int  # with `recompute`, c of at most every so many steps is on the tape
 
     def tape_elements(self, problem: Problem) -> int: ...
     def forward(self, problem: Problem, p: Arguments, out: Results, tape: Any) -> None: ...

@@ -34,7 +34,10 @@ from fusedrnn._core import (
     viterbi,
 )
 
+C_STEPS = 8  # or more: rows.h sets the marks of c
+
 __all__ = [
+    "C_STEPS",
     "Lane",
     "backward",
     "clip_value_",

@@ -22,6 +22,7 @@ from . import Arguments, Problem, Results, holds_tokens
 from .variants import Options, mixed, norm, norm_back, parted, row
 
 _QUIET = np.errstate(all="ignore")  # NaN and inf go their way, as in the kernels
+C_STEPS = 8  # no c is kept: any number does
 _STEP = 1e-40  # its square vanishes beside 1, and products with tiny tangents do not underflow
 
 

@@ -23,14 +23,11 @@ def length(how: How, T: Any, B: Any, H: Any) -> Any:
         return 0
     cell = how.facts
     again = how.recompute and cell.kept > 0
-    c_steps = cell.cell_state * ((T + 7) // 8 if again and not _keeps_every_c() else T)  # marks: 8 steps apart or more
+    every = backends.choose().C_STEPS if again else 1
+    c_steps = cell.cell_state * ((T + every - 1) // every)
     per_unit = T + c_steps + (0 if again else cell.kept * T)  # h, c, and what the cell keeps
     spared = T * (H - how.proj_size) if how.proj_size else 0  # h has fewer units
     return how.layers * how.directions * B * (H * per_unit - spared) + 1
-
-
-def _keeps_every_c() -> bool:
-    return backends.choose().__name__.endswith(".numba")  # the others set marks, or keep nothing
 
 
 def cuda_length(how: How, T: Any, B: Any, H: Any, dtype: torch.dtype) -> Any:

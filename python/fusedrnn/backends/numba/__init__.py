@@ -19,7 +19,10 @@ from __future__ import annotations
 from .paths import ctc, ctc_align, ctc_beam, hmm, viterbi
 from .stack import backward, forward, hvp, jvp, tape_elements
 
+C_STEPS = 1  # c of every step stays on the tape
+
 __all__ = [
+    "C_STEPS",
     "backward",
     "ctc",
     "ctc_align",

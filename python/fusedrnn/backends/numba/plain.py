@@ -107,12 +107,14 @@ def _backward_block(name: Any, w: Any, clip: Any) -> Any:
     return block
 
 
+# A cell's steps for all rows (N, ...) of one time, every array C-contiguous.
+
+
 @functools.cache
-def _compiled(name: str) -> tuple[Any, Any]:
-    """A cell's forward and backward for all rows (N, ...) of one time step, every array C-contiguous."""
+def _compiled_forward(name: str) -> Any:
     cell, sources = CELLS[name], stamp()
     sums, kept_count, has_c, slots = cell.sums, cell.kept, cell.cell_state, cell.sums + cell.kept + 8
-    (state, kept_at, new), (state_back, da_at, new_back) = _forward_slots(cell), _backward_slots(cell)
+    state, kept_at, new = _forward_slots(cell)
 
     @cached(name)
     def forward(
@@ -151,6 +153,15 @@ def _compiled(name: str) -> tuple[Any, Any]:
                 if has_c:
                     save(w, new + 1, c, at + j, n)
 
+    return forward
+
+
+@functools.cache
+def _compiled_backward(name: str) -> Any:
+    cell, sources = CELLS[name], stamp()
+    kept_count, has_c, slots = cell.kept, cell.cell_state, cell.sums + cell.kept + 8
+    state, da_at, new = _backward_slots(cell)
+
     @cached(name)
     def backward(
         x_sum: Any, h_sum: Any, kept: Any, h_prev: Any, h: Any, c_prev: Any, c: Any, clip_cell: Any, clip_grad: Any,
@@ -174,29 +185,29 @@ def _compiled(name: str) -> tuple[Any, Any]:
                 n = min(BLOCK, H - j)
                 for k in range(kept_count):
                     load(w, k, kept, (row * kept_count + k) * H + j, n)
-                load(w, state_back, h_prev, at + j, n)
-                load(w, state_back + 1, h, at + j, n)
-                load(w, state_back + 4, dh, at + j, n)
-                add(w, state_back + 4, dy, at + j, n)
+                load(w, state, h_prev, at + j, n)
+                load(w, state + 1, h, at + j, n)
+                load(w, state + 4, dh, at + j, n)
+                add(w, state + 4, dy, at + j, n)
                 if has_c:
-                    load(w, state_back + 2, c_prev, at + j, n)
-                    load(w, state_back + 3, c, at + j, n)
-                    load(w, state_back + 5, dc, at + j, n)
+                    load(w, state + 2, c_prev, at + j, n)
+                    load(w, state + 3, c, at + j, n)
+                    load(w, state + 5, dc, at + j, n)
                 if has_dcells:
-                    add(w, state_back + (5 if has_c else 4), dcells, at + j, n)
+                    add(w, state + (5 if has_c else 4), dcells, at + j, n)
                 if clip_grad > 0:
-                    limit(w, state_back + 4, clip_grad)
-                    limit(w, state_back + 5, clip_grad)
+                    limit(w, state + 4, clip_grad)
+                    limit(w, state + 5, clip_grad)
                 backward_block(name, w, clip_cell)
                 for g in range(gates):
                     save(w, da_at + x_sum[g], da_x, (row * gates + g) * H + j, n)
                 for g in range(len(h_sum)):
                     save(w, da_at + h_sum[g], da_h, (row * gates + g) * H + j, n)
-                save(w, new_back, dh, at + j, n)
+                save(w, new, dh, at + j, n)
                 if has_c:
-                    save(w, new_back + 1, dc, at + j, n)
+                    save(w, new + 1, dc, at + j, n)
 
-    return forward, backward
+    return backward
 
 
 class Plain:
@@ -204,7 +215,7 @@ class Plain:
 
     def __init__(self, walk: Walk) -> None:
         self.walk, self.cell = walk, walk.cell
-        self.compiled = _compiled(walk.cell.name)
+        self.forward_rows, self.backward_rows = _compiled_forward(self.cell.name), _compiled_backward(self.cell.name)
         self.sums = np.array(walk.cell.x_sum), np.array(walk.cell.h_sum, np.intp)
         self.back = np.empty((walk.N, walk.problem.H), walk.dtype)
 
@@ -212,14 +223,14 @@ class Plain:
         """ax (N,G*H); before: h', c'. Written: after, which is kept, h, c."""
         walk = self.walk
         hr = walk.multiply(before[0], walk.RT) if self.cell.state_product else np.empty((walk.N, 0), walk.dtype)
-        self.compiled[0](
+        self.forward_rows(
             *self.sums, walk.problem.B, ax, hr, walk.bias, *before, walk.clip_cell, walk.active[t], *after
         )  # fmt: skip
 
     def backward(self, at: Moment, dh: Any, dc: Any, da_x: Any, da_h: Any) -> None:
         """dh, dc (N,H) go one step back in place. Written: da_x, da_h (N,G*H)."""
         walk = self.walk
-        self.compiled[1](
+        self.backward_rows(
             *self.sums, at.kept, at.h_prev, at.h, at.c_prev, at.c, walk.clip_cell, walk.clip_grad, at.dy, at.dcells,
             at.has_dcells, at.active, dh, dc, da_x, da_h,
         )  # fmt: skip

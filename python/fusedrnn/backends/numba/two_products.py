@@ -23,11 +23,13 @@ _gate, _gate_back = njit(GRU_RESET_BEFORE.gate, **OPTIONS), njit(GRU_RESET_BEFOR
 _late, _late_back = njit(GRU_RESET_BEFORE.forward, **OPTIONS), njit(GRU_RESET_BEFORE.backward, **OPTIONS)
 
 
+# The parts of a step, for all rows (N, ...), every array C-contiguous.
+
+
 @functools.cache
-def _compiled() -> dict[str, Any]:
-    """The parts of a step, for all rows (N, ...), every array C-contiguous."""
-    sources = stamp()
-    compile_step = cached(GRU_RESET_BEFORE.name)
+def _compiled_forward() -> tuple[Any, Any]:
+    """gate and late."""
+    sources, compile_step = stamp(), cached(GRU_RESET_BEFORE.name)
 
     @compile_step
     def gate(rows: Any, ax: Any, hr: Any, b: Any, h_prev: Any, kept: Any, rh: Any) -> Any:
@@ -75,6 +77,14 @@ def _compiled() -> dict[str, Any]:
                     w[3 * m + i], w[4 * m + i] = _late(w[i], w[m + i], w[2 * m + i])
                 save(w, 3, kept, (row * 3 + 2) * H + j, n)
                 save(w, 4, h, at + j, n)
+
+    return gate, late
+
+
+@functools.cache
+def _compiled_backward() -> tuple[Any, Any]:
+    """late_back and gate_back."""
+    sources, compile_step = stamp(), cached(GRU_RESET_BEFORE.name)
 
     @compile_step
     def late_back(
@@ -135,38 +145,30 @@ def _compiled() -> dict[str, Any]:
                 save(w, 3, da, row * 3 * H + j, n)
                 save(w, 4, dh, at + j, n)
 
-    return {
-        "gate": gate,
-        "late": late,
-        "late_back": late_back,
-        "gate_back": gate_back,
-    }
+    return late_back, gate_back
 
 
 class TwoProducts:
     """The steps of a walk."""
 
     def __init__(self, walk: Walk) -> None:
-        self.walk, self.compiled = walk, _compiled()
+        self.walk = walk
+        (self.gate, self.late), (self.late_back, self.gate_back) = _compiled_forward(), _compiled_backward()
 
     def forward(self, t: int, ax: Any, before: tuple[Any, Any], after: tuple[Any, Any, Any]) -> None:
         """ax (N,3*H); before: h' and anything. Written: kept and h of `after`."""
         walk, (h, _), (kept, h_new, _) = self.walk, before, after
         rows, early, late = walk.problem.B, slice(2 * walk.problem.H), slice(2 * walk.problem.H, None)
         rh = np.empty_like(h_new)
-        self.compiled["gate"](rows, ax, walk.multiply(h, walk.RT[:, :, early]), walk.bias, h, kept, rh)
-        self.compiled["late"](
-            rows, ax, walk.multiply(rh, walk.RT[:, :, late]), walk.bias, h, walk.active[t], kept, h_new
-        )
+        self.gate(rows, ax, walk.multiply(h, walk.RT[:, :, early]), walk.bias, h, kept, rh)
+        self.late(rows, ax, walk.multiply(rh, walk.RT[:, :, late]), walk.bias, h, walk.active[t], kept, h_new)
 
     def backward(self, at: Moment, dh: Any, dc: Any, da_x: Any, da_h: Any) -> None:
         """dh (N,H) goes one step back in place. Written: da_x (N,3*H), which is da_h."""
         walk, H = self.walk, self.walk.problem.H
         da_n = np.empty_like(dh)
-        self.compiled["late_back"](
-            at.kept, at.h_prev, walk.clip_grad, at.dy, at.dcells, at.has_dcells, at.active, dh, da_x, da_n
-        )
-        self.compiled["gate_back"](at.kept, at.h_prev, walk.multiply(da_n, walk.R[:, 2 * H :]), at.active, da_x, dh)
+        self.late_back(at.kept, at.h_prev, walk.clip_grad, at.dy, at.dcells, at.has_dcells, at.active, dh, da_x, da_n)
+        self.gate_back(at.kept, at.h_prev, walk.multiply(da_n, walk.R[:, 2 * H :]), at.active, da_x, dh)
         dh += walk.multiply(da_x[:, : 2 * H], walk.R[:, : 2 * H])
 
     def weight_gradient(self, dR: Any, da_h: Any, h_prev: Any, kept: Any, active: Any) -> None:
