@@ -16,18 +16,20 @@ import numpy as np
 import pytest
 
 import fusedrnn
+import shapes
 from fusedrnn import backends, generation, sampling
+from fusedrnn.cells import CELLS
 
-LAYERS: list[tuple[str, dict[str, Any]]] = [
-    ("LSTM", {}),
+DEEP = [
     ("LSTM", {"num_layers": 3, "clip_cell": 0.3}),
-    ("LSTM", {"coupled": True, "bias": False}),
-    ("GRU", {"num_layers": 2}),
     ("GRU", {"num_layers": 2, "reset_after": False}),
-    ("RNN", {"nonlinearity": "relu"}),
-    ("RNN", {}),
+]
+LAYERS: list[tuple[str, dict[str, Any]]] = [
+    *((shapes.LAYERS[cell.op].__name__, cell.options) for cell in CELLS.values()),
+    *DEEP,
+    ("LSTM", {"coupled": True, "bias": False}),
+    ("LiGRU", {"num_layers": 2}),
     ("MinGRU", {"num_layers": 2}),
-    ("MinLSTM", {}),
 ]
 SEED = 2**63 + 5
 
@@ -132,7 +134,7 @@ def test_as_by_hand(backend, name, options, B):
         np.testing.assert_allclose(a, b, atol=1e-12)
 
 
-@pytest.mark.parametrize(("name", "options"), [LAYERS[1], LAYERS[4]])
+@pytest.mark.parametrize(("name", "options"), DEEP)
 def test_other_ways_in(backend, name, options):
     layer, head, bias = new(name, options, H=37)
     prompt = np.array([1, 4, 2], np.uint8)
